@@ -1,0 +1,128 @@
+"""The Plan: which devices run which blocks, and how, as an immutable value.
+
+Ranks inside a stage are laid out with tp fastest, then dp_shard, then dp_replicate:
+`stage.devices[(replicate * dp_shard + shard) * tp + t]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+from autopar.sharding.strategy import ClassSharding
+
+
+class Recompute(StrEnum):
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class Schedule(StrEnum):
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+    ZERO_BUBBLE = "zb"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """Sizes of a stage's mesh axes. `cp` and `ep` are taken by `simulate` alone so far and are 1 in planned stages."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.tp * self.cp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """blocks[first:last] of the model on `devices` (ranks), laid out by `mesh`.
+
+    `virtual` is the stage's chunk number under an interleaved schedule (0 elsewhere): with p pipeline groups, stage i
+    runs on group i % p as its chunk i // p.
+    """
+
+    first: int
+    last: int
+    devices: tuple[int, ...]
+    mesh: Mesh
+    zero: int
+    recompute: Recompute
+    virtual: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """An expert's plan under the same cost model. `step_time_s` is None where it does not fit in memory."""
+
+    name: str
+    step_time_s: float | None
+    feasible: bool
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What the search proved: no plan of the searched space is faster than `lower_bound_s` in the cost model."""
+
+    upper_bound_s: float
+    lower_bound_s: float
+    searched: str
+    not_searched: tuple[str, ...] = ()
+    search_seconds: float = field(default=0.0, compare=False)
+    stopped_early: bool = False
+
+    @property
+    def gap(self) -> float:
+        return self.upper_bound_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole plan. `micro_batch` is in rows of one data-parallel replica;
+    global_batch = micro_batch * num_micro_batches * dp.
+
+    `shardings` holds the tensor-axis choice of each block class (and of the class of `graph.shared`, always replicated
+    and left out); it is empty where tp is 1 in every stage. `dtype` is the compute dtype; parameters rest in
+    `param_dtype`.
+    """
+
+    model_name: str
+    model_fingerprint: str
+    cluster_name: str
+    cluster_fingerprint: str
+    num_devices: int
+    global_batch: int
+    seq_len: int | None
+    dtype: str
+    param_dtype: str
+    optimizer: str
+    micro_batch: int
+    num_micro_batches: int
+    schedule: Schedule
+    sequence_parallel: bool
+    stages: tuple[Stage, ...]
+    shardings: tuple[ClassSharding, ...] = ()
+    compile: bool = False
+    certificate: Certificate | None = None
+    baselines: tuple[Baseline, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def sharding(self) -> dict[str, ClassSharding]:
+        return {choice.cls: choice for choice in self.shardings}
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)

@@ -1,0 +1,45 @@
+"""What an op does on one mesh axis, and what a whole block class does: the values that the search chooses among."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.sharding.state import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """One way to run an op on an axis: the states of its operands (as Op.operands lists them) and of its outputs.
+
+    `factor` names the split loop dimension ("" for the replicated variants R and RP). `lowering` names the special
+    program that the split needs ("" where the op itself, run on local shapes, is right): "vocab_parallel_embedding",
+    "vocab_parallel_cross_entropy", "axis_random".
+    """
+
+    factor: str
+    inputs: tuple[State, ...]
+    outputs: tuple[State, ...]
+    lowering: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSharding:
+    """The choice for one block class on one tensor axis.
+
+    `inputs`, `params`, `buffers`, `outputs` give the states of the class's tuples of those names as they arrive, are
+    stored, and leave; `ops` gives (op name, strategy) in execution order. A tensor whose state differs from what an op
+    wants is converted once for each wanted state, and the conversion is shared by the ops that want it.
+    A parameter is stored R, RP (replicated, its gradient summed over the axis once a step) or S(...).
+    """
+
+    cls: str
+    inputs: tuple[State, ...]
+    params: tuple[State, ...]
+    buffers: tuple[State, ...]
+    outputs: tuple[State, ...]
+    ops: tuple[tuple[str, Strategy], ...]
+
+    @cached_property
+    def strategy(self) -> dict[str, Strategy]:
+        return dict(self.ops)
