@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from pathlib import Path
 
 from autopar.sharding.strategy import ClassSharding
 
@@ -60,6 +61,8 @@ class Stage:
     zero: int
     recompute: Recompute
     virtual: int = 0
+    peak_memory_bytes: float | None = field(default=None, compare=False)  # simulated, of its fullest device
+    memory_limit_bytes: float | None = field(default=None, compare=False)  # usable on its smallest device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,7 @@ class Plan:
 
     `shardings` holds the tensor-axis choice of each block class (and of the class of `graph.shared`, always replicated
     and left out); it is empty where tp is 1 in every stage. `dtype` is the compute dtype; parameters rest in
-    `param_dtype`.
+    `param_dtype`. `blocks` names the model's chain, so that a plan can be shown without its model.
     """
 
     model_name: str
@@ -118,6 +121,7 @@ class Plan:
     certificate: Certificate | None = None
     baselines: tuple[Baseline, ...] = ()
     notes: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     @cached_property
     def sharding(self) -> dict[str, ClassSharding]:
@@ -126,3 +130,14 @@ class Plan:
     @property
     def num_stages(self) -> int:
         return len(self.stages)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan file; see autopar.plan.file."""
+        from autopar.plan.file import save_plan
+
+        save_plan(self, path)
+
+    def __str__(self) -> str:
+        from autopar.plan.text import plan_text
+
+        return plan_text(self)

@@ -1,0 +1,269 @@
+"""The plan file: versioned JSON, checked by pydantic where it comes in, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from autopar.errors import InputError
+from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage
+from autopar.sharding.state import State
+from autopar.sharding.strategy import ClassSharding, Strategy
+
+FORMAT = "autopar-plan"
+VERSION = 1
+_AGAIN = "write it again with `autopar plan MODEL --cluster C --global-batch N -o plan.json`"
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class _Mesh(_Record):
+    dp_replicate: Count = 1
+    dp_shard: Count = 1
+    tp: Count = 1
+    cp: Count = 1
+    ep: Count = 1
+
+
+class _Stage(_Record):
+    first: Index
+    last: Index
+    devices: tuple[Index, ...]
+    mesh: _Mesh
+    zero: Annotated[int, Field(ge=0, le=3)]
+    recompute: Recompute
+    virtual: Index = 0
+    peak_memory_bytes: Amount | None = None
+    memory_limit_bytes: Amount | None = None
+
+
+class _Strategy(_Record):
+    op: str
+    factor: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    lowering: str = ""
+
+    _states = field_validator("inputs", "outputs")(lambda states: _checked_states(states))
+
+
+class _Sharding(_Record):
+    cls: str
+    inputs: tuple[str, ...]
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ops: tuple[_Strategy, ...]
+
+    _states = field_validator("inputs", "params", "buffers", "outputs")(lambda states: _checked_states(states))
+
+
+class _Certificate(_Record):
+    upper_bound_s: Amount
+    lower_bound_s: Amount
+    searched: str
+    not_searched: tuple[str, ...] = ()
+    search_seconds: Amount = 0.0
+    stopped_early: bool = False
+
+
+class _Baseline(_Record):
+    name: str
+    step_time_s: Amount | None
+    feasible: bool
+    summary: str = ""
+
+
+class _PlanFile(_Record):
+    format: Literal["autopar-plan"]
+    version: Literal[1]
+    model_name: str
+    model_fingerprint: str
+    cluster_name: str
+    cluster_fingerprint: str
+    num_devices: Count
+    global_batch: Count
+    seq_len: Count | None
+    dtype: str
+    param_dtype: str
+    optimizer: str
+    micro_batch: Count
+    num_micro_batches: Count
+    schedule: Schedule
+    sequence_parallel: bool
+    compile: bool = False
+    stages: Annotated[tuple[_Stage, ...], Field(min_length=1)]
+    shardings: tuple[_Sharding, ...] = ()
+    certificate: _Certificate | None = None
+    baselines: tuple[_Baseline, ...] = ()
+    notes: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
+
+
+def _checked_states(states: tuple[str, ...]) -> tuple[str, ...]:
+    for text in states:
+        State.parse(text)
+    return states
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The plan file's text: the same plan always gives the same text."""
+    record = _PlanFile(
+        format=FORMAT, version=VERSION, model_name=plan.model_name, model_fingerprint=plan.model_fingerprint,
+        cluster_name=plan.cluster_name, cluster_fingerprint=plan.cluster_fingerprint, num_devices=plan.num_devices,
+        global_batch=plan.global_batch, seq_len=plan.seq_len, dtype=plan.dtype, param_dtype=plan.param_dtype,
+        optimizer=plan.optimizer, micro_batch=plan.micro_batch, num_micro_batches=plan.num_micro_batches,
+        schedule=plan.schedule, sequence_parallel=plan.sequence_parallel, compile=plan.compile,
+        stages=tuple(_stage_record(stage) for stage in plan.stages),
+        shardings=tuple(_sharding_record(choice) for choice in plan.shardings),
+        certificate=_certificate_record(plan.certificate),
+        baselines=tuple(
+            _Baseline(name=b.name, step_time_s=b.step_time_s, feasible=b.feasible, summary=b.summary)
+            for b in plan.baselines
+        ),
+        notes=plan.notes, blocks=plan.blocks,
+    )
+    return record.model_dump_json(indent=1) + "\n"
+
+
+def plan_from_json(text: str, *, source: str = "plan") -> Plan:
+    """The plan that the text describes; InputError, one line that names `source`, for anything else."""
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = " (the file ends too early)" if error.pos >= len(text.rstrip()) or not text.strip() else ""
+        raise InputError(
+            f"{source}: not valid JSON at line {error.lineno}, column {error.colno}{cut}: {error.msg}; {_AGAIN}"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{source}: nested too deep to be a plan; {_AGAIN}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise InputError(f'{source}: not an autopar plan (no "format": "{FORMAT}" at its top); {_AGAIN}')
+    if document.get("version") != VERSION:
+        raise InputError(
+            f"{source}: plan format version {document.get('version')!r}, and this autopar reads version {VERSION}; "
+            f"use the autopar that wrote it, or {_AGAIN}"
+        )
+    try:
+        record = _PlanFile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "top level"
+        raise InputError(f"{source}: at {where}: {' '.join(first['msg'].split())}; correct it or {_AGAIN}") from None
+    return _plan(record)
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write the plan file atomically: readers see the old file or the whole new one."""
+    target = Path(path)
+    text = plan_to_json(plan)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(f"{target}: cannot write the plan: {error.strerror or error}; choose another path") from None
+
+
+def load_plan(path: str | Path) -> Plan:
+    """The plan in the file; InputError, one line that names the file, where it cannot be read."""
+    source = Path(path)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: not a text file, so not an autopar plan; {_AGAIN}") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot read the plan: {error.strerror or error}; check the path") from None
+    return plan_from_json(text, source=str(source))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _stage_record(stage: Stage) -> _Stage:
+    mesh = stage.mesh
+    return _Stage(
+        first=stage.first, last=stage.last, devices=stage.devices, zero=stage.zero, recompute=stage.recompute,
+        virtual=stage.virtual, peak_memory_bytes=stage.peak_memory_bytes, memory_limit_bytes=stage.memory_limit_bytes,
+        mesh=_Mesh(dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, tp=mesh.tp, cp=mesh.cp, ep=mesh.ep),
+    )
+
+
+def _texts(states: tuple[State, ...]) -> tuple[str, ...]:
+    return tuple(str(state) for state in states)
+
+
+def _parsed(texts: tuple[str, ...]) -> tuple[State, ...]:
+    return tuple(State.parse(text) for text in texts)
+
+
+def _sharding_record(choice: ClassSharding) -> _Sharding:
+    return _Sharding(
+        cls=choice.cls, inputs=_texts(choice.inputs), params=_texts(choice.params), buffers=_texts(choice.buffers),
+        outputs=_texts(choice.outputs),
+        ops=tuple(
+            _Strategy(
+                op=name, factor=strategy.factor, inputs=_texts(strategy.inputs), outputs=_texts(strategy.outputs),
+                lowering=strategy.lowering,
+            )
+            for name, strategy in choice.ops
+        ),
+    )
+
+
+def _certificate_record(certificate: Certificate | None) -> _Certificate | None:
+    if certificate is None:
+        return None
+    return _Certificate(
+        upper_bound_s=certificate.upper_bound_s, lower_bound_s=certificate.lower_bound_s,
+        searched=certificate.searched, not_searched=certificate.not_searched,
+        search_seconds=certificate.search_seconds, stopped_early=certificate.stopped_early,
+    )
+
+
+def _plan(record: _PlanFile) -> Plan:
+    shared = ("format", "version", "stages", "shardings", "certificate", "baselines")
+    plain = {name: getattr(record, name) for name in _PlanFile.model_fields if name not in shared}
+    certificate = record.certificate
+    return Plan(
+        **plain,
+        stages=tuple(
+            Stage(**{**dict(stage), "mesh": Mesh(**dict(stage.mesh))}) for stage in record.stages
+        ),
+        shardings=tuple(
+            ClassSharding(
+                cls=choice.cls, inputs=_parsed(choice.inputs), params=_parsed(choice.params),
+                buffers=_parsed(choice.buffers), outputs=_parsed(choice.outputs),
+                ops=tuple(
+                    (op.op, Strategy(factor=op.factor, inputs=_parsed(op.inputs), outputs=_parsed(op.outputs),
+                                     lowering=op.lowering))
+                    for op in choice.ops
+                ),
+            )
+            for choice in record.shardings
+        ),
+        certificate=None if certificate is None else Certificate(**dict(certificate)),
+        baselines=tuple(Baseline(**dict(baseline)) for baseline in record.baselines),
+    )

@@ -1,0 +1,194 @@
+"""A plan for reading: a rich table and plain text for the terminal, and the JSON object of `plan --json`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from autopar.plan.plan import Certificate, Mesh, Plan, Stage
+
+GIB = 2.0**30
+Report = Mapping[str, Any]  # what Timeline.report() gives: DESIGN.md's keys
+
+
+def plan_table(plan: Plan, report: Report | None = None) -> Group:
+    """The printed plan: its settings, its stages, its certificate and its baselines, as a rich renderable."""
+    parts: list[Any] = [Text(headline(plan), style="bold"), _stages_table(plan, report)]
+    if report is not None:
+        parts.append(Text(_performance(report)))
+    if plan.certificate is not None:
+        parts.append(Text(certificate_line(plan.certificate)))
+        if plan.certificate.not_searched:
+            parts.append(Text("not searched: " + "; ".join(plan.certificate.not_searched), style="dim"))
+    if plan.baselines:
+        parts.append(_baselines_table(plan))
+    parts.extend(Text(f"note: {note}", style="dim") for note in plan.notes)
+    return Group(*parts)
+
+
+def plan_text(plan: Plan, report: Report | None = None, *, width: int = 120) -> str:
+    """The printed plan as plain text of at most `width` columns."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(plan_table(plan, report))
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def headline(plan: Plan) -> str:
+    """Model, cluster and the choices that hold for all stages, in one paragraph."""
+    sequence = f", sequence {plan.seq_len}" if plan.seq_len else ""
+    parallel = ", sequence parallel" if plan.sequence_parallel else ""
+    return (
+        f"{plan.model_name} on {plan.cluster_name}: {plan.num_devices} devices, {plan.num_stages} stages, "
+        f"schedule {plan.schedule}, {plan.num_micro_batches} micro-batches of {plan.micro_batch} rows, global batch "
+        f"{plan.global_batch}{sequence}, {plan.dtype} compute, {plan.param_dtype} parameters, {plan.optimizer}"
+        f"{parallel}{', compiled' if plan.compile else ''}"
+    )
+
+
+def certificate_line(certificate: Certificate) -> str:
+    """Upper bound, lower bound, gap and what was searched, in one line."""
+    early = ", stopped at the time limit" if certificate.stopped_early else ""
+    return (
+        f"step {seconds(certificate.upper_bound_s)}; no plan of the searched space is under "
+        f"{seconds(certificate.lower_bound_s)} in this cost model (gap {certificate.gap:.1%}); "
+        f"searched {certificate.searched} in {certificate.search_seconds:.1f} s{early}"
+    )
+
+
+def seconds(time_s: float) -> str:
+    """A time with four digits and a unit that suits it."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if time_s >= scale:
+            return f"{time_s / scale:.4g} {unit}"
+    return f"{time_s:.3g} s"
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """Numbers as runs and strides: "0-7", "0,8,16", "0-3,8-11"."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] + 1 == number:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """The axes above 1, outermost first: "dp_replicate 2 x tp 4", or "1 device"."""
+    axes = (("dp_replicate", mesh.dp_replicate), ("dp_shard", mesh.dp_shard), ("cp", mesh.cp), ("tp", mesh.tp))
+    named = [f"{name} {size}" for name, size in axes if size > 1]
+    return (" x ".join(named) or "1 device") + (f", ep {mesh.ep}" if mesh.ep > 1 else "")
+
+
+def _blocks_text(plan: Plan, stage: Stage) -> str:
+    names = plan.blocks[stage.first : stage.last]
+    if not names:
+        return f"blocks {stage.first}-{stage.last - 1}"
+    return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+
+
+def _stages_table(plan: Plan, report: Report | None) -> Table:
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for name in ("stage", "blocks", "devices", "mesh", "zero", "recompute"):
+        table.add_column(name)
+    table.add_column("memory GiB (peak / limit)", justify="right")
+    peaks = _peaks(report)
+    for index, stage in enumerate(plan.stages):
+        peak = stage.peak_memory_bytes / GIB if stage.peak_memory_bytes is not None else peaks.get(index)
+        limit = stage.memory_limit_bytes / GIB if stage.memory_limit_bytes is not None else None
+        table.add_row(
+            str(index), _blocks_text(plan, stage), ranges(stage.devices), mesh_text(stage.mesh), str(stage.zero),
+            str(stage.recompute), f"{_gib(peak)} / {_gib(limit)}",
+        )
+    return table
+
+
+def _peaks(report: Report | None) -> dict[int, float]:
+    peaks: dict[int, float] = {}
+    for device in (report or {}).get("devices", ()):
+        stage = device["stage"]
+        peaks[stage] = max(peaks.get(stage, 0.0), device["peak_memory_gib"])
+    return peaks
+
+
+def _gib(size: float | None) -> str:
+    if size is None:
+        return "-"
+    return f"{size:.1f}" if size >= 1 else f"{size:.3f}"
+
+
+def _performance(report: Report) -> str:
+    breakdown = ", ".join(f"{name} {seconds(time_s)}" for name, time_s in report["breakdown_s"].items() if time_s > 0)
+    return (
+        f"step {seconds(report['step_time_s'])}, {report['tokens_per_s_per_device']:.4g} tokens/s a device, "
+        f"MFU {report['mfu']:.1%}, bubble {report['bubble_fraction']:.1%}; {breakdown}"
+    )
+
+
+def _baselines_table(plan: Plan) -> Table:
+    own = plan.certificate.upper_bound_s if plan.certificate else None
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("baseline")
+    table.add_column("step", justify="right")
+    table.add_column("against this plan", justify="right")
+    table.add_column("settings")
+    for baseline in plan.baselines:
+        time_s = baseline.step_time_s
+        ratio = f"{time_s / own:.2f}x" if time_s is not None and own else "-"
+        table.add_row(
+            baseline.name, seconds(time_s) if time_s is not None else "does not fit", ratio, baseline.summary,
+        )
+    return table
+
+
+def plan_json(plan: Plan, report: Report) -> dict[str, Any]:
+    """The object that `plan --json` prints: the simulator's keys, then the plan's own."""
+    certificate = plan.certificate
+    return {
+        **report,
+        "model": plan.model_name,
+        "cluster": plan.cluster_name,
+        "num_devices": plan.num_devices,
+        "global_batch": plan.global_batch,
+        "seq_len": plan.seq_len,
+        "dtype": plan.dtype,
+        "optimizer": plan.optimizer,
+        "micro_batch": plan.micro_batch,
+        "num_micro_batches": plan.num_micro_batches,
+        "schedule": str(plan.schedule),
+        "sequence_parallel": plan.sequence_parallel,
+        "compile": plan.compile,
+        "stages": [
+            {
+                "layers": [stage.first, stage.last],
+                "blocks": list(plan.blocks[stage.first : stage.last]),
+                "devices": list(stage.devices),
+                "mesh": {
+                    "dp_replicate": stage.mesh.dp_replicate, "dp_shard": stage.mesh.dp_shard, "tp": stage.mesh.tp,
+                    "cp": stage.mesh.cp, "ep": stage.mesh.ep,
+                },
+                "zero": stage.zero,
+                "recompute": str(stage.recompute),
+            }
+            for stage in plan.stages
+        ],
+        "lower_bound_s": certificate.lower_bound_s if certificate else None,
+        "gap": certificate.gap if certificate and certificate.lower_bound_s > 0 else None,
+        "search_seconds": certificate.search_seconds if certificate else None,
+        "searched": certificate.searched if certificate else "",
+        "not_searched": list(certificate.not_searched) if certificate else [],
+        "stopped_early": certificate.stopped_early if certificate else False,
+        "baselines": [
+            {"name": b.name, "step_time_s": b.step_time_s, "feasible": b.feasible, "summary": b.summary}
+            for b in plan.baselines
+        ],
+        "notes": list(plan.notes),
+    }

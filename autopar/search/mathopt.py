@@ -1,0 +1,89 @@
+"""The one adapter to OR-Tools MathOpt with HiGHS, for factor graphs that are too wide for elimination.
+
+The solver runs in a spawned process of its own: ortools and highspy crash when one process holds both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from itertools import product
+
+from autopar.search.elimination import MAX_TABLE, Assignment, FactorGraph, TableTooLargeError, eliminate
+
+log = logging.getLogger(__name__)
+
+
+class SolverFailedError(Exception):
+    """MathOpt gave no proved optimum within the time limit."""
+
+
+def minimize(graph: FactorGraph, *, max_table: int = MAX_TABLE, time_limit_s: float = 60.0) -> Assignment | None:
+    """The cheapest assignment: by elimination, or by HiGHS where a table would pass `max_table` entries."""
+    try:
+        return eliminate(graph, max_table=max_table)
+    except TableTooLargeError as error:
+        log.info("%s; solving with HiGHS instead", error)
+        return solve(graph, time_limit_s=time_limit_s)
+
+
+def solve(graph: FactorGraph, *, time_limit_s: float = 60.0) -> Assignment | None:
+    """The cheapest assignment by integer programming, or None where every one is forbidden.
+
+    SolverFailedError where the time limit came before the proof.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        values = pool.submit(_solve, graph, time_limit_s).result()
+    return None if values is None else Assignment(values, graph.cost(values), 0)
+
+
+def _solve(graph: FactorGraph, time_limit_s: float) -> tuple[int, ...] | None:
+    """The local polytope with integer unary variables: exact, since tables are linear in their own indicator."""
+    from ortools.math_opt.python import mathopt
+
+    model = mathopt.Model(name="factor_graph")
+    chosen = [[model.add_binary_variable(name=f"x{v}_{i}") for i in range(n)] for v, n in enumerate(graph.sizes)]
+    for options in chosen:
+        model.add_linear_constraint(mathopt.fast_sum(options) == 1)
+    terms = []
+    for index, factor in enumerate(graph.factors):
+        if not factor.variables:
+            if not math.isfinite(float(factor.table)):
+                return None
+            continue
+        if len(factor.variables) == 1:
+            for i, cost in enumerate(factor.table.tolist()):
+                if math.isinf(cost):
+                    model.add_linear_constraint(chosen[factor.variables[0]][i] == 0)
+                else:
+                    terms.append(cost * chosen[factor.variables[0]][i])
+            continue
+        users: dict[tuple[int, int], list[mathopt.Variable]] = {}
+        for entry in product(*(range(graph.sizes[v]) for v in factor.variables)):
+            cost = float(factor.table[entry])
+            if math.isinf(cost):
+                continue
+            joint = model.add_variable(lb=0.0, ub=1.0, name=f"y{index}_{'_'.join(map(str, entry))}")
+            terms.append(cost * joint)
+            for variable, value in zip(factor.variables, entry, strict=True):
+                users.setdefault((variable, value), []).append(joint)
+        for variable in factor.variables:
+            for value in range(graph.sizes[variable]):
+                joints = users.get((variable, value), [])
+                model.add_linear_constraint(mathopt.fast_sum(joints) == chosen[variable][value])
+    model.minimize(mathopt.fast_sum(terms))
+    limits = mathopt.SolveParameters(
+        time_limit=timedelta(seconds=time_limit_s), relative_gap_tolerance=0.0, absolute_gap_tolerance=0.0,
+    )
+    result = mathopt.solve(model, mathopt.SolverType.HIGHS, params=limits)
+    reason = result.termination.reason
+    if reason in (mathopt.TerminationReason.INFEASIBLE, mathopt.TerminationReason.INFEASIBLE_OR_UNBOUNDED):
+        return None
+    if reason is not mathopt.TerminationReason.OPTIMAL:
+        raise SolverFailedError(f"HiGHS stopped with {reason.name} after {time_limit_s:g} s")
+    picked = result.variable_values()
+    return tuple(max(range(len(options)), key=lambda i: picked[options[i]]) for options in chosen)
