@@ -1,0 +1,197 @@
+"""The shipped hardware tables, read and checked: what a preset name such as "H100-80GB" or "NVLink4" stands for.
+
+The tables are YAML files of the package (cost_models/hardware), read here as data: this room stands below the cost
+models and imports nothing of theirs. Their headers say what each field means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from autopar.cluster.cluster import DeviceType, Link
+from autopar.cluster.names import resolve_name
+
+GIB = 1024**3
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Constant(_Row):
+    """One number of a table: its kind and the key of its source."""
+
+    value: PositiveFloat
+    kind: Literal["vendor", "measured", "assumed"]
+    source: str
+
+
+class _Source(_Row):
+    text: str
+    url: str | None = None
+
+
+class _LinkRow(_Row):
+    bandwidth_gb_per_s: Constant
+    latency_us: Constant
+
+
+class _LatencyRow(_Row):
+    latency_us: Constant
+
+
+class _LinkFile(_Row):
+    sources: dict[str, _Source]
+    links: dict[str, _LinkRow]
+    network: _LatencyRow
+
+
+class _NetworkRow(_Row):
+    gbps: Constant | None = None
+    gbps_per_device: Constant | None = None
+
+
+class _DeviceRow(_Row):
+    aliases: tuple[str, ...] = ()
+    cuda_names: tuple[str, ...] = ()
+    memory_gib: Constant
+    memory_bandwidth_gb_per_s: Constant
+    peak_tflops: dict[str, Constant] = Field(min_length=1)
+    kernel_launch_us: Constant
+    link: str
+    devices_per_node: PositiveInt
+    network: _NetworkRow
+
+
+class _DeviceFile(_Row):
+    sources: dict[str, _Source]
+    devices: dict[str, _DeviceRow]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A device with the node that it usually sits in."""
+
+    device: DeviceType
+    link: Link
+    devices_per_node: int
+    network_gbps: float  # of a full node, or of each device where `network_per_device`
+    network_per_device: bool
+    network_source: str
+    cuda_names: tuple[str, ...]
+
+
+def _read(name: str) -> Any:
+    path = files("autopar").joinpath("cost_models", "hardware", name)
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _said(constant: Constant, sources: Mapping[str, _Source]) -> str:
+    source = sources[constant.source]
+    return f"{constant.kind}: {source.text}" + (f", {source.url}" if source.url else "")
+
+
+@cache
+def _links() -> _LinkFile:
+    return _LinkFile.model_validate(_read("links.yaml"))
+
+
+@cache
+def _devices() -> _DeviceFile:
+    return _DeviceFile.model_validate(_read("devices.yaml"))
+
+
+def link_names() -> tuple[str, ...]:
+    """Names of the shipped links, in the table's order."""
+    return tuple(_links().links)
+
+
+def device_names() -> tuple[str, ...]:
+    """Names of the shipped devices, in the table's order."""
+    return tuple(_devices().devices)
+
+
+@cache
+def link_preset(name: str) -> Link:
+    """The Link of a shipped name such as "NVLink4"; InputError with the nearest names where there is none."""
+    table = _links()
+    known = resolve_name(name, {link: () for link in table.links}, what="link")
+    row = table.links[known]
+    return Link(
+        name=known,
+        latency_s=row.latency_us.value * 1e-6,
+        bandwidth_bytes_per_s=row.bandwidth_gb_per_s.value * 1e9,
+        source=f"bandwidth {_said(row.bandwidth_gb_per_s, table.sources)}; "
+        f"latency {_said(row.latency_us, table.sources)}",
+    )
+
+
+def network_link(gbps: float, source: str, latency_s: float | None = None, name: str | None = None) -> Link:
+    """The network of a node with `gbps` gigabits a second in each direction."""
+    table = _links()
+    constant = table.network.latency_us
+    latency_said = f"; latency {_said(constant, table.sources)}" if latency_s is None else ""
+    return Link(
+        name=name or f"{gbps:g}Gbps",
+        latency_s=constant.value * 1e-6 if latency_s is None else latency_s,
+        bandwidth_bytes_per_s=gbps * 1e9 / 8,
+        source=f"bandwidth {source}{latency_said}",
+    )
+
+
+@cache
+def preset(name: str) -> Preset:
+    """The Preset of a device name or alias; InputError with the nearest names where there is none."""
+    table = _devices()
+    known = resolve_name(name, {device: row.aliases for device, row in table.devices.items()}, what="GPU")
+    row = table.devices[known]
+    sources = [
+        ("memory_bytes", row.memory_gib),
+        ("memory_bandwidth_bytes_per_s", row.memory_bandwidth_gb_per_s),
+        ("kernel_launch_s", row.kernel_launch_us),
+        *((f"peak_flops.{dtype}", constant) for dtype, constant in row.peak_tflops.items()),
+    ]
+    rate = row.network.gbps_per_device or row.network.gbps
+    assert rate is not None, f"{known} has no network rate"
+    return Preset(
+        device=DeviceType(
+            name=known,
+            memory_bytes=round(row.memory_gib.value * GIB),
+            memory_bandwidth_bytes_per_s=row.memory_bandwidth_gb_per_s.value * 1e9,
+            peak_flops=tuple((dtype, constant.value * 1e12) for dtype, constant in row.peak_tflops.items()),
+            kernel_launch_s=row.kernel_launch_us.value * 1e-6,
+            sources=tuple((field, _said(constant, table.sources)) for field, constant in sources)
+            + (("usable_memory_fraction", "assumed: the driver's context, communication buffers and fragmentation"),),
+        ),
+        link=link_preset(row.link),
+        devices_per_node=row.devices_per_node,
+        network_gbps=rate.value,
+        network_per_device=row.network.gbps_per_device is not None,
+        network_source=_said(rate, table.sources),
+        cuda_names=row.cuda_names,
+    )
+
+
+def device_type(name: str) -> DeviceType:
+    """The DeviceType of a preset name or alias such as "H100-80GB"; InputError with the nearest names otherwise."""
+    return preset(name).device
+
+
+def default_network(kind: Preset, num_devices: int) -> Link:
+    """The network that a node of `num_devices` of this preset usually has."""
+    gbps = kind.network_gbps * (num_devices if kind.network_per_device else 1)
+    return network_link(gbps, kind.network_source)
+
+
+def dtype_note(device: DeviceType, dtype: str) -> str | None:
+    """What to report where `device` has no rate for `dtype` and float32's is used; None where it has one."""
+    if dtype in dict(device.peak_flops):
+        return None
+    return f"{device.name} has no {dtype} rate: its matrix products are counted at the float32 rate"
