@@ -12,6 +12,7 @@ PACKAGE = ROOT / "autopar"
 # Ground first. A room imports only from the floors before its own.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("files",),
     ("graph",),
     ("cluster",),
     ("sharding",),

@@ -1,0 +1,263 @@
+"""The command `autopar`. Each command answers in text or, with --json, in one JSON object; errors are one line.
+
+Rooms are imported inside the commands that need them, so that `autopar --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autopar.cli_output import Answer, answer, check_writable, only_answers, print_json, progress, report_table
+from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, torch_dtype
+from autopar.errors import AutoparError, InfeasibleError, InputError
+from autopar.files import write_text
+
+app = typer.Typer(add_completion=False, help="Plans, checks and runs the parallel training of PyTorch models.",
+                  pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+class Attention(StrEnum):
+    SDPA = "sdpa"
+    EAGER = "eager"
+
+
+class RecomputeWord(StrEnum):
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+class ScheduleWord(StrEnum):
+    GPIPE = "gpipe"
+    ONE_F_ONE_B = "1f1b"
+    INTERLEAVED = "interleaved"
+    ZERO_BUBBLE = "zb"
+
+
+class Target(StrEnum):
+    TORCHTITAN = "torchtitan"
+    MEGATRON = "megatron"
+
+
+class Measure(StrEnum):
+    OPS = "ops"
+    LINKS = "links"
+    ALL = "all"
+
+
+Model = Annotated[str, typer.Argument(
+    metavar="MODEL", help="A Hugging Face config.json or its folder, a preset (llama-3.1-8b), or file.py:factory.")]
+OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help="As for `plan`.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file that `autopar plan -o` wrote.")]
+ClusterText = Annotated[str, typer.Option(
+    "--cluster", metavar="C", help="A YAML file, or shorthand such as 4x8xH100-80GB@3200Gbps, or `local`.")]
+OptionalCluster = Annotated[str | None, typer.Option("--cluster", metavar="C", help="As for `plan`.")]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", min=1, help="Rows of one training step.")]
+OptionalGlobalBatch = Annotated[int | None, typer.Option("--global-batch", metavar="N", min=1)]
+SeqLen = Annotated[int | None, typer.Option(
+    "--seq-len", metavar="S", min=1, help="Tokens a row; the model's own if left out.")]
+Dtype = Annotated[str, typer.Option("--dtype", help=f"Compute dtype: {', '.join(DTYPES)}.")]
+Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, adam or sgd.")]
+AttentionKind = Annotated[Attention, typer.Option("--attention", help="Fused (sdpa) or plain (eager) attention.")]
+SearchedMicroBatch = Annotated[int | None, typer.Option(
+    "--micro-batch", metavar="M", min=1, help="Rows of a micro-batch; searched if left out.")]
+SearchSeconds = Annotated[float | None, typer.Option(
+    "--max-search-seconds", metavar="T", min=0, help="Stop the search then, with the best plan so far.")]
+Compile = Annotated[bool, typer.Option("--compile", help="The model runs under torch.compile.")]
+PlanOption = Annotated[Path | None, typer.Option("--plan", metavar="PLAN", help="Simulate this plan file.")]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")]
+Pp = Annotated[int, typer.Option("--pp", min=1, help="Pipeline-parallel degree.")]
+VirtualStages = Annotated[int, typer.Option(
+    "--virtual-stages", metavar="V", min=1, help="Chunks of each pipeline rank.")]
+Cp = Annotated[int, typer.Option("--cp", min=1, help="Context-parallel degree.")]
+Ep = Annotated[int, typer.Option("--ep", min=1, help="Expert-parallel degree.")]
+DpReplicate = Annotated[int | None, typer.Option("--dp-replicate", metavar="R", min=1, help="Replicas of the model.")]
+DpShard = Annotated[int | None, typer.Option(
+    "--dp-shard", metavar="D", min=1, help="Devices that share the states of a replica.")]
+Zero = Annotated[int | None, typer.Option("--zero", min=0, max=3, help="ZeRO level: what --dp-shard splits.")]
+MicroBatch = Annotated[int, typer.Option("--micro-batch", metavar="M", min=1, help="Rows of a micro-batch.")]
+RecomputeOption = Annotated[RecomputeWord, typer.Option("--recompute", help="Activations to compute again.")]
+ScheduleOption = Annotated[ScheduleWord | None, typer.Option("--schedule", help="The pipeline's schedule.")]
+SequenceParallel = Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence between blocks.")]
+Trace = Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write the step as a Chrome trace.")]
+Requests = Annotated[Path | None, typer.Option(
+    "--requests", metavar="FILE", help="Many at once: one JSON object a line, with these options as keys.")]
+To = Annotated[Target, typer.Option("--to", help="The system to write settings for.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it to this file.")]
+DemoFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder for plan.json and trace.json.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def demo(output: DemoFolder = Path("autopar-demo"), json_: Json = False) -> None:
+    """Plan a small Llama for this machine, train it on 4 processes, and compare with one process."""
+    from autopar.demo import run_demo
+
+    with answer(as_json=json_) as reply:
+        reply.value = run_demo(output, show=reply.show)
+
+
+@app.command()
+def plan(
+    model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
+    optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
+    compile_: Compile = False, attention: AttentionKind = Attention.SDPA, output: Output = None, json_: Json = False,
+) -> None:
+    """Find the fastest plan for a model on a cluster, with no device needed."""
+    from autopar.plan.file import save_plan
+    from autopar.plan.text import plan_json, plan_table
+    from autopar.search.planner import PlanRequest, find_plan
+    from autopar.simulate.simulator import simulate as simulate_plan
+
+    check_writable(output)
+    simulations = Simulations()
+    name = torch_dtype(dtype)
+    with answer(as_json=json_) as reply:
+        with progress("planning", as_json=json_) as news:
+            machine = simulations.cluster(cluster)
+            graph = simulations.graph(model, seq_len, name, attention)
+            request = PlanRequest(global_batch=global_batch, seq_len=seq_len, dtype=name, optimizer=optimizer,
+                                  micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_)
+            found = find_plan(graph, machine, request, progress=news)
+            report = simulate_plan(graph, machine, found).report()
+        if output is not None:
+            save_plan(found, output)
+        reply.value = plan_json(found, report)
+        reply.show(plan_table(found, report))
+        if output is not None:
+            reply.show(f"written to {output}")
+
+
+@app.command()
+def simulate(
+    model: OptionalModel = None, cluster: OptionalCluster = None, global_batch: OptionalGlobalBatch = None,
+    seq_len: SeqLen = None, dtype: Dtype = "bf16", optimizer: Optimizer = "adamw",
+    attention: AttentionKind = Attention.SDPA, plan_: PlanOption = None, tp: Tp = 1, pp: Pp = 1,
+    virtual_stages: VirtualStages = 1, cp: Cp = 1, ep: Ep = 1, dp_replicate: DpReplicate = None,
+    dp_shard: DpShard = None, zero: Zero = None, micro_batch: MicroBatch = 1,
+    recompute: RecomputeOption = RecomputeWord.NONE, schedule: ScheduleOption = None,
+    sequence_parallel: SequenceParallel = False, compile_: Compile = False, trace: Trace = None,
+    requests: Requests = None, json_: Json = False,
+) -> None:
+    """Predict time and memory of one training step, of a plan file or of degrees that you choose."""
+    if requests is not None:
+        _simulate_requests(requests, as_json=json_)
+        return
+    for name, value in (("MODEL", model), ("--cluster", cluster), ("--global-batch", global_batch)):
+        if value is None:
+            raise InputError(f"simulate needs {name} (or --requests FILE); see `autopar simulate --help`")
+    check_writable(trace)
+    request = SimulateRequest.parse(dict(
+        model=model, cluster=cluster, global_batch=global_batch, seq_len=seq_len, dtype=dtype, optimizer=optimizer,
+        attention=str(attention), plan=str(plan_) if plan_ else None, tp=tp, pp=pp, virtual_stages=virtual_stages,
+        cp=cp, ep=ep, dp_replicate=dp_replicate, dp_shard=dp_shard, zero=zero, micro_batch=micro_batch,
+        recompute=str(recompute), schedule=str(schedule) if schedule else None, sequence_parallel=sequence_parallel,
+        compile=compile_,
+    ))
+    with answer(as_json=json_) as reply:
+        simulated, timeline = Simulations().simulate(request)
+        reply.value = timeline.report()
+        reply.show(report_table(reply.value))
+        for note in simulated.notes:
+            reply.show(f"note: {note}")
+        if trace is not None:
+            from autopar.viz.trace import chrome_trace
+
+            write_text(trace, json.dumps(chrome_trace(timeline)))
+            reply.show(f"trace written to {trace}: open it in ui.perfetto.dev or chrome://tracing")
+
+
+def _simulate_requests(path: Path, *, as_json: bool) -> None:
+    answers = Simulations().answers(path)
+    if as_json:
+        with only_answers() as stream:
+            for result in answers:
+                print_json(result, stream)
+        return
+    reply = Answer(as_json=False)
+    for number, result in enumerate(answers, start=1):
+        if "error" in result:
+            reply.show(f"{number}: {result['error']}")
+        else:
+            fits = "fits" if result["feasible"] else f"does not fit: {result['infeasible_reason']}"
+            reply.show(f"{number}: {result['step_time_s']:.4g} s a step, {fits}")
+
+
+@app.command()
+def show(path: PlanFile, json_: Json = False) -> None:
+    """Print a plan file as a table."""
+    from autopar.plan.file import load_plan, plan_to_json
+    from autopar.plan.text import plan_table
+
+    with answer(as_json=json_) as reply:
+        loaded = load_plan(path)
+        reply.value = json.loads(plan_to_json(loaded))
+        reply.show(plan_table(loaded))
+
+
+@app.command()
+def export(path: PlanFile, to: To, output: Output = None, json_: Json = False) -> None:
+    """Print a plan as another training system's settings, and what those cannot say."""
+    from autopar.export.megatron import to_megatron
+    from autopar.export.torchtitan import to_torchtitan
+    from autopar.plan.file import load_plan
+
+    check_writable(output)
+    with answer(as_json=json_) as reply:
+        settings = {Target.TORCHTITAN: to_torchtitan, Target.MEGATRON: to_megatron}[to](load_plan(path))
+        reply.value = {"target": settings.target, "settings": settings.text, "not_expressed": settings.not_expressed}
+        if output is not None:
+            write_text(output, settings.text)
+        else:
+            reply.show(settings.text.rstrip("\n"))
+        if not json_:
+            for gap in settings.not_expressed:
+                typer.echo(f"not expressed: {gap}", err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 no feasible plan, 2 bad input, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _quiet_libraries()
+    try:
+        code = app(words or ["--help"], standalone_mode=False, prog_name="autopar")
+    except AutoparError as error:
+        return _fail(str(error), error.exit_code, words, infeasible=isinstance(error, InfeasibleError))
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130, words)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a usage error of the command line: a bug of ours
+            raise
+        return _fail(f"{error.format_message()} (see `autopar --help`)", 2, words)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int, words: Sequence[str], *, infeasible: bool = False) -> int:
+    line = " ".join(message.split())
+    if "--json" in words:
+        value: dict[str, Any] = {"error": line, "exit_code": code}
+        if infeasible:
+            value |= {"feasible": False, "infeasible_reason": line}
+        print_json(value, sys.stdout)
+    typer.echo(f"autopar: {line}", err=True)
+    return code
+
+
+def _quiet_libraries() -> None:
+    """A user's mistake is one line: what libraries have to say about themselves is no part of it."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

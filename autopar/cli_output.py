@@ -1,0 +1,119 @@
+"""How commands answer: text for people or one JSON object for programs, progress on a terminal, files written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from autopar.errors import InputError
+
+
+class Answer:
+    """What a command found out: `value` is printed under --json, what was given to `show` otherwise."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.value: dict[str, Any] = {}
+        self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    def show(self, *parts: Any) -> None:
+        """Prints text or a table at once, unless the answer is JSON."""
+        if not self.as_json:
+            for part in parts:
+                self._console.print(part, markup=False) if isinstance(part, str) else self._console.print(part)
+
+
+@contextmanager
+def answer(*, as_json: bool) -> Iterator[Answer]:
+    """The answer to fill in; under --json, nothing but it reaches standard output.
+
+    Whatever else writes there meanwhile (a model's own prints, a library in C, a child process) goes to standard error.
+    """
+    reply = Answer(as_json=as_json)
+    if not as_json:
+        yield reply
+        return
+    with only_answers() as stream:
+        yield reply
+        print_json(reply.value, stream)
+
+
+@contextmanager
+def only_answers() -> Iterator[IO[str]]:
+    """A stream to the real standard output, which everybody else loses to standard error meanwhile."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    python_stdout = sys.stdout
+    try:
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as stream:
+            yield stream
+    finally:
+        sys.stdout = python_stdout
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def print_json(value: dict[str, Any], stream: IO[str]) -> None:
+    """One object on one line; numbers that JSON cannot say (infinity) become null."""
+    print(json.dumps(_finite(value)), file=stream, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if abs(value) != float("inf") and value == value else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def check_writable(path: Path | None) -> None:
+    """InputError where a file could not be written later: said before the work, not after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"{path}: cannot be written there; name a file in a folder that exists")
+
+
+@contextmanager
+def progress(label: str, *, as_json: bool) -> Iterator[Callable[[str], None] | None]:
+    """A spinner on standard error, and what tells it news; None where nobody watches."""
+    console = Console(stderr=True)
+    if as_json or not console.is_terminal:
+        yield None
+        return
+    with console.status(label) as status:
+        yield lambda news: status.update(f"{label}: {news}")
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """The simulated step of `simulate`'s JSON as a table: the times, then the fullest device of each stage."""
+    table = Table(title="Simulated step", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("step time", f"{report['step_time_s']:.4g} s")
+    table.add_row("tokens/s on each device", f"{report['tokens_per_s_per_device']:,.0f}")
+    if report.get("mfu") is not None:
+        table.add_row("model FLOPs used", f"{report['mfu']:.1%}")
+    table.add_row("bubble", f"{report['bubble_fraction']:.1%}")
+    for part, time_s in report["breakdown_s"].items():
+        table.add_row(f"  {part.replace('_', ' ')}", f"{time_s:.4g} s")
+    fullest: dict[int, dict[str, Any]] = {}
+    for device in report["devices"]:
+        held = fullest.setdefault(device["stage"], device)
+        if device["peak_memory_gib"] > held["peak_memory_gib"]:
+            fullest[device["stage"]] = device
+    for stage, device in sorted(fullest.items()):
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in device["memory_gib"].items())
+        table.add_row(f"memory, stage {stage}", f"{device['peak_memory_gib']:.2f} GiB ({parts})")
+    table.add_row("fits", "yes" if report["feasible"] else f"no: {report['infeasible_reason']}")
+    return table

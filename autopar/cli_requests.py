@@ -1,0 +1,183 @@
+"""What `simulate` is asked, one request at a time or thousands from a file, and the answers."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from autopar.errors import AutoparError, InputError
+
+if TYPE_CHECKING:
+    from autopar.cluster.cluster import Cluster
+    from autopar.graph.model_graph import ModelGraph
+    from autopar.plan.plan import Plan
+    from autopar.simulate.simulator import Timeline
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+Degree = Annotated[int, Field(ge=1)]
+Value = TypeVar("Value")
+
+
+def torch_dtype(word: str) -> str:
+    """torch's name of a dtype given by that or by its short name; InputError for another word."""
+    name = DTYPES.get(word, word)
+    if name not in DTYPES.values():
+        raise InputError(f"unknown dtype {word!r}: use one of {', '.join(DTYPES)}")
+    return name
+
+
+class SimulateRequest(BaseModel):
+    """The long options of `simulate`, by their names with underscores."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str
+    cluster: str
+    global_batch: Degree
+    seq_len: Degree | None = None
+    dtype: str = "bf16"
+    optimizer: str = "adamw"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    plan: str | None = None
+    tp: Degree = 1
+    pp: Degree = 1
+    virtual_stages: Degree = 1
+    cp: Degree = 1
+    ep: Degree = 1
+    dp_replicate: Degree | None = None
+    dp_shard: Degree | None = None
+    zero: Annotated[int, Field(ge=0, le=3)] | None = None
+    micro_batch: Degree = 1
+    recompute: Literal["none", "selective", "full"] = "none"
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb"] | None = None
+    sequence_parallel: bool = False
+    compile: bool = False
+
+    @staticmethod
+    def parse(values: dict[str, Any]) -> SimulateRequest:
+        """The request, or InputError that names the option at fault."""
+        try:
+            return SimulateRequest.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(SimulateRequest.model_fields)
+                raise InputError(f"unknown option {name!r}; the known ones are {known}") from None
+            if first["type"] == "missing":
+                raise InputError(f"the option {name!r} is missing") from None
+            raise InputError(f"{name} = {first['input']!r}: {first['msg']}") from None
+
+    def data_degrees(self, num_devices: int) -> tuple[int, int]:
+        """(dp_replicate, dp_shard): what was asked, and for what was not, all devices that the other degrees leave."""
+        rest, remainder = divmod(num_devices, self.tp * self.pp * self.cp)
+        if remainder or not rest:
+            raise InputError(
+                f"tp {self.tp} x pp {self.pp} x cp {self.cp} does not divide the cluster's {num_devices} devices"
+            )
+        if self.dp_replicate is None and self.dp_shard is None:
+            return (1, rest) if self.zero else (rest, 1)
+        replicate = self.dp_replicate or rest // (self.dp_shard or 1)
+        shard = self.dp_shard or rest // replicate
+        if replicate * shard != rest:
+            raise InputError(
+                f"dp_replicate {replicate} x dp_shard {shard} x tp {self.tp} x pp {self.pp} x cp {self.cp} is not the "
+                f"cluster's {num_devices} devices; the data degrees must make {rest}"
+            )
+        return replicate, shard
+
+
+class Cache:
+    """The latest values made by key; a failure is kept as well, so that it costs once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._made: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        if key in self._made:
+            self._made.move_to_end(key)
+        else:
+            try:
+                self._made[key] = make()
+            except AutoparError as error:
+                self._made[key] = error
+            if len(self._made) > self._size:
+                self._made.popitem(last=False)
+        value = self._made[key]
+        if isinstance(value, AutoparError):
+            raise value
+        return value  # type: ignore[no-any-return]
+
+
+class Simulations:
+    """Answers requests; models and clusters that come again are captured and parsed once."""
+
+    def __init__(self) -> None:
+        self._graphs = Cache(32)
+        self._clusters = Cache(256)
+
+    def graph(self, model: str, seq_len: int | None, dtype: str, attention: str) -> ModelGraph:
+        def make() -> ModelGraph:
+            from autopar.graph.source import capture_source, load_source
+
+            return capture_source(load_source(model, seq_len=seq_len, dtype=dtype, attention=attention))
+
+        return self._graphs.get((model, seq_len, dtype, attention), make)
+
+    def cluster(self, text: str) -> Cluster:
+        def make() -> Cluster:
+            from autopar.cluster.parse import parse_cluster
+
+            return parse_cluster(text)
+
+        return self._clusters.get(text, make)
+
+    def simulate(self, request: SimulateRequest) -> tuple[Plan, Timeline]:
+        """The plan that the request describes or names, and its simulated step."""
+        from autopar.simulate.simulator import simulate
+
+        dtype = torch_dtype(request.dtype)
+        cluster = self.cluster(request.cluster)
+        graph = self.graph(request.model, request.seq_len, dtype, request.attention)
+        plan = self._plan(request, graph, cluster, dtype)
+        return plan, simulate(graph, cluster, plan)
+
+    def _plan(self, request: SimulateRequest, graph: ModelGraph, cluster: Cluster, dtype: str) -> Plan:
+        if request.plan is not None:
+            from autopar.plan.file import load_plan
+            from autopar.plan.verify import verify_plan
+
+            plan = load_plan(request.plan)
+            verify_plan(plan, graph, cluster)
+            return plan
+        raise NotImplementedError
+
+    def answers(self, path: Path) -> Iterator[dict[str, Any]]:
+        """One answer for each line of the file that is not blank: the simulated report, or {"error": why}."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise InputError(f"{path}: cannot be read ({reason}); name a file with one JSON object a line") from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield self._answer(number, line)
+
+    def _answer(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"line {number} is not JSON: {error.msg} at column {error.colno}") from None
+            if not isinstance(values, dict):
+                raise InputError(f"line {number} is not a JSON object")
+            _, timeline = self.simulate(SimulateRequest.parse(values))
+            return timeline.report()
+        except AutoparError as error:
+            return {"error": str(error)}
