@@ -38,7 +38,11 @@ FILES = sorted(PACKAGE.glob("*.py")) + [
 def room_of(path: Path) -> str:
     """The room of a source file: its folder in autopar, or its own name where it lies at the top."""
     parts = path.relative_to(PACKAGE).parts
-    room = parts[0].removesuffix(".py")
+    return one_name(parts[0].removesuffix(".py"))
+
+
+def one_name(room: str) -> str:
+    """The command line is one room in several files."""
     return "cli" if room.startswith("cli_") else room
 
 
@@ -84,7 +88,7 @@ def test_imports_point_downwards(path: Path) -> None:
         if not under(name, "autopar"):
             continue
         parts = name.split(".")
-        target = parts[1] if len(parts) > 1 else "__init__"
+        target = one_name(parts[1]) if len(parts) > 1 else "__init__"
         if target not in FLOOR:  # a name out of autopar/__init__.py
             target = "__init__"
         below = target == room or FLOOR[target] < FLOOR[room]
