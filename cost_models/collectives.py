@@ -1,0 +1,115 @@
+"""Seconds that a collective takes, from the shape of its group: alpha-beta, hierarchical over nodes.
+
+time = launch + hops * latency + bytes / rate * ramp(message).
+
+*Bytes* are those of the bandwidth-optimal algorithms (rings and pairwise exchange; Thakur et al. 2005), counted for the
+busiest device inside a node and for the busiest node on the network; the two levels work at the same time, so that the
+slower of the two counts. *Hops* are a ring's, or twice a tree's depth for an all-reduce where that is less, as NCCL
+chooses. Constants below were calibrated on published collective curves alone (`tests/benchmarks/bench_collectives.py`
+compares), never on training steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+from autopar.cluster.cluster import GroupShape, Link
+from autopar.sharding.reshard import Collective
+
+# Share of a link's peak that a large collective reaches. NVLink: ring all-gather 361 of 450 GB/s on H200, all-reduce 235
+# of 300 on A100, 682 of 900 on B200 (stas00/ml-engineering, network/README.md). Network: 0.84-0.86 of the node's rate
+# on 8 H100 nodes of InfiniBand and 2 nodes of EFA. PCIe and Infinity Fabric: 312 of 448 GB/s on MI300X; PCIe assumed
+# the same (range 0.4-0.8).
+LINK_EFFICIENCY = {"NVLink": 0.80, "xGMI": 0.70, "InfinityFabric": 0.70, "PCIe": 0.70}
+NETWORK_EFFICIENCY = 0.85
+# NVLink switches that add (NVLS: 4 with more than 4 devices, 5 likewise): 473-480 where a ring reaches 366.
+NVLS_SPEEDUP = 1.28
+# Launch of a collective's kernel and its synchronization, beside its hops: 13 us for 8 bytes among 8 H100, of which
+# 6 tree hops of 1.9 us; assumed for other devices (range 2-10 us).
+LAUNCH_S = 4e-6
+# Pipelining needs large messages: time is multiplied by 1 + sqrt(RAMP_BYTES / size). 8 MiB follows all-reduce on 8 H100
+# and 8 A100 from 1 MiB to 16 GiB within about 10%.
+RAMP_BYTES = 8 * 2**20
+# One NIC is at most 400 Gb/s, and one device's share of a collective passes through one NIC.
+NIC_BYTES_PER_S = 50e9
+
+
+def link_efficiency(link: Link) -> float:
+    """The share of the link's stated rate that large messages reach; 1 where the rate was measured."""
+    if "measured" in link.source or "profile" in link.source:
+        return 1.0
+    for prefix, value in LINK_EFFICIENCY.items():
+        if link.name.startswith(prefix):
+            return value
+    return 1.0
+
+
+def network_rate(group: GroupShape, groups_per_node: int = 1) -> float:
+    """Bytes a second that one group moves out of a node which `groups_per_node` such groups share."""
+    measured = "measured" in group.network.source or "profile" in group.network.source
+    efficiency = 1.0 if measured else NETWORK_EFFICIENCY
+    share = group.network.bandwidth_bytes_per_s / max(1, groups_per_node)
+    return efficiency * min(share, max(1, group.per_node) * NIC_BYTES_PER_S)
+
+
+def collective_time_s(
+    kind: Collective, size_bytes: float, group: GroupShape | None, *, groups_per_node: int = 1
+) -> float:
+    """Seconds of one collective on a tensor of `size_bytes` as a whole (before scattering, after gathering).
+
+    `groups_per_node`: how many such groups use a node's network at the same time (8 for the data groups of a tp-8
+    node). No group, or a group of one, takes no time.
+    """
+    if group is None or group.size <= 1 or size_bytes <= 0:
+        return 0.0
+    kind = Collective(kind)
+    if kind is Collective.SEND_RECV:
+        return send_recv_time_s(size_bytes, group, flows_per_node=groups_per_node)
+    n, nodes, inner = group.size, group.num_nodes, group.per_node
+    rounds = 2 if kind is Collective.ALL_REDUCE else 1
+    if kind is Collective.ALL_TO_ALL:
+        device_bytes = size_bytes / n * (inner - 1) / n  # to the other devices of the node
+        node_bytes = inner * size_bytes / n * (n - inner) / n
+    else:
+        device_bytes = rounds * size_bytes * ((n - 1) / n if inner > 1 else 0.0)
+        node_bytes = rounds * size_bytes * (nodes - 1) / nodes
+    rate = group.link.bandwidth_bytes_per_s * link_efficiency(group.link)
+    if kind is Collective.ALL_REDUCE and inner > 4 and group.link.name.startswith(("NVLink4", "NVLink5")):
+        rate *= NVLS_SPEEDUP
+    inner_s = device_bytes / rate
+    network_s = node_bytes / network_rate(group, groups_per_node) if nodes > 1 else 0.0
+    message = size_bytes / n if kind is Collective.ALL_TO_ALL else size_bytes
+    return latency_s(kind, group) + max(inner_s, network_s) * _ramp(group, message)
+
+
+def _ramp(group: GroupShape, message_bytes: float) -> float:
+    """The factor that small messages cost; links whose rate was measured have it in their latency."""
+    if link_efficiency(group.link) == 1.0 and group.num_nodes == 1:
+        return 1.0
+    return 1.0 + math.sqrt(RAMP_BYTES / message_bytes)
+
+
+def latency_s(kind: Collective, group: GroupShape) -> float:
+    """Seconds that an empty collective takes: hops inside and between nodes."""
+    n, nodes = group.size, group.num_nodes
+    ring = (n - nodes) * group.link.latency_s + (nodes - 1) * group.network.latency_s
+    if nodes > 1:
+        ring += group.network.latency_s  # the ring's way back to the first node
+    if kind is Collective.ALL_REDUCE:
+        depth = math.ceil(math.log2(group.per_node)) if group.per_node > 1 else 0
+        tree = depth * group.link.latency_s + (math.ceil(math.log2(nodes)) * group.network.latency_s if nodes > 1 else 0)
+        return LAUNCH_S + 2 * min(ring, tree)
+    return LAUNCH_S + ring
+
+
+def send_recv_time_s(size_bytes: float, group: GroupShape, *, flows_per_node: int = 1) -> float:
+    """Seconds that one message between two devices takes; `flows_per_node` such messages share a node's network."""
+    if size_bytes <= 0:
+        return 0.0
+    if group.num_nodes == 1:
+        rate = group.link.bandwidth_bytes_per_s * link_efficiency(group.link)
+        return group.link.latency_s + size_bytes / rate
+    measured = "measured" in group.network.source or "profile" in group.network.source
+    share = group.network.bandwidth_bytes_per_s / max(1, flows_per_node)
+    rate = min(share, NIC_BYTES_PER_S) * (1.0 if measured else NETWORK_EFFICIENCY)
+    return group.network.latency_s + size_bytes / rate
