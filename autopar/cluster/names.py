@@ -25,7 +25,9 @@ def resolve_name(name: str, known: Mapping[str, tuple[str, ...]], *, what: str) 
         return longer[0]
     if longer:
         raise InputError(f"{what} {name!r} may be {' or '.join(longer)}: write which")
-    near = [plain[folded] for folded in get_close_matches(wanted, list(plain), n=3, cutoff=0.5)]
+    folds = [folded for folded in plain if wanted and folded.startswith(wanted)]
+    folds += [folded for folded in get_close_matches(wanted, list(plain), n=3, cutoff=0.5) if folded not in folds]
+    near = [plain[folded] for folded in folds[:3]]
     if near:
         raise InputError(f"unknown {what} {name!r}: did you mean {' or '.join(near)}? Known: {', '.join(known)}")
     raise InputError(f"unknown {what} {name!r}. Known: {', '.join(known)}")

@@ -122,11 +122,11 @@ def device_names() -> tuple[str, ...]:
 def link_preset(name: str) -> Link:
     """The Link of a shipped name such as "NVLink4"; InputError with the nearest names where there is none."""
     table = _links()
-    known = resolve_name(name, {link: () for link in table.links}, what="link")
+    known = resolve_name(name, dict.fromkeys(table.links, ()), what="link")
     row = table.links[known]
     return Link(
         name=known,
-        latency_s=row.latency_us.value * 1e-6,
+        latency_s=row.latency_us.value / 1e6,
         bandwidth_bytes_per_s=row.bandwidth_gb_per_s.value * 1e9,
         source=f"bandwidth {_said(row.bandwidth_gb_per_s, table.sources)}; "
         f"latency {_said(row.latency_us, table.sources)}",
@@ -140,7 +140,7 @@ def network_link(gbps: float, source: str, latency_s: float | None = None, name:
     latency_said = f"; latency {_said(constant, table.sources)}" if latency_s is None else ""
     return Link(
         name=name or f"{gbps:g}Gbps",
-        latency_s=constant.value * 1e-6 if latency_s is None else latency_s,
+        latency_s=constant.value / 1e6 if latency_s is None else latency_s,
         bandwidth_bytes_per_s=gbps * 1e9 / 8,
         source=f"bandwidth {source}{latency_said}",
     )
@@ -166,7 +166,7 @@ def preset(name: str) -> Preset:
             memory_bytes=round(row.memory_gib.value * GIB),
             memory_bandwidth_bytes_per_s=row.memory_bandwidth_gb_per_s.value * 1e9,
             peak_flops=tuple((dtype, constant.value * 1e12) for dtype, constant in row.peak_tflops.items()),
-            kernel_launch_s=row.kernel_launch_us.value * 1e-6,
+            kernel_launch_s=row.kernel_launch_us.value / 1e6,
             sources=tuple((field, _said(constant, table.sources)) for field, constant in sources)
             + (("usable_memory_fraction", "assumed: the driver's context, communication buffers and fragmentation"),),
         ),
