@@ -73,9 +73,9 @@ def eliminate(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> Assignment |
     for variable in order:
         bucket: list[Factor] = []
         for index in mentions[variable]:
-            factor = tables[index]
-            if factor is not None:
-                bucket.append(factor)
+            table = tables[index]
+            if table is not None:
+                bucket.append(table)
                 tables[index] = None
         scope = sorted({v for factor in bucket for v in factor.variables} - {variable})
         joined = _join([variable, *scope], graph.sizes, bucket)

@@ -1,0 +1,245 @@
+"""What a tensor axis does inside a block: the cheapest strategy of every op of a class, chosen exactly.
+
+The choice is a factor graph. A variable is an op (its value a strategy) or a parameter (its value the state it is
+stored in); a factor is a tensor: each state that some consumer wants and the tensor is not in costs one conversion,
+forward and backward, however many consumers want it. Where a tensor has so many consumers that this table would be
+large, one 0/1 variable a wanted state says that the conversion is made, which needs only tables of pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.graph.model_graph import BlockClass, Op, TensorInfo
+from autopar.search.elimination import Factor, FactorGraph, Table
+from autopar.search.mathopt import minimize
+from autopar.sharding.reshard import Conversion, conversion, divides
+from autopar.sharding.state import RP, Kind, R, State
+from autopar.sharding.strategy import ClassSharding, Strategy
+
+JOINT_TABLE = 20_000  # entries; above, a tensor's conversions get variables of their own
+# Among equally fast choices the one that stores fewer parameter bytes a device, and then the plainer states, wins.
+# Both weights are far below any modelled time (a kernel launch is 1e-6 s) and above float64 rounding of a block's time.
+_TIE_S_PER_BYTE = 1e-20
+_TIE_S = 1e-15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AxisCosts:
+    """What choices are judged by: seconds on one rank of an axis of `size`, forward and backward together."""
+
+    size: int
+    op_time_s: Callable[[Op, Strategy], float]
+    conversion_time_s: Callable[[TensorInfo, Conversion], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """Consumer `variable` wants the states in `wanted[value]` under each of its values."""
+
+    variable: int
+    wanted: tuple[frozenset[State], ...]
+
+
+def is_hidden(info: TensorInfo) -> bool:
+    """Whether a boundary tensor is a hidden state: it has a gradient and dims (batch, sequence, features)."""
+    return info.requires_grad and len(info.shape) >= 3
+
+
+def boundary_state(info: TensorInfo, boundary: State) -> State:
+    """The state in which a tensor passes between blocks: `boundary` for hidden states, whole for all else."""
+    return boundary if is_hidden(info) else R
+
+
+def shard_class(
+    cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: AxisCosts
+) -> ClassSharding | None:
+    """The fastest sharding of the class with hidden states crossing its borders in state `boundary`.
+
+    None where no choice of strategies allows that boundary (a sequence that does not divide, say).
+    """
+    problem = Problem(cls, strategies, boundary, costs)
+    if problem.impossible:
+        return None
+    found = minimize(problem.graph)
+    return None if found is None else problem.sharding(found.values)
+
+
+class Problem:
+    """The factor graph of one class, and the way back from its values to a ClassSharding."""
+
+    def __init__(
+        self, cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: AxisCosts
+    ) -> None:
+        self.cls, self.boundary, self.costs = cls, boundary, costs
+        self.strategies = [tuple(strategies[op.name]) for op in cls.ops]
+        self.sizes: list[int] = [len(options) for options in self.strategies]
+        self.factors: list[Factor] = []
+        self.impossible = not all(self.sizes)
+        self._wishes = self._collect_wishes()
+        self._param_variable: dict[str, int] = {}
+        self._param_states: dict[str, tuple[State, ...]] = {}
+        for name in cls.params:
+            self._param_states[name] = self._storable(name)
+            self._param_variable[name] = len(self.sizes)
+            self.sizes.append(len(self._param_states[name]))
+        crossing = [cls.tensor[name] for name in (*cls.inputs, *cls.outputs)]
+        size = costs.size
+        self.impossible |= any(not divides(info.shape, boundary_state(info, boundary), size) for info in crossing)
+        if not self.impossible:
+            self._op_costs()
+            for info in cls.tensors:
+                self._tensor_costs(info)
+        self.graph = FactorGraph(tuple(self.sizes), tuple(self.factors))
+
+    def sharding(self, values: Sequence[int]) -> ClassSharding:
+        """The choice that the values of the variables stand for."""
+        tensor, cls = self.cls.tensor, self.cls
+        return ClassSharding(
+            cls=cls.name,
+            inputs=tuple(boundary_state(tensor[name], self.boundary) for name in cls.inputs),
+            params=tuple(self._param_states[name][values[self._param_variable[name]]] for name in cls.params),
+            buffers=(R,) * len(cls.buffers),
+            outputs=tuple(boundary_state(tensor[name], self.boundary) for name in cls.outputs),
+            ops=tuple((op.name, self.strategies[i][values[i]]) for i, op in enumerate(cls.ops)),
+        )
+
+    def _collect_wishes(self) -> dict[str, list[_Wish]]:
+        wishes: dict[str, list[_Wish]] = {}
+        for index, op in enumerate(self.cls.ops):
+            operands = op.operands
+            for name in dict.fromkeys(operands):
+                places = [i for i, operand in enumerate(operands) if operand == name]
+                wanted = tuple(frozenset(s.inputs[i] for i in places) for s in self.strategies[index])
+                wishes.setdefault(name, []).append(_Wish(variable=index, wanted=wanted))
+        return wishes
+
+    def _storable(self, name: str) -> tuple[State, ...]:
+        """The states a parameter may rest in: those that its consumers want, sharded first."""
+        wanted = {state for wish in self._wishes.get(name, ()) for states in wish.wanted for state in states}
+        info = self.cls.tensor[name]
+        states = {s for s in wanted if s.kind is not Kind.PARTIAL and divides(info.shape, s, self.costs.size)} | {R}
+        if not info.requires_grad:
+            states.discard(RP)
+        return tuple(sorted(states, key=_plainness))
+
+    def _op_costs(self) -> None:
+        for index, op in enumerate(self.cls.ops):
+            options = self.strategies[index]
+            table = np.array([self.costs.op_time_s(op, s) + _tie_break(s) for s in options], dtype=np.float64)
+            self.factors.append(Factor((index,), table))
+        for name, variable in self._param_variable.items():
+            info, states = self.cls.tensor[name], self._param_states[name]
+            rows = [
+                info.size_bytes / (self.costs.size if state.kind is Kind.SHARDED else 1) * _TIE_S_PER_BYTE
+                + (_TIE_S if state == RP else 0.0)
+                for state in states
+            ]
+            self.factors.append(Factor((variable,), np.array(rows, dtype=np.float64)))
+
+    def _tensor_costs(self, info: TensorInfo) -> None:
+        """The conversions of one tensor, as one table or, where that is large, as pairs with 0/1 variables."""
+        producer, have = self._origin(info)
+        wishes = self._wishes.get(info.name, [])
+        demanded = boundary_state(info, self.boundary) if info.name in self.cls.outputs else None
+        wanted = {s for wish in wishes for states in wish.wanted for s in states}
+        wanted |= {demanded} if demanded is not None else set()
+        columns = sorted(wanted, key=_plainness)
+        if not columns or not have:
+            return
+        prices = self._prices(info, have, columns)
+        variables = ([] if producer is None else [producer]) + [wish.variable for wish in wishes]
+        if math.prod(self.sizes[v] for v in variables) <= JOINT_TABLE:
+            self._add(_joint(variables, prices, columns, producer is not None, wishes, demanded))
+            return
+        for column, state in enumerate(columns):
+            price = prices[:, column]
+            if state == demanded:
+                self._add(_joint(variables[:1] if producer is not None else [], prices[:, column : column + 1],
+                                 [state], producer is not None, [], demanded))
+                continue
+            made = len(self.sizes)
+            self.sizes.append(2)
+            table = np.stack([np.zeros_like(price), price], axis=1)
+            if producer is None:
+                self._add(Factor((made,), table[0]))
+            else:
+                self._add(Factor((producer, made), table))
+            for wish in wishes:
+                lacking = np.zeros((len(wish.wanted), 2))
+                lacking[[state in states for states in wish.wanted], 0] = np.inf
+                if lacking.any():
+                    self._add(Factor((wish.variable, made), lacking))
+
+    def _add(self, factor: Factor) -> None:
+        self.factors.append(factor)
+
+    def _origin(self, info: TensorInfo) -> tuple[int | None, list[State]]:
+        """The variable that decides the tensor's state and the state under each of its values."""
+        if info.name in self._param_variable:
+            return self._param_variable[info.name], list(self._param_states[info.name])
+        op = self.cls.producer.get(info.name)
+        if op is not None:
+            index = self._op_index[op.name]
+            place = op.outputs.index(info.name)
+            return index, [strategy.outputs[place] for strategy in self.strategies[index]]
+        if info.name in self.cls.inputs:
+            return None, [boundary_state(info, self.boundary)]
+        return None, [R]
+
+    @property
+    def _op_index(self) -> dict[str, int]:
+        return {op.name: i for i, op in enumerate(self.cls.ops)}
+
+    def _prices(self, info: TensorInfo, have: Sequence[State], columns: Sequence[State]) -> Table:
+        known: dict[tuple[State, State], float] = {}
+        for src in have:
+            for dst in columns:
+                if (src, dst) not in known:
+                    known[src, dst] = self._price(info, src, dst)
+        return np.array([[known[src, dst] for dst in columns] for src in have], dtype=np.float64)
+
+    def _price(self, info: TensorInfo, src: State, dst: State) -> float:
+        if src == dst:
+            return 0.0
+        size = self.costs.size
+        if not divides(info.shape, src, size) or not divides(info.shape, dst, size):
+            return math.inf
+        found = conversion(src, dst, info.requires_grad)
+        if found is None:
+            return math.inf
+        return _TIE_S + (0.0 if found.is_free else self.costs.conversion_time_s(info, found))
+
+
+def _joint(
+    variables: Sequence[int], prices: Table, columns: Sequence[State], has_producer: bool, wishes: Sequence[_Wish],
+    demanded: State | None,
+) -> Factor:
+    """One table over the producer and all consumers of a tensor."""
+    first = [prices.shape[0]] if has_producer else []
+    shape = [*first, *(len(wish.wanted) for wish in wishes)]
+    table = np.zeros(shape)
+    for column, state in enumerate(columns):
+        mask: NDArray[np.bool_] = np.full(shape, state == demanded)
+        for axis, wish in enumerate(wishes, start=len(first)):
+            wants = np.array([state in states for states in wish.wanted])
+            mask |= wants.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        price = prices[:, column].reshape([-1] + [1] * len(wishes)) if has_producer else prices[0, column]
+        table += np.where(mask, price, 0.0)
+    return Factor(tuple(variables), table)
+
+
+def _plainness(state: State) -> tuple[int, int, int]:
+    order = (Kind.SHARDED, Kind.REPLICATED, Kind.REPLICATED_PARTIAL_GRAD, Kind.PARTIAL)
+    return order.index(state.kind), state.dim, state.outer
+
+
+def _tie_break(strategy: Strategy) -> float:
+    """A little for every state that is not plain, so that R wins over RP where nothing else tells them apart."""
+    odd = sum(state.kind in (Kind.REPLICATED_PARTIAL_GRAD, Kind.PARTIAL) for state in strategy.outputs)
+    return _TIE_S * odd
