@@ -16,11 +16,11 @@ import math
 from autopar.cluster.cluster import GroupShape, Link
 from autopar.sharding.reshard import Collective
 
-# Share of a link's peak that a large collective reaches. NVLink: ring all-gather 361 of 450 GB/s on H200, all-reduce 235
-# of 300 on A100, 682 of 900 on B200 (stas00/ml-engineering, network/README.md). Network: 0.84-0.86 of the node's rate
-# on 8 H100 nodes of InfiniBand and 2 nodes of EFA. PCIe and Infinity Fabric: 312 of 448 GB/s on MI300X; PCIe assumed
-# the same (range 0.4-0.8).
-LINK_EFFICIENCY = {"NVLink": 0.80, "xGMI": 0.70, "InfinityFabric": 0.70, "PCIe": 0.70}
+# Share of a link's peak that a large collective reaches. NVLink: ring all-gather 361 of 450 GB/s on H200, all-reduce
+# 235 of 300 on A100, 682 of 900 on B200 (stas00/ml-engineering, network/README.md). Network: 0.84-0.86 of the node's
+# rate on 8 H100 nodes of InfiniBand and 2 nodes of EFA. Infinity Fabric: 312 of 448 GB/s on MI300X; PCIe assumed the
+# same (range 0.4-0.8).
+LINK_EFFICIENCY = {"NVLink": 0.80, "xGMI": 0.70, "PCIe": 0.70}
 NETWORK_EFFICIENCY = 0.85
 # NVLink switches that add (NVLS: 4 with more than 4 devices, 5 likewise): 473-480 where a ring reaches 366.
 NVLS_SPEEDUP = 1.28
@@ -34,9 +34,14 @@ RAMP_BYTES = 8 * 2**20
 NIC_BYTES_PER_S = 50e9
 
 
+def is_measured(link: Link) -> bool:
+    """Whether the link's rate is what messages were seen to reach, not a vendor's peak."""
+    return link.source.removeprefix("bandwidth ").startswith("measured")
+
+
 def link_efficiency(link: Link) -> float:
     """The share of the link's stated rate that large messages reach; 1 where the rate was measured."""
-    if "measured" in link.source or "profile" in link.source:
+    if is_measured(link):
         return 1.0
     for prefix, value in LINK_EFFICIENCY.items():
         if link.name.startswith(prefix):
@@ -46,8 +51,7 @@ def link_efficiency(link: Link) -> float:
 
 def network_rate(group: GroupShape, groups_per_node: int = 1) -> float:
     """Bytes a second that one group moves out of a node which `groups_per_node` such groups share."""
-    measured = "measured" in group.network.source or "profile" in group.network.source
-    efficiency = 1.0 if measured else NETWORK_EFFICIENCY
+    efficiency = 1.0 if is_measured(group.network) else NETWORK_EFFICIENCY
     share = group.network.bandwidth_bytes_per_s / max(1, groups_per_node)
     return efficiency * min(share, max(1, group.per_node) * NIC_BYTES_PER_S)
 
@@ -97,7 +101,7 @@ def latency_s(kind: Collective, group: GroupShape) -> float:
         ring += group.network.latency_s  # the ring's way back to the first node
     if kind is Collective.ALL_REDUCE:
         depth = math.ceil(math.log2(group.per_node)) if group.per_node > 1 else 0
-        tree = depth * group.link.latency_s + (math.ceil(math.log2(nodes)) * group.network.latency_s if nodes > 1 else 0)
+        tree = depth * group.link.latency_s + math.ceil(math.log2(nodes)) * group.network.latency_s
         return LAUNCH_S + 2 * min(ring, tree)
     return LAUNCH_S + ring
 
@@ -109,7 +113,6 @@ def send_recv_time_s(size_bytes: float, group: GroupShape, *, flows_per_node: in
     if group.num_nodes == 1:
         rate = group.link.bandwidth_bytes_per_s * link_efficiency(group.link)
         return group.link.latency_s + size_bytes / rate
-    measured = "measured" in group.network.source or "profile" in group.network.source
     share = group.network.bandwidth_bytes_per_s / max(1, flows_per_node)
-    rate = min(share, NIC_BYTES_PER_S) * (1.0 if measured else NETWORK_EFFICIENCY)
+    rate = min(share, NIC_BYTES_PER_S) * (1.0 if is_measured(group.network) else NETWORK_EFFICIENCY)
     return group.network.latency_s + size_bytes / rate

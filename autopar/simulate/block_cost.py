@@ -1,0 +1,381 @@
+"""Time and bytes of one block on one device: compute, tensor-axis communication, saved activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cluster.cluster import DeviceType, GroupShape
+from autopar.cost_models.compute import kernel_time_s, memory_bandwidth
+from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
+from autopar.graph.model_graph import BlockClass, ModelGraph, Op
+from autopar.sharding.reshard import Conversion, LocalAction, conversion
+from autopar.sharding.state import Kind, R, State
+from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.simulate.class_costs import ClassCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCost:
+    """One micro-batch through one block on one device of its tensor axis.
+
+    `saved_bytes` is what autograd keeps from forward to backward; `boundary_bytes` is what is kept instead where the
+    block is recomputed (its inputs that carry gradients). Under selective recomputation `selective_saved_bytes` are
+    kept, and `selective_recompute_s` is added to the backward. `transient_bytes`: the most that one op's results and
+    gradients take beside what is kept.
+    """
+
+    forward_compute_s: float
+    backward_compute_s: float
+    forward_tp_comm_s: float
+    backward_tp_comm_s: float
+    saved_bytes: float
+    boundary_bytes: float
+    transient_bytes: float
+    selective_saved_bytes: float
+    selective_recompute_s: float
+    weight_backward_s: float  # the part of backward_compute_s that computes gradients of parameters alone
+    forward_flops: float  # of the whole block at these rows, over all ranks of the tensor axis
+    key_value_bytes: float  # keys and values on this rank, before heads are repeated
+    param_numel_local: float
+    params: tuple[float, ...]  # this rank's elements of each of the class's parameters
+    partial_params: tuple[bool, ...]  # whether the parameter's gradient is a sum over the tensor axis
+    buffer_bytes: float
+
+
+_cache: dict[tuple[object, ...], tuple[tuple[object, ...], BlockCost]] = {}
+_CACHE_SIZE = 8192
+
+
+def block_cost(
+    graph: ModelGraph, cls: BlockClass, sharding: ClassSharding | None, *, tp: int, rows: float, device: DeviceType,
+    tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
+) -> BlockCost:
+    """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached."""
+    kept = (graph, cls, sharding, device, tp_group)
+    key = (*map(id, kept), tp, rows, dtype, compile)
+    found = _cache.get(key)
+    if found is None:
+        if len(_cache) >= _CACHE_SIZE:
+            _cache.clear()
+        costs = ClassCosts(graph, cls, tp=tp, rows=rows, device=device, tp_group=tp_group, dtype=dtype)
+        # The key holds ids: what they stand for is kept with the result, so that no id is used again.
+        found = _cache[key] = (kept, _Summation(costs, sharding if tp > 1 else None, compile).total())
+    return found[1]
+
+
+class _Summation:
+    """One pass over the ops of a class in execution order, as the lowered block would run them."""
+
+    def __init__(self, costs: ClassCosts, sharding: ClassSharding | None, compile_: bool) -> None:
+        self.costs, self.cls, self.sharding, self.compile = costs, costs.cls, sharding, compile_
+        self.state: dict[str, State] = {}
+        self.storage: dict[str, str] = {}  # where the tensor as produced lies
+        self.converted: dict[tuple[str, State], str] = {}
+        self.comm = [0.0, 0.0]
+
+    def total(self) -> BlockCost:
+        costs, cls, sharding = self.costs, self.cls, self.sharding
+        for names, states in (
+            (cls.inputs, sharding.inputs if sharding else None), (cls.params, sharding.params if sharding else None),
+            (cls.buffers, sharding.buffers if sharding else None),
+        ):
+            for i, name in enumerate(names):
+                self.state[name], self.storage[name] = (states[i] if states else R), name
+        region = attention_region(costs)
+        fused = _FusedGroups(costs) if self.compile else None
+        forward = backward = weights = flops = recompute = transient = 0.0
+        saved: dict[tuple[str, str], float] = {}
+        dropped: set[tuple[str, str]] = set()
+        extra = selective_extra = 0.0
+        for op in cls.ops:
+            strategy = sharding.strategy.get(op.name) if sharding else None
+            wanted = strategy.inputs if strategy else (R,) * len(op.operands)
+            reads = {name: self.read(name, state) for name, state in zip(op.operands, wanted, strict=True)}
+            for i, output in enumerate(op.outputs):
+                if output:
+                    self.state[output] = strategy.outputs[i] if strategy else R
+                    source = costs.view_of.get(output)
+                    self.storage[output] = reads.get(source or "", output)
+            time = costs.op_time(op, strategy)
+            if fused is None or op.name not in fused.group_of:
+                forward += time.forward_s
+                backward += time.backward_s
+            weights += _weight_share(costs, op) * time.backward_s
+            flops += op.flops * costs.scale(op)
+            if op.name in region.recomputed:
+                recompute += time.forward_s
+            op_extra = costs.saved_extra_bytes(op, strategy)
+            extra += op_extra
+            selective_extra += 0.0 if op.name in region.recomputed else op_extra
+            for name in op.saved:
+                key, size = self.saved_storage(op, strategy, name, reads)
+                if key is None:
+                    continue
+                if fused is not None and fused.is_internal(name):
+                    continue
+                saved[key] = size
+                if name in region.internal:
+                    dropped.add(key)
+            out_bytes = sum(costs.local(o, self.state[o]).size_bytes for o in op.outputs if o)
+            grads = sum(
+                local.size_bytes for name, state in zip(op.operands, wanted, strict=True)
+                if (local := costs.local(name, state)).requires_grad and name not in cls.params
+            )
+            if out_bytes and op_kind(op.target) is not OpKind.VIEW:
+                transient = max(transient, out_bytes + grads)
+        for i, name in enumerate(cls.outputs):
+            if name in self.state:
+                self.read(name, sharding.outputs[i] if sharding else R)
+        if fused is None:
+            backward += sum(costs.fan_out_s(name, state) for name, state in self.state.items())
+        else:
+            more_forward, more_backward = fused.times(self.state)
+            forward, backward = forward + more_forward, backward + more_backward
+            for name in fused.kept_inputs():
+                if name not in cls.params and name not in cls.buffers:
+                    saved.setdefault((name, self.storage[name]), costs.local(name, self.state[name]).size_bytes)
+        saved_bytes = sum(saved.values()) + extra
+        local_params = [costs.local(name, self.state[name]).numel for name in cls.params]
+        return BlockCost(
+            forward_compute_s=forward, backward_compute_s=backward,
+            forward_tp_comm_s=self.comm[0], backward_tp_comm_s=self.comm[1],
+            saved_bytes=saved_bytes,
+            boundary_bytes=sum(
+                costs.local(name, self.state[name]).size_bytes
+                for name in cls.inputs if costs.whole(name).requires_grad
+            ),
+            transient_bytes=transient,
+            selective_saved_bytes=sum(size for key, size in saved.items() if key not in dropped) + selective_extra,
+            selective_recompute_s=recompute,
+            weight_backward_s=min(weights, backward),
+            forward_flops=flops,
+            key_value_bytes=sum(self.smallest_view_bytes(name) for name in region.keys_and_values),
+            param_numel_local=sum(local_params),
+            params=tuple(local_params),
+            partial_params=tuple(self.state[name].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params),
+            buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
+        )
+
+    def read(self, name: str, wanted: State) -> str:
+        """The storage of a tensor in the wanted state; a conversion is paid for the first time that it is needed."""
+        current = self.state[name]
+        if current == wanted:
+            return self.storage[name]
+        found = self.converted.get((name, wanted))
+        if found is not None:
+            return found
+        step = conversion(current, wanted, self.costs.whole(name).requires_grad)
+        time = self.costs.conversion_time(name, current, wanted)
+        assert step is not None, f"no conversion of {name} from {current} to {wanted}"
+        assert time is not None
+        self.comm[0] += time.forward_s
+        self.comm[1] += time.backward_s
+        storage = f"{name}|{wanted}" if _moves(step) else self.storage[name]
+        self.converted[name, wanted] = storage
+        return storage
+
+    def saved_storage(
+        self, op: Op, strategy: Strategy | None, name: str, reads: dict[str, str]
+    ) -> tuple[tuple[str, str] | None, float]:
+        """The key and local bytes of a storage that the op saves; no key for what is held anyway."""
+        costs = self.costs
+        if name not in self.storage or costs.root(name) in (*self.cls.params, *self.cls.buffers):
+            return None, 0.0
+        if name in self.cls.inputs and not costs.whole(name).requires_grad:
+            return None, 0.0  # masks, positions and labels, which every stage holds once
+        root = costs.root(name)
+        size = costs.whole(name).size_bytes
+        wanted = strategy.inputs if strategy else (R,) * len(op.operands)
+        for operand, state in zip(op.operands, wanted, strict=True):
+            if costs.root(operand) == root:
+                return (name, reads[operand]), size / (self.costs.tp if state.kind is Kind.SHARDED else 1)
+        state = self.state[name]
+        return (name, self.storage[name]), size / (self.costs.tp if state.kind is Kind.SHARDED else 1)
+
+    def smallest_view_bytes(self, name: str) -> float:
+        """Bytes of the smallest tensor on the way back through views: keys before heads are repeated."""
+        size = self.costs.local(name, self.state.get(name, R)).size_bytes
+        while True:
+            op = self.cls.producer.get(name)
+            if op is None or op_kind(op.target) is not OpKind.VIEW or not op.operands:
+                return size
+            name = op.operands[0]
+            size = min(size, self.costs.local(name, self.state.get(name, R)).size_bytes)
+
+
+def _moves(step: Conversion) -> bool:
+    """Whether a conversion gives a tensor of its own in the forward."""
+    return step.forward is not None or step.forward_local not in (LocalAction.NONE, LocalAction.DIVIDE)
+
+
+def _weight_share(costs: ClassCosts, op: Op) -> float:
+    """The share of an op's backward that computes gradients of parameters: half of a product with a weight."""
+    params = [name for name in op.operands if costs.root(name) in costs.cls.params and costs.whole(name).requires_grad]
+    others = [
+        name for name in op.operands if costs.root(name) not in costs.cls.params and costs.whole(name).requires_grad
+    ]
+    if not params:
+        return 0.0
+    if not others:
+        return 1.0
+    return 0.5 if op_kind(op.target) in (OpKind.MATMUL, OpKind.CONVOLUTION) else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRegion:
+    """The core of attention in a class: what selective recomputation drops and runs again (Korthikanti et al. 2022).
+
+    From the product of queries and keys through softmax and dropout to the product with the values, or one fused op.
+    `internal` are the tensors inside it: a fused op's output is kept, because the next op needs it.
+    """
+
+    recomputed: frozenset[str]  # ops
+    internal: frozenset[str]  # tensors
+    keys_and_values: tuple[str, ...]
+
+
+def attention_region(costs: ClassCosts) -> AttentionRegion:
+    """The attention cores of a class; empty where none is recognized."""
+    cls = costs.cls
+    ops: set[str] = set()
+    internal: set[str] = set()
+    keys_and_values: list[str] = []
+    consumers: dict[str, list[Op]] = {}
+    for op in cls.ops:
+        for name in set(op.operands):
+            consumers.setdefault(name, []).append(op)
+    for op in cls.ops:
+        if op_kind(op.target) is OpKind.ATTENTION:
+            ops.add(op.name)
+            keys_and_values += op.operands[1:3]
+        if base_name(op.target) not in ("softmax", "_softmax"):
+            continue
+        before, scores = _walk_back(cls, op)
+        after, mixed = _walk_on(consumers, op)
+        if scores is None or mixed is None:
+            continue
+        ops.update(item.name for item in (*before, op, *after, scores, mixed))
+        internal.update(o for item in (*before, op, *after, scores) for o in item.outputs if o)
+        keys_and_values += [scores.operands[-1], mixed.operands[-1]]
+    return AttentionRegion(
+        recomputed=frozenset(ops), internal=frozenset(internal), keys_and_values=tuple(keys_and_values)
+    )
+
+
+_BETWEEN = (OpKind.POINTWISE, OpKind.VIEW, OpKind.REDUCTION)
+
+
+def _walk_back(cls: BlockClass, op: Op) -> tuple[list[Op], Op | None]:
+    """The ops from a product to this op's first differentiable operand, and the product."""
+    passed: list[Op] = []
+    while True:
+        names = [name for name in op.operands if cls.tensor[name].requires_grad]
+        producer = cls.producer.get(names[0]) if names else None
+        if producer is None or op_kind(producer.target) is OpKind.MATMUL:
+            return passed, producer
+        if op_kind(producer.target) not in _BETWEEN:
+            return passed, None
+        passed.append(producer)
+        op = producer
+
+
+def _walk_on(consumers: dict[str, list[Op]], op: Op) -> tuple[list[Op], Op | None]:
+    """The ops from this op to the product that takes its result, and the product."""
+    passed: list[Op] = []
+    while True:
+        following = [item for name in op.outputs if name for item in consumers.get(name, ())]
+        if not following:
+            return passed, None
+        op = following[0]
+        if op_kind(op.target) is OpKind.MATMUL:
+            return passed, op
+        if op_kind(op.target) not in _BETWEEN:
+            return passed, None
+        passed.append(op)
+
+
+class _FusedGroups:
+    """Chains of pointwise ops and reductions as torch.compile fuses them: each chain reads and writes once.
+
+    Two ops that share a tensor are fused where the same number of products, attentions and other unfusable ops lies
+    before both, so that no cycle can arise. Inside a group nothing is saved: the backward computes it again from the
+    group's inputs.
+    """
+
+    def __init__(self, costs: ClassCosts) -> None:
+        self.costs = costs
+        cls = costs.cls
+        depth: dict[str, int] = {}
+        parent: dict[str, str] = {}
+
+        def find(name: str) -> str:
+            while parent[name] != name:
+                name = parent[name]
+            return name
+
+        level_of: dict[str, int] = {}
+        for op in cls.ops:
+            kind = op_kind(op.target)
+            fusible = kind in (OpKind.POINTWISE, OpKind.REDUCTION)
+            level = max((depth.get(name, 0) for name in op.operands), default=0)
+            level += 0 if fusible or kind in (OpKind.VIEW, OpKind.CREATION) else 1
+            for output in op.outputs:
+                depth[output] = level
+            if not fusible:
+                continue
+            parent[op.name], level_of[op.name] = op.name, level
+            for name in op.operands:
+                producer = cls.producer.get(costs.root(name))
+                if producer is not None and level_of.get(producer.name) == level:
+                    parent[find(producer.name)] = find(op.name)
+        members: dict[str, list[Op]] = {}
+        for op in cls.ops:
+            if op.name in parent:
+                members.setdefault(find(op.name), []).append(op)
+        self.groups = {root: ops for root, ops in members.items() if len(ops) > 1}
+        self.group_of = {op.name: root for root, ops in self.groups.items() for op in ops}
+        self._readers: dict[str, set[str]] = {}
+        for op in cls.ops:
+            for name in op.operands:
+                self._readers.setdefault(costs.root(name), set()).add(self.group_of.get(op.name, op.name))
+        self._outputs = {costs.root(name) for name in cls.outputs}
+
+    def is_internal(self, name: str) -> bool:
+        """Whether a tensor is produced and used inside one group alone."""
+        root = self.costs.root(name)
+        producer = self.costs.cls.producer.get(root)
+        group = self.group_of.get(producer.name) if producer is not None else None
+        return group is not None and self._readers.get(root, set()) <= {group} and root not in self._outputs
+
+    def inputs(self, root: str) -> dict[str, None]:
+        """The tensors (as stored) that a group reads from outside."""
+        produced = {output for op in self.groups[root] for output in op.outputs}
+        return dict.fromkeys(
+            self.costs.root(name) for op in self.groups[root] for name in op.operands
+            if self.costs.root(name) not in produced
+        )
+
+    def kept_inputs(self) -> tuple[str, ...]:
+        """Inputs of groups that the backward reads."""
+        return tuple(
+            name for root in self.groups for name in self.inputs(root) if self.costs.whole(name).requires_grad
+        )
+
+    def times(self, state: dict[str, State]) -> tuple[float, float]:
+        """Seconds of all groups, forward and backward."""
+        costs, device = self.costs, self.costs.device
+        bandwidth = memory_bandwidth(device)
+        forward = backward = 0.0
+        for root, ops in self.groups.items():
+            read = [costs.local(name, state[name]) for name in self.inputs(root)]
+            written = [
+                costs.local(output, state[output]) for op in ops for output in op.outputs
+                if output and not self.is_internal(output)
+            ]
+            in_bytes = sum(tensor.size_bytes for tensor in read)
+            out_bytes = sum(tensor.size_bytes for tensor in written)
+            grads = sum(tensor.size_bytes for tensor in read if tensor.requires_grad)
+            forward += kernel_time_s(device, (in_bytes + out_bytes) / bandwidth)
+            if any(tensor.requires_grad for tensor in written):
+                backward += kernel_time_s(device, (in_bytes + out_bytes + grads) / bandwidth)
+        return forward, backward

@@ -1,0 +1,255 @@
+"""Seconds that one op takes on one device, forward and backward: a roofline with documented efficiencies.
+
+time = max(launch, max(flops / (peak * efficiency), bytes / (bandwidth * efficiency)) + gap) for each kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from autopar.cluster.cluster import DeviceType
+from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
+from autopar.graph.model_graph import Op
+
+# Best matrix products measured over shapes, as a share of the dense bfloat16 peak (stas00/ml-engineering, "Maximum
+# Achievable Matmul FLOPS": A100 SXM 267.9 of 312, H100 SXM 794.5 of 989, GH200 821-829 of 989, B200 1745 of 2250,
+# GB200 1822 of 2500, MI300X 758 of 1300). V100: assumed 0.80 (range 0.72-0.88); other devices: assumed 0.80 (range
+# 0.6-0.9). H100-96GB-500W: limited to 500 of 700 W; lasting clocks fall about as the cube root of power, to
+# (5/7)^(1/3) = 0.89 of an H100's (assumed, range 0.8-0.95).
+MATMUL_EFFICIENCY: tuple[tuple[str, float], ...] = (
+    ("H100-96GB-500W", 0.71), ("GH200", 0.83), ("GB200", 0.73), ("H100", 0.80), ("H200", 0.80), ("B200", 0.776),
+    ("MI300X", 0.58), ("V100", 0.80), ("A100", 0.86), ("A800", 0.86), ("CPU", 0.80),
+)
+DEFAULT_MATMUL_EFFICIENCY = 0.80
+# Fused attention, as a share of the same peak at head dim 128, forward and backward. FlashAttention-2 on A100 reaches
+# up to 0.73 and 0.63 (Dao 2023), at training lengths 0.60 and 0.50; the same kernels, which PyTorch ships, reach
+# 0.35-0.40 on H100 (Shah et al. 2024). Blackwell and others: assumed as H100; V100 runs the memory-efficient kernel,
+# assumed 0.35 (range 0.2-0.5).
+ATTENTION_EFFICIENCY: tuple[tuple[str, tuple[float, float]], ...] = (
+    ("A100", (0.60, 0.50)), ("A800", (0.60, 0.50)), ("V100", (0.35, 0.28)), ("CPU", (0.5, 0.4)),
+)
+DEFAULT_ATTENTION_EFFICIENCY = (0.40, 0.33)
+# Attention with a mask given as a tensor runs the memory-efficient kernel, which skips nothing and reaches about 0.6 of
+# the flash kernel's rate (assumed, range 0.4-0.8).
+MASKED_ATTENTION_SLOWDOWN = 0.6
+# Convolutions relative to matrix products (assumed, range 0.4-0.9).
+CONVOLUTION_EFFICIENCY = 0.6
+# Large copies reach 0.90 of HBM's peak on H200 and A100; kernels that also compute a little less (range 0.75-0.92).
+MEMORY_EFFICIENCY = 0.85
+# A tile's start and end cost about as much as 128 steps of the inner dim (assumed, range 64-256), and on average half a
+# wave of tiles idles at the end of a product: half of 132 or 108 multiprocessors, in tiles of 128 x 128.
+INNER_DIM_OVERHEAD = 128
+HALF_WAVE_TILES = 60
+TILE = 128
+# Time between the end of a kernel and the start of the next that waits in the queue, as a share of `kernel_launch_s`:
+# 1.28 us in a replayed graph against 4.2 us from Python on an H100 (assumed for others, range 0.15-0.5).
+GAP_SHARE = 0.3
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """What one device holds of a tensor: the local shape (a row count may be a fraction) and its bytes an element."""
+
+    shape: tuple[float, ...]
+    element_bytes: int
+    requires_grad: bool
+
+    @property
+    def numel(self) -> float:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> float:
+        return math.prod(self.shape) * self.element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpTime:
+    forward_s: float
+    backward_s: float
+
+
+FREE = OpTime(0.0, 0.0)
+
+
+def matmul_efficiency(
+    device: DeviceType, m: float, n: float, k: float, batch: float = 1.0, dtype: str = "bfloat16"
+) -> float:
+    """Share of the peak that `batch` products of (m, k) by (k, n) reach: the device's best, less for small dims.
+
+    Dims that do not fill a tile of 128 waste the rest of it; short inner dims pay for a tile's start and end; few tiles
+    leave multiprocessors idle in the last wave.
+    """
+    tiles = max(1.0, batch) * math.ceil(m / TILE) * math.ceil(n / TILE)
+    filled = max(1.0, batch) * m * n / (tiles * TILE * TILE)
+    if m < TILE or n < TILE:  # kernels with smaller tiles exist; a tile of at least 64 x 64 is assumed
+        filled = min(1.0, filled * 2)
+    best = best_matmul_efficiency(device, dtype)
+    return best * filled * k / (k + INNER_DIM_OVERHEAD) * tiles / (tiles + HALF_WAVE_TILES)
+
+
+def best_matmul_efficiency(device: DeviceType, dtype: str) -> float:
+    """The share of `device.peak` that the best-shaped products reach; 1 where the peak was measured."""
+    if _is_measured(device, f"peak_flops.{dtype}"):
+        return 1.0
+    return _by_prefix(MATMUL_EFFICIENCY, device.name, DEFAULT_MATMUL_EFFICIENCY)
+
+
+def memory_bandwidth(device: DeviceType) -> float:
+    """Bytes a second that kernels reach."""
+    measured = _is_measured(device, "memory_bandwidth_bytes_per_s")
+    return device.memory_bandwidth_bytes_per_s * (1.0 if measured else MEMORY_EFFICIENCY)
+
+
+def kernel_time_s(device: DeviceType, busy_s: float) -> float:
+    """Seconds of one kernel that computes or moves data for `busy_s`."""
+    return max(device.kernel_launch_s, busy_s + GAP_SHARE * device.kernel_launch_s)
+
+
+def memory_time_s(device: DeviceType, size_bytes: float) -> float:
+    """Seconds of one kernel that moves `size_bytes` (reads and writes together)."""
+    return kernel_time_s(device, size_bytes / memory_bandwidth(device))
+
+
+def op_time_s(
+    op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor], device: DeviceType, dtype: str, *,
+    flops: float, backward_flops: float, saved_bytes: float = 0.0, is_copy: bool = False,
+) -> OpTime:
+    """Seconds of one op on one device, forward and backward.
+
+    `operands` follow `op.operands`, `outputs` follow `op.outputs` (unused ones left out), both local. `flops` and
+    `backward_flops` are this device's. `saved_bytes`: what the backward reads of the forward. `is_copy`: a view op
+    (reshape, contiguous) that has to copy here.
+    """
+    kind = op_kind(op.target)
+    grads = [operand for operand in operands if operand.requires_grad]
+    in_bytes = sum(operand.size_bytes for operand in operands)
+    out_bytes = sum(output.size_bytes for output in outputs)
+    grad_in_bytes = sum(operand.size_bytes for operand in grads)
+    if is_free(op, outputs) and not is_copy:
+        return OpTime(0.0, _view_backward_s(op, operands, outputs, device))
+    if kind is OpKind.VIEW or (base_name(op.target) == "clone"):
+        moved = memory_time_s(device, 2 * out_bytes)
+        return OpTime(moved, moved if grads else 0.0)
+    if kind in (OpKind.MATMUL, OpKind.CONVOLUTION) and operands:
+        m, n, k, batch = _matmul_dims(op, operands, outputs)
+        used = _matmul_dtype(operands, dtype)
+        rate = device.peak(used) * matmul_efficiency(device, m, n, k, batch, used)
+        if kind is OpKind.CONVOLUTION:
+            rate *= CONVOLUTION_EFFICIENCY
+        bandwidth = memory_bandwidth(device)
+        forward = kernel_time_s(device, max(flops / rate, (in_bytes + out_bytes) / bandwidth))
+        # Each gradient of a product is a product of the same three sizes, which reads two of the tensors' like and
+        # writes the third's.
+        products = max(1, round(backward_flops / flops)) if flops else len(grads)
+        each = kernel_time_s(device, max(backward_flops / products / rate, (in_bytes + out_bytes) / bandwidth))
+        return OpTime(forward, products * each if grads and backward_flops else 0.0)
+    if kind is OpKind.ATTENTION:
+        forward_share, backward_share = attention_efficiency(device, operands[0].shape[-1])
+        causal, masked = attention_mask(op)
+        work = 0.5 if causal else 1.0  # the kernel skips the blocks above the diagonal
+        slow = MASKED_ATTENTION_SLOWDOWN if masked else 1.0
+        peak = device.peak(dtype) * slow
+        bandwidth = memory_bandwidth(device)
+        return OpTime(
+            kernel_time_s(device, max(work * flops / (peak * forward_share), (in_bytes + out_bytes) / bandwidth)),
+            kernel_time_s(
+                device, max(work * backward_flops / (peak * backward_share), 2 * (in_bytes + out_bytes) / bandwidth)
+            ) if grads else 0.0,
+        )
+    if kind is OpKind.CREATION:
+        return OpTime(memory_time_s(device, out_bytes), 0.0)
+    if kind is OpKind.GATHER:
+        # The backward fills the table's gradient with zeros and adds into it.
+        return OpTime(
+            memory_time_s(device, 2 * out_bytes), memory_time_s(device, 3 * out_bytes + grad_in_bytes) if grads else 0.0
+        )
+    forward = memory_time_s(device, in_bytes + out_bytes)
+    if not grads or not any(output.requires_grad for output in outputs):
+        return OpTime(forward, 0.0)
+    if base_name(op.target) in ("add", "sub") and not saved_bytes:
+        # The gradient passes unchanged to operands of the output's size, and is summed for smaller ones.
+        out_numel = max((output.numel for output in outputs), default=0.0)
+        summed = [operand for operand in grads if operand.numel < out_numel]
+        return OpTime(forward, sum(memory_time_s(device, out_bytes + operand.size_bytes) for operand in summed))
+    return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + grad_in_bytes))
+
+
+def is_free(op: Op, outputs: Sequence[LocalTensor]) -> bool:
+    """Whether the op moves nothing in the forward: a view, or dropout that is off."""
+    name = base_name(op.target)
+    if name in ("dropout", "feature_dropout"):
+        return len(op.args) > 1 and (op.args[1] == 0 or (len(op.args) > 2 and op.args[2] is False))
+    return op_kind(op.target) is OpKind.VIEW or not outputs
+
+
+def attention_efficiency(device: DeviceType, head_dim: float) -> tuple[float, float]:
+    """Shares of the peak of fused attention, forward and backward; heads smaller than 128 use the units less."""
+    share = min(1.0, 0.6 + 0.4 * head_dim / 128)  # 0.8 at head dim 64, as in FlashAttention-2's figures
+    forward, backward = _by_prefix(ATTENTION_EFFICIENCY, device.name, DEFAULT_ATTENTION_EFFICIENCY)
+    return forward * share, backward * share
+
+
+def attention_mask(op: Op) -> tuple[bool, bool]:
+    """Whether an attention op is causal by its flag, and whether it is given a mask tensor."""
+    given = dict(op.kwargs)
+    mask = given.get("attn_mask", op.args[3] if len(op.args) > 3 else None)
+    causal = given.get("is_causal", op.args[5] if len(op.args) > 5 else False)
+    return bool(causal), mask is not None
+
+
+def _view_backward_s(
+    op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor], device: DeviceType
+) -> float:
+    """Backwards that views do have: a sum for expand, zeros and a copy for slice and select, a concatenation."""
+    if not operands or not operands[0].requires_grad or not outputs:
+        return 0.0
+    name = base_name(op.target)
+    whole, parts = operands[0].size_bytes, sum(output.size_bytes for output in outputs)
+    if name in ("expand", "expand_as"):
+        return memory_time_s(device, whole + parts) if parts > whole else 0.0
+    if name in ("slice", "select", "narrow"):
+        return memory_time_s(device, whole + 2 * parts) if parts < whole else 0.0
+    if name in ("split", "split_with_sizes", "chunk", "unbind", "unsafe_split", "unsafe_chunk", "tensor_split"):
+        return memory_time_s(device, 2 * whole)
+    return 0.0
+
+
+def _matmul_dims(
+    op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor]
+) -> tuple[float, float, float, float]:
+    """(m, n, k, batch) of a product; a convolution counts as (positions, channels out, channels in * window)."""
+    name = base_name(op.target)
+    out = outputs[0]
+    if name.startswith("conv"):
+        weight = operands[1]
+        n = weight.shape[0]
+        return out.numel / max(1.0, n), n, weight.numel / max(1.0, n), 1.0
+    first = operands[1] if name in ("addmm", "baddbmm", "addbmm") and len(operands) > 2 else operands[0]
+    second = operands[2] if name in ("addmm", "baddbmm", "addbmm") and len(operands) > 2 else operands[-1]
+    if name == "linear":
+        second = operands[1]
+    k = first.shape[-1] if first.shape else 1.0
+    n = out.shape[-1] if out.shape else 1.0
+    if len(second.shape) > 2 and len(out.shape) > 2:
+        m = out.shape[-2]
+        return m, n, k, out.numel / max(1.0, m * n)
+    return out.numel / max(1.0, n), n, k, 1.0
+
+
+def _matmul_dtype(operands: Sequence[LocalTensor], dtype: str) -> str:
+    """Products of tensors that are all held in 4 bytes run in float32, whatever the compute dtype."""
+    return dtype if any(operand.element_bytes < 4 for operand in operands) else "float32"
+
+
+def _is_measured(device: DeviceType, field: str) -> bool:
+    return dict(device.sources).get(field, "").startswith("measured")
+
+
+def _by_prefix(table: Sequence[tuple[str, Value]], name: str, default: Value) -> Value:
+    return next((value for prefix, value in table if name.startswith(prefix)), default)
