@@ -27,6 +27,15 @@ class State:
             return str(self.kind)
         return f"S({self.dim})" if self.outer == 1 else f"S({self.dim},{self.outer})"
 
+    def at_rows(self, captured: int, rows: int) -> State:
+        """The state when the batch has `rows` rows, from one captured at the tagged prime `captured`.
+
+        Where batch and sequence are merged in one dim, the batch is among the outer blocks of a split sequence.
+        """
+        if self.kind is not Kind.SHARDED or self.outer % captured:
+            return self
+        return State(self.kind, self.dim, self.outer // captured * rows)
+
     @staticmethod
     def parse(text: str) -> State:
         """The state written as "R", "RP", "P", "S(1)" or "S(1,3)"; ValueError for anything else."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autopar.sharding.state import State
@@ -13,14 +13,18 @@ class Strategy:
     """One way to run an op on an axis: the states of its operands (as Op.operands lists them) and of its outputs.
 
     `factor` names the split loop dimension ("" for the replicated variants R and RP). `lowering` names the special
-    program that the split needs ("" where the op itself, run on local shapes, is right): "vocab_parallel_embedding",
-    "vocab_parallel_cross_entropy", "axis_random".
+    program that the split needs, one of `Lowering`'s ("" where the op itself, run on local shapes, is right).
     """
 
     factor: str
     inputs: tuple[State, ...]
     outputs: tuple[State, ...]
     lowering: str = ""
+
+    def at_rows(self, captured: int, rows: int) -> Strategy:
+        """The same choice when the batch has `rows` rows, from one captured at the tagged prime `captured`."""
+        inputs, outputs = _at_rows(self.inputs, captured, rows), _at_rows(self.outputs, captured, rows)
+        return replace(self, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,21 @@ class ClassSharding:
     outputs: tuple[State, ...]
     ops: tuple[tuple[str, Strategy], ...]
 
+    def at_rows(self, captured: int, rows: int) -> ClassSharding:
+        """The same choice when the batch has `rows` rows, from one captured at the tagged prime `captured`."""
+        return ClassSharding(
+            cls=self.cls,
+            inputs=_at_rows(self.inputs, captured, rows),
+            params=self.params,
+            buffers=self.buffers,
+            outputs=_at_rows(self.outputs, captured, rows),
+            ops=tuple((name, strategy.at_rows(captured, rows)) for name, strategy in self.ops),
+        )
+
     @cached_property
     def strategy(self) -> dict[str, Strategy]:
         return dict(self.ops)
+
+
+def _at_rows(states: tuple[State, ...], captured: int, rows: int) -> tuple[State, ...]:
+    return tuple(state.at_rows(captured, rows) for state in states)

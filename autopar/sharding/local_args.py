@@ -1,0 +1,169 @@
+"""The op that one rank runs: literal shape arguments rewritten for the shapes of its shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from autopar.graph.model_graph import Arg, Op, TensorInfo
+from autopar.sharding.reshard import local_shape
+from autopar.sharding.rules.registry import Call, find_rule, normal_dim, slice_range, split_lengths
+from autopar.sharding.state import Kind, State
+from autopar.sharding.strategy import Strategy
+
+Shape = tuple[int, ...]
+
+
+def local_infos(
+    op: Op, strategy: Strategy, tensors: Mapping[str, TensorInfo], size: int
+) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    """The local shapes of the op's operands and of its outputs (an unused output has shape ())."""
+    operands = tuple(
+        local_shape(tensors[name].shape, state, size) for name, state in zip(op.operands, strategy.inputs, strict=True)
+    )
+    outputs = tuple(
+        local_shape(tensors[name].shape, state, size) if name else ()
+        for name, state in zip(op.outputs, strategy.outputs, strict=True)
+    )
+    return operands, outputs
+
+
+def bias_operand(op: Op) -> int:
+    """The position among the operands of the bias that the lowering "bias_on_first_rank" adds on one rank alone."""
+    return 0 if _packet(op) in ("addmm", "baddbmm") else 2
+
+
+def local_op(op: Op, strategy: Strategy, tensors: Mapping[str, TensorInfo], size: int) -> Op:
+    """The op to call on one rank's operands. `tensors` has the whole shapes; names, operands and outputs stay.
+
+    Views become reshapes (a shard need not be contiguous), a squeeze becomes a reshape (a dim may get size 1), and the
+    literal sizes of expand, slice, split, repeat, grouped convolutions and group norms follow the local shapes. Every
+    other op, and every op that no factor splits, is returned unchanged. What a special lowering does is its own matter.
+    """
+    if not any(state.kind is Kind.SHARDED for state in (*strategy.inputs, *strategy.outputs)):
+        return op
+    rewrite = _REWRITES.get(_packet(op))
+    return rewrite(_Local(op, strategy, tensors, size)) if rewrite else op
+
+
+def _packet(op: Op) -> str:
+    return op.target.split(".")[1] if op.target.startswith("aten.") else op.target
+
+
+class _Local:
+    """An op with its global and local shapes, and setters for its arguments."""
+
+    def __init__(self, op: Op, strategy: Strategy, tensors: Mapping[str, TensorInfo], size: int) -> None:
+        found = find_rule(op.target)
+        self.signature = found[1] if found else ()
+        self.call = Call(op, tensors, self.signature)
+        self.op, self.strategy, self.size = op, strategy, size
+        self.operands, self.outputs = local_infos(op, strategy, tensors, size)
+
+    @property
+    def shape(self) -> Shape:
+        """The whole shape of the first operand."""
+        return self.call.operand_shapes()[0]
+
+    def shards(self, dim: int) -> bool:
+        """Whether the first operand is sharded along this dim."""
+        state: State = self.strategy.inputs[0]
+        return state.kind is Kind.SHARDED and state.dim == dim
+
+    def with_args(self, **values: Arg) -> Op:
+        """The op with these arguments replaced or, where they were left to their defaults, added as keywords."""
+        args, kwargs = list(self.op.args), dict(self.op.kwargs)
+        for name, value in values.items():
+            if name in self.signature and self.signature.index(name) < len(args):
+                args[self.signature.index(name)] = value
+            else:
+                kwargs[name] = value
+        return replace(self.op, args=tuple(args), kwargs=tuple(kwargs.items()))
+
+
+def _reshape(local: _Local) -> Op:
+    if local.op.target == "aten.view.dtype":
+        return local.op
+    return replace(local.op, target="aten.reshape.default", args=(local.op.args[0], local.outputs[0]), kwargs=())
+
+
+def _like_other(local: _Local) -> Op:
+    """view_as and the like keep their second operand, whose local shape is the output's."""
+    return replace(local.op, target="aten.reshape_as.default")
+
+
+def _expand(local: _Local) -> Op:
+    return local.with_args(size=local.outputs[0])
+
+
+def _repeat(local: _Local) -> Op:
+    own, out = local.operands[0], local.outputs[0]
+    padded = (1,) * (len(out) - len(own)) + own
+    return local.with_args(repeats=tuple(b // a if a else 1 for a, b in zip(padded, out, strict=True)))
+
+
+def _repeat_interleave(local: _Local) -> Op:
+    dim = normal_dim(local.call.number("dim", 0), len(local.shape))
+    return local.with_args(repeats=local.outputs[0][dim] // local.operands[0][dim])
+
+
+def _slice(local: _Local) -> Op:
+    call = local.call
+    dim = normal_dim(call.number("dim", 0), len(local.shape))
+    if not local.shards(dim):
+        return local.op
+    start, end = slice_range(local.shape[dim], call.number("start", 0), call.output_shape()[dim])
+    return local.with_args(start=start // local.size, end=end // local.size)
+
+
+def _narrow(local: _Local) -> Op:
+    dim = normal_dim(local.call.number("dim", 0), len(local.shape))
+    if not local.shards(dim):
+        return local.op
+    start, end = slice_range(local.shape[dim], local.call.number("start", 0), local.call.output_shape()[dim])
+    return local.with_args(start=start // local.size, length=(end - start) // local.size)
+
+
+def _split(local: _Local) -> Op:
+    dim = normal_dim(local.call.number("dim", 0), len(local.shape))
+    if not local.shards(dim):
+        return local.op
+    lengths = tuple(length // local.size for length in split_lengths(local.call, local.shape, dim))
+    return replace(local.op, target="aten.split_with_sizes.default", args=(local.op.args[0], lengths, dim), kwargs=())
+
+
+def _convolution(local: _Local) -> Op:
+    if local.call.number("groups", 1) == 1:
+        return local.op
+    channels, weight = local.operands[0][1 - len(local.operands[1]) :][0], local.operands[1]
+    return local.with_args(groups=channels // weight[1])
+
+
+def _group_norm(local: _Local) -> Op:
+    groups = local.call.number("num_groups", 1) * local.operands[0][1] // local.shape[1]
+    return local.with_args(num_groups=groups)
+
+
+_REWRITES: dict[str, Callable[[_Local], Op]] = {
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "squeeze", "view_copy",
+         "squeeze_copy"), _reshape,
+    ),
+    **dict.fromkeys(("view_as", "reshape_as"), _like_other),
+    **dict.fromkeys(("expand", "broadcast_to", "expand_copy"), _expand),
+    "repeat": _repeat,
+    "repeat_interleave": _repeat_interleave,
+    **dict.fromkeys(("slice", "slice_copy"), _slice),
+    "narrow": _narrow,
+    **dict.fromkeys(
+        ("split", "split_with_sizes", "chunk", "tensor_split", "split_copy", "unsafe_split", "unsafe_chunk"), _split
+    ),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    "group_norm": _group_norm,
+}  # fmt: skip
+
+
+def local_numel(shape: Shape, state: State, size: int) -> int:
+    """Elements of one rank's part of a tensor."""
+    return math.prod(local_shape(shape, state, size))

@@ -1,0 +1,28 @@
+"""Names and meanings of the special programs that some splits need, beyond the op itself on local shapes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Lowering(StrEnum):
+    """What an op does where its split is more than the same op on shards. n is the axis size, i the rank's index on it.
+
+    AXIS_RANDOM: the op on shards, with a random stream of its own on each rank of the axis.
+    SCALED_MEAN: the op on shards, its output divided by n; the output is partial.
+    BIAS_ON_FIRST_RANK: the op on shards with its bias (`local_args.bias_operand`) multiplied by 1 on rank 0 and by 0 on
+        the others; the output is partial and so is the bias's gradient.
+    VOCAB_PARALLEL_EMBEDDING: the weight holds rows [i*v/n, (i+1)*v/n): ids outside give rows of zeros; output partial.
+    SUM_OVER_COUNT: cross entropy with reduction "sum" over the local rows, divided by the number of valid targets
+        (target != ignore_index) summed over the axis; the output is partial.
+    VOCAB_PARALLEL_CROSS_ENTROPY: the logits hold classes [i*c/n, (i+1)*c/n): maximum, sum of exponentials and the
+        target's logit are reduced over the axis; the output is whole and the logits' gradient is
+        (softmax - one_hot) of the local classes, with no communication.
+    """
+
+    AXIS_RANDOM = "axis_random"
+    SCALED_MEAN = "scaled_mean"
+    BIAS_ON_FIRST_RANK = "bias_on_first_rank"
+    VOCAB_PARALLEL_EMBEDDING = "vocab_parallel_embedding"
+    SUM_OVER_COUNT = "sum_over_count"
+    VOCAB_PARALLEL_CROSS_ENTROPY = "vocab_parallel_cross_entropy"

@@ -1,0 +1,97 @@
+"""Look-ups: embedding, gather, index and scatter. The dim that is looked up in stays whole."""
+
+from __future__ import annotations
+
+from autopar.graph.model_graph import Ref
+from autopar.sharding.factors import Dims, OpFactors
+from autopar.sharding.lowering import Lowering
+from autopar.sharding.rules.registry import Call, aligned, broadcast, normal_dim, rule
+
+_LOOKED_UP = "the dim is looked up in"
+
+
+@rule("aten.embedding", signature="weight indices padding_idx")
+def embedding(call: Call) -> OpFactors:
+    rows, width = call.shape("weight")
+    v, d = call.factor("v", rows), call.factor("d", width)
+    ids = call.factors("b", call.shape("indices"))
+    lowerings = {"v": Lowering.VOCAB_PARALLEL_EMBEDDING}
+    operands = {"weight": (v, d), "indices": ids}
+    return call.build(operands, ((*ids, d),), reducing=(v,), rigid=(v,), lowerings=lowerings)
+
+
+@rule("aten.index_select", signature="self dim index")
+def index_select(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims = [call.factor(f"i{d}", size, _LOOKED_UP if d == dim else "") for d, size in enumerate(shape)]
+    taken = call.factor("n", call.output_shape()[dim])
+    index: Dims = (taken,) if call.shape("index") else ()
+    out = (*dims[:dim], taken, *dims[dim + 1 :])
+    return call.build({"self": tuple(dims), "index": index}, (out,), linear=((0,),))
+
+
+def _indexed(call: Call, x: str, other: str) -> tuple[Dims, Dims]:
+    """Dims of `x` and of `other`, which looks up along `dim` and may be shorter elsewhere."""
+    shape, index = call.shape(x), call.shape(other)
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims, own = [], []
+    for d, (size, length) in enumerate(zip(shape, index, strict=True)):
+        if d == dim:
+            dims.append(call.factor(f"x{d}", size, _LOOKED_UP))
+            own.append(call.factor(f"n{d}", length))
+        elif size == length:
+            dims.append(call.factor(f"i{d}", size))
+            own.append(dims[-1])
+        else:
+            dims.append(call.factor(f"x{d}", size, "the index covers a part of the dim"))
+            own.append(call.factor(f"n{d}", length, "the index covers a part of the dim"))
+    return tuple(dims), tuple(own)
+
+
+@rule("aten.gather", signature="self dim index")
+def gather(call: Call) -> OpFactors:
+    if not call.shape("self"):
+        return call.unsplit("a single number")
+    dims, own = _indexed(call, "self", "index")
+    return call.build({"self": dims, "index": own}, (own,), linear=((0,),))
+
+
+@rule("aten.scatter", "aten.scatter_add", "aten.scatter_", "aten.scatter_add_", signature="self dim index src")
+def scatter(call: Call) -> OpFactors:
+    """Dims outside `dim` where all tensors are equally long split; the rest stays whole."""
+    dims, own = _indexed(call, "self", "index")
+    for names in own:
+        for name in names:
+            if name.startswith("n"):
+                call.blocked[name] = _LOOKED_UP
+    source = own
+    if call.is_tensor("src") and call.shape("src") != call.shape("index"):
+        return call.unsplit("source and index differ in shape")
+    jointly = tuple(i for i, name in enumerate(call.args) if name in ("self", "src") and call.is_tensor(name))
+    positions = tuple(p for p in (0, 2) if p < len(call.op.operands)) if len(jointly) == 2 else ()
+    operands = {"self": dims, "index": own, "src": source, "value": ()}
+    return call.build(operands, (dims,), linear=(positions,) if positions else ())
+
+
+@rule("aten.index.Tensor", signature="self indices")
+def index(call: Call) -> OpFactors:
+    """Indices side by side put their own (broadcast) dims in the place of the dims they look up in."""
+    shape, given = call.shape("self"), call.args["indices"]
+    assert isinstance(given, tuple)
+    places = [dim for dim, item in enumerate(given) if isinstance(item, Ref)]
+    infos = [call.tensors[item.name] for item in given if isinstance(item, Ref)]
+    if any(info.dtype in ("bool", "uint8") for info in infos):
+        return call.unsplit("a mask takes an unknown number of elements")
+    if places != list(range(places[0], places[-1] + 1)):
+        return call.unsplit("the indices are not side by side")
+    dims = [call.factor(f"i{d}", size, _LOOKED_UP if d in places else "") for d, size in enumerate(shape)]
+    own = call.factors("n", broadcast([info.shape for info in infos]))
+    out = (*dims[: places[0]], *own, *dims[places[-1] + 1 :])
+    indices = [aligned(info.shape, own) for info in infos]
+    return call.build({"self": tuple(dims), "indices": indices}, (out,), linear=((0,),))
+
+
+@rule("aten.index_put", "aten.index_put_", "aten.index_add", "aten.index_copy", "aten.masked_scatter", "aten.put")
+def whole_only(call: Call) -> OpFactors:
+    return call.unsplit("elements are written at positions known only when it runs")

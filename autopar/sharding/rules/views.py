@@ -1,0 +1,246 @@
+"""Ops that rearrange elements: reshapes, permutations, slices, splits, concatenations and repetitions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from autopar.sharding.factors import Dims, OpFactors
+from autopar.sharding.refine import refine
+from autopar.sharding.rules.registry import Call, Shape, normal_dim, rule, slice_range, split_lengths
+
+_FIRST = ((0,),)
+_MANY_DIM = "a part of the dim is taken"
+
+
+@rule(
+    "aten.view.default", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias", "aten.flatten", "aten.unflatten",
+    "aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.squeeze_copy", "aten.unsqueeze_copy",
+    "aten.view_copy", signature="self",
+)  # fmt: skip
+def reshape(call: Call) -> OpFactors:
+    """Any reshape is a refinement of both shapes into common factors."""
+    shape, out = call.shape("self"), call.output_shape()
+    common = refine(shape, out)
+    call.sizes.update(common.sizes)
+    call.blocked.update(dict.fromkeys(common.opaque, "the reshape mixes this dim with its neighbours"))
+    operands = {"self": common.before, "other": common.after, "arg1": common.after}
+    return call.build(operands, (common.after,), linear=_FIRST)
+
+
+@rule("aten.view.dtype", signature="self dtype")
+def view_dtype(call: Call) -> OpFactors:
+    return call.unsplit("the elements change size")
+
+
+@rule(
+    "aten.transpose", "aten.permute", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.transpose_copy",
+    "aten.permute_copy", "aten.numpy_T", "aten.mT", signature="self a b",
+)  # fmt: skip
+def permutation(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    dims = call.factors("i", shape)
+    name = call.op.target.split(".")[1].removesuffix("_copy")
+    return call.build({"self": dims}, (tuple(dims[i] for i in _order(call, name, len(shape))),), linear=_FIRST)
+
+
+def _order(call: Call, name: str, rank: int) -> list[int]:
+    """Which input dim each output dim is."""
+    order = list(range(rank))
+    if name == "permute":
+        return [normal_dim(dim, rank) for dim in call.ints("a" if call.has("a") else "dims")]
+    if name in ("t", "numpy_T", "mT"):
+        if name == "numpy_T" or rank < 2:
+            return order[::-1]
+        return [*order[:-2], rank - 1, rank - 2]
+    first = [normal_dim(dim, rank) for dim in call.ints("a")]
+    second = [normal_dim(dim, rank) for dim in call.ints("b")]
+    if name == "movedim":
+        rest = iter([dim for dim in order if dim not in first])
+        placed = dict(zip(second, first, strict=True))
+        return [placed[dim] if dim in placed else next(rest) for dim in order]
+    order[first[0]], order[second[0]] = second[0], first[0]
+    return order
+
+
+@rule("aten.expand", "aten.broadcast_to", "aten.expand_copy", signature="self size")
+def expand(call: Call) -> OpFactors:
+    shape, out = call.shape("self"), call.output_shape()
+    dims = call.factors("i", out)
+    padded = (1,) * (len(out) - len(shape)) + shape
+    own = tuple(names if size != 1 else () for size, names in zip(padded, dims, strict=True))
+    return call.build({"self": own[len(out) - len(shape) :]}, (dims,), linear=_FIRST)
+
+
+@rule("aten.repeat", signature="self repeats")
+def repeat(call: Call) -> OpFactors:
+    """Tiles: the repetition is the outer part of each dim."""
+    shape, out = call.shape("self"), call.output_shape()
+    padded = (1,) * (len(out) - len(shape)) + shape
+    own = call.factors("i", padded)
+    tiles = tuple(call.factor(f"r{d}", out[d] // padded[d]) if padded[d] else () for d in range(len(out)))
+    dims = tuple((*tile, *names) for tile, names in zip(tiles, own, strict=True))
+    return call.build({"self": own[len(out) - len(shape) :]}, (dims,), linear=_FIRST)
+
+
+@rule("aten.repeat_interleave.self_int", signature="self repeats dim")
+def repeat_interleave(call: Call) -> OpFactors:
+    """Repeats each element: the repetition is the inner part of the dim."""
+    shape, repeats = call.shape("self"), call.number("repeats", 1)
+    if not call.has("dim") and len(shape) != 1:
+        return call.unsplit("without a dim the op flattens its input")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims = call.factors("i", shape)
+    copies = call.factor("r", repeats)
+    return call.build({"self": dims}, ((*dims[:dim], (*dims[dim], *copies), *dims[dim + 1 :]),), linear=_FIRST)
+
+
+def _parts(call: Call, total: int, cuts: Sequence[int], prefix: str) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """A dim cut at these positions: (block length, the input's factors, the factor inside a block)."""
+    length = math.gcd(total, *cuts)
+    blocks = call.factor(f"{prefix}blocks", total // length, _MANY_DIM)
+    inner = call.factor(f"{prefix}inner", length)
+    return length, (*blocks, *inner), inner
+
+
+def _cut(call: Call, dim: int, cuts: Sequence[int], lengths: Sequence[int]) -> OpFactors:
+    """An op whose outputs are consecutive or single pieces of one dim of its operand."""
+    shape = call.shape("self")
+    if shape[dim] == 0:
+        return call.unsplit("the dim is empty")
+    rest = [call.factor(f"i{d}", size) if d != dim else () for d, size in enumerate(shape)]
+    length, whole, inner = _parts(call, shape[dim], cuts, "c")
+    outputs: list[Dims] = []
+    for index, taken in enumerate(lengths):
+        blocks = call.factor(f"o{index}", taken // length, _MANY_DIM)
+        outputs.append((*rest[:dim], (*blocks, *inner) if taken else blocks, *rest[dim + 1 :]))
+    return call.build({"self": (*rest[:dim], whole, *rest[dim + 1 :])}, outputs, linear=_FIRST)
+
+
+@rule("aten.slice", "aten.slice_copy", signature="self dim start end step")
+def slice_(call: Call) -> OpFactors:
+    """A slice that starts and ends on block borders leaves the inside of the blocks free to split."""
+    shape, out = call.shape("self"), call.output_shape()
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    if call.number("step", 1) != 1:
+        return _blocked_dim(call, dim, out, "the slice takes every few elements")
+    start, end = slice_range(shape[dim], call.number("start", 0), out[dim])
+    if (start, end) == (0, shape[dim]):
+        dims = call.factors("i", shape)
+        return call.build({"self": dims}, (dims,), linear=_FIRST)
+    return _cut(call, dim, (start, end), (end - start,))
+
+
+@rule("aten.narrow", signature="self dim start length")
+def narrow(call: Call) -> OpFactors:
+    shape, out = call.shape("self"), call.output_shape()
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    start, end = slice_range(shape[dim], call.number("start", 0), out[dim])
+    return _cut(call, dim, (start, end), (end - start,))
+
+
+@rule(
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.split_copy",
+    "aten.unsafe_split", "aten.unsafe_chunk", signature="self how dim",
+)  # fmt: skip
+def split(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    lengths = split_lengths(call, shape, dim)
+    if sum(lengths) != shape[dim] or len(lengths) != len(call.op.outputs):
+        return call.unsplit("pieces of unknown sizes")
+    cuts = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return _cut(call, dim, cuts, lengths)
+
+
+@rule("aten.select", "aten.select_copy", signature="self dim index")
+def select(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims = [call.factor(f"i{d}", size, _MANY_DIM if d == dim else "") for d, size in enumerate(shape)]
+    return call.build({"self": tuple(dims)}, ((*dims[:dim], *dims[dim + 1 :]),), linear=_FIRST)
+
+
+@rule("aten.unbind", signature="self dim")
+def unbind(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims = [call.factor(f"i{d}", size, _MANY_DIM if d == dim else "") for d, size in enumerate(shape)]
+    out = (*dims[:dim], *dims[dim + 1 :])
+    return call.build({"self": tuple(dims)}, (out,) * len(call.op.outputs), linear=_FIRST)
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate", signature="tensors dim")
+def cat(call: Call) -> OpFactors:
+    """Pieces whose lengths have a common divisor g share the factor g inside; their blocks stay whole."""
+    shapes = call.operand_shapes()
+    out = call.output_shape()
+    if any(len(shape) != len(out) for shape in shapes):
+        return call.unsplit("an empty tensor is among the pieces")
+    dim = normal_dim(call.number("dim", 0), len(out))
+    rest = [call.factor(f"i{d}", size) if d != dim else () for d, size in enumerate(out)]
+    common = math.gcd(*(shape[dim] for shape in shapes))
+    inner = call.factor("inner", common)
+    reason = "the pieces lie one after another"
+
+    def along(name: str, length: int) -> Dims:
+        blocks = call.factor(name, length // common if common else length, reason)
+        return (*rest[:dim], (*blocks, *inner), *rest[dim + 1 :])
+
+    pieces = [along(f"p{i}", shape[dim]) for i, shape in enumerate(shapes)]
+    return call.build({"tensors": pieces}, (along("all", out[dim]),), linear=(tuple(range(len(shapes))),))
+
+
+@rule("aten.stack", signature="tensors dim")
+def stack(call: Call) -> OpFactors:
+    shapes = call.operand_shapes()
+    dim = normal_dim(call.number("dim", 0), len(shapes[0]) + 1)
+    dims = call.factors("i", shapes[0])
+    new = call.factor("new", len(shapes), "the pieces lie one after another")
+    out = (*dims[:dim], new, *dims[dim:])
+    return call.build({"tensors": [dims] * len(shapes)}, (out,), linear=(tuple(range(len(shapes))),))
+
+
+@rule("aten.pad", "aten.constant_pad_nd", signature="self pad mode value")
+def pad(call: Call) -> OpFactors:
+    """Dims that are not padded split; zeros added to a partial value keep it partial."""
+    shape, out = call.shape("self"), call.output_shape()
+    before = call.ints("pad")
+    touched = {len(shape) - 1 - i // 2 for i, amount in enumerate(before) if amount}
+    inside, outside = [], []
+    for dim, size in enumerate(shape):
+        if dim in touched:
+            inside.append(call.factor(f"i{dim}", size, "the dim is padded"))
+            outside.append(call.factor(f"o{dim}", out[dim], "the dim is padded"))
+        else:
+            inside.append(call.factor(f"i{dim}", size))
+            outside.append(inside[-1])
+    is_constant = call.op.target.startswith("aten.constant_pad_nd") or call.get("mode", "constant") == "constant"
+    value = call.get("mode") if call.op.target.startswith("aten.constant_pad_nd") else call.get("value")
+    keeps_partial = not is_constant or value in (None, 0)
+    return call.build({"self": tuple(inside)}, (tuple(outside),), linear=_FIRST if keeps_partial else ())
+
+
+@rule("aten.flip", "aten.roll", signature="self a b")
+def along_dims(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    name = "a" if call.op.target.startswith("aten.flip") else "b"
+    moved = {normal_dim(dim, len(shape)) for dim in call.ints(name)} or set(range(len(shape)))
+    reason = "elements move along the dim"
+    dims = tuple(call.factor(f"i{d}", size, reason if d in moved else "") for d, size in enumerate(shape))
+    return call.build({"self": dims}, (dims,), linear=_FIRST)
+
+
+@rule("aten.tril", "aten.triu", "aten.tril_", "aten.triu_", signature="self diagonal")
+def triangle(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    reason = "the triangle depends on the position"
+    dims = tuple(call.factor(f"i{d}", size, reason if d >= len(shape) - 2 else "") for d, size in enumerate(shape))
+    return call.build({"self": dims}, (dims,), linear=_FIRST)
+
+
+def _blocked_dim(call: Call, dim: int, out: Shape, reason: str) -> OpFactors:
+    """An op that changes one dim in a way that cannot be split and passes the others through."""
+    dims = [call.factor(f"i{d}", size, reason if d == dim else "") for d, size in enumerate(call.shape("self"))]
+    changed = call.factor("o", out[dim], reason)
+    return call.build({"self": tuple(dims)}, ((*dims[:dim], changed, *dims[dim + 1 :]),), linear=_FIRST)
