@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -15,8 +15,8 @@ from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Sche
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
 
-FORMAT = "autopar-plan"
-VERSION = 1
+FORMAT: Final = "autopar-plan"
+VERSION: Final = 1
 _AGAIN = "write it again with `autopar plan MODEL --cluster C --global-batch N -o plan.json`"
 
 Count = Annotated[int, Field(ge=1)]

@@ -9,33 +9,26 @@ large, one 0/1 variable a wanted state says that the conversion is made, which n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.graph.model_graph import BlockClass, Op, TensorInfo
+from autopar.cost_models.compute import OpTime
+from autopar.graph.model_graph import BlockClass, TensorInfo
 from autopar.search.elimination import Factor, FactorGraph, Table
 from autopar.search.mathopt import minimize
-from autopar.sharding.reshard import Conversion, conversion, divides
+from autopar.sharding.reshard import divides
 from autopar.sharding.state import RP, Kind, R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.simulate.class_costs import ClassCosts
 
 JOINT_TABLE = 20_000  # entries; above, a tensor's conversions get variables of their own
 # Among equally fast choices the one that stores fewer parameter bytes a device, and then the plainer states, wins.
 # Both weights are far below any modelled time (a kernel launch is 1e-6 s) and above float64 rounding of a block's time.
 _TIE_S_PER_BYTE = 1e-20
 _TIE_S = 1e-15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AxisCosts:
-    """What choices are judged by: seconds on one rank of an axis of `size`, forward and backward together."""
-
-    size: int
-    op_time_s: Callable[[Op, Strategy], float]
-    conversion_time_s: Callable[[TensorInfo, Conversion], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +50,7 @@ def boundary_state(info: TensorInfo, boundary: State) -> State:
 
 
 def shard_class(
-    cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: AxisCosts
+    cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts
 ) -> ClassSharding | None:
     """The fastest sharding of the class with hidden states crossing its borders in state `boundary`.
 
@@ -74,7 +67,7 @@ class Problem:
     """The factor graph of one class, and the way back from its values to a ClassSharding."""
 
     def __init__(
-        self, cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: AxisCosts
+        self, cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts
     ) -> None:
         self.cls, self.boundary, self.costs = cls, boundary, costs
         self.strategies = [tuple(strategies[op.name]) for op in cls.ops]
@@ -89,7 +82,7 @@ class Problem:
             self._param_variable[name] = len(self.sizes)
             self.sizes.append(len(self._param_states[name]))
         crossing = [cls.tensor[name] for name in (*cls.inputs, *cls.outputs)]
-        size = costs.size
+        size = costs.tp
         self.impossible |= any(not divides(info.shape, boundary_state(info, boundary), size) for info in crossing)
         if not self.impossible:
             self._op_costs()
@@ -123,7 +116,7 @@ class Problem:
         """The states a parameter may rest in: those that its consumers want, sharded first."""
         wanted = {state for wish in self._wishes.get(name, ()) for states in wish.wanted for state in states}
         info = self.cls.tensor[name]
-        states = {s for s in wanted if s.kind is not Kind.PARTIAL and divides(info.shape, s, self.costs.size)} | {R}
+        states = {s for s in wanted if s.kind is not Kind.PARTIAL and divides(info.shape, s, self.costs.tp)} | {R}
         if not info.requires_grad:
             states.discard(RP)
         return tuple(sorted(states, key=_plainness))
@@ -131,12 +124,12 @@ class Problem:
     def _op_costs(self) -> None:
         for index, op in enumerate(self.cls.ops):
             options = self.strategies[index]
-            table = np.array([self.costs.op_time_s(op, s) + _tie_break(s) for s in options], dtype=np.float64)
+            table = np.array([_sum(self.costs.op_time(op, s)) + _tie_break(s) for s in options], dtype=np.float64)
             self.factors.append(Factor((index,), table))
         for name, variable in self._param_variable.items():
             info, states = self.cls.tensor[name], self._param_states[name]
             rows = [
-                info.size_bytes / (self.costs.size if state.kind is Kind.SHARDED else 1) * _TIE_S_PER_BYTE
+                info.size_bytes / (self.costs.tp if state.kind is Kind.SHARDED else 1) * _TIE_S_PER_BYTE
                 + (_TIE_S if state == RP else 0.0)
                 for state in states
             ]
@@ -152,32 +145,31 @@ class Problem:
         columns = sorted(wanted, key=_plainness)
         if not columns or not have:
             return
+        fan_out = np.array([self.costs.fan_out_s(info.name, state) for state in have], dtype=np.float64)
+        self.factors.append(Factor((producer,), fan_out) if producer is not None else Factor((), fan_out[0]))
         prices = self._prices(info, have, columns)
         variables = ([] if producer is None else [producer]) + [wish.variable for wish in wishes]
         if math.prod(self.sizes[v] for v in variables) <= JOINT_TABLE:
-            self._add(_joint(variables, prices, columns, producer is not None, wishes, demanded))
+            self.factors.append(_joint(variables, prices, columns, producer is not None, wishes, demanded))
             return
         for column, state in enumerate(columns):
             price = prices[:, column]
             if state == demanded:
-                self._add(_joint(variables[:1] if producer is not None else [], prices[:, column : column + 1],
+                self.factors.append(_joint(variables[:1] if producer is not None else [], prices[:, column : column + 1],
                                  [state], producer is not None, [], demanded))
                 continue
             made = len(self.sizes)
             self.sizes.append(2)
             table = np.stack([np.zeros_like(price), price], axis=1)
             if producer is None:
-                self._add(Factor((made,), table[0]))
+                self.factors.append(Factor((made,), table[0]))
             else:
-                self._add(Factor((producer, made), table))
+                self.factors.append(Factor((producer, made), table))
             for wish in wishes:
                 lacking = np.zeros((len(wish.wanted), 2))
                 lacking[[state in states for states in wish.wanted], 0] = np.inf
                 if lacking.any():
-                    self._add(Factor((wish.variable, made), lacking))
-
-    def _add(self, factor: Factor) -> None:
-        self.factors.append(factor)
+                    self.factors.append(Factor((wish.variable, made), lacking))
 
     def _origin(self, info: TensorInfo) -> tuple[int | None, list[State]]:
         """The variable that decides the tensor's state and the state under each of its values."""
@@ -207,13 +199,11 @@ class Problem:
     def _price(self, info: TensorInfo, src: State, dst: State) -> float:
         if src == dst:
             return 0.0
-        size = self.costs.size
+        size = self.costs.tp
         if not divides(info.shape, src, size) or not divides(info.shape, dst, size):
             return math.inf
-        found = conversion(src, dst, info.requires_grad)
-        if found is None:
-            return math.inf
-        return _TIE_S + (0.0 if found.is_free else self.costs.conversion_time_s(info, found))
+        found = self.costs.conversion_time(info.name, src, dst)
+        return math.inf if found is None else _TIE_S + _sum(found)
 
 
 def _joint(
@@ -232,6 +222,10 @@ def _joint(
         price = prices[:, column].reshape([-1] + [1] * len(wishes)) if has_producer else prices[0, column]
         table += np.where(mask, price, 0.0)
     return Factor(tuple(variables), table)
+
+
+def _sum(time: OpTime) -> float:
+    return time.forward_s + time.backward_s
 
 
 def _plainness(state: State) -> tuple[int, int, int]:

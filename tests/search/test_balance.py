@@ -35,7 +35,8 @@ def test_cut_equals_brute_force(block: list[float], num_stages: int, speeds: lis
         assert found is None
         return
     assert found is not None
-    assert found.cuts[0] == 0 and found.cuts[-1] == len(block)
+    assert found.cuts[0] == 0
+    assert found.cuts[-1] == len(block)
     assert all(a < b for a, b in itertools.pairwise(found.cuts))
     assert abs(found.bottleneck - best) <= 1e-6 * best
     assert found.lower_bound <= best * (1 + 1e-12)
@@ -43,4 +44,5 @@ def test_cut_equals_brute_force(block: list[float], num_stages: int, speeds: lis
 
 def test_even_layers_are_cut_evenly() -> None:
     found = smallest_bottleneck([running_sums([1.0] * 12)] * 4)
-    assert found is not None and found.cuts == (0, 3, 6, 9, 12)
+    assert found is not None
+    assert found.cuts == (0, 3, 6, 9, 12)
