@@ -1,0 +1,274 @@
+"""Capture: a model and an example batch become a ModelGraph, without touching or copying a weight."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from autopar.errors import CaptureError, InputError
+from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
+from autopar.graph.fake import fake_like, faked, new_fake_mode
+from autopar.graph.hugging_face import traceable
+from autopar.graph.lift import Leaf, lift
+from autopar.graph.model_graph import BlockClass, ModelGraph, TensorInfo
+from autopar.graph.module_blocks import find_candidates
+from autopar.graph.record import BlockCall, Recording, record
+from autopar.graph.trace import trace_block, trace_outer
+
+log = logging.getLogger(__name__)
+LossFn = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """A graph and the values that its ops need besides batch and parameters.
+
+    `constants` maps each name of `graph.buffers` to its tensor: the model's own buffers, and the constants that the
+    forward made (`_constants.N`).
+    """
+
+    graph: ModelGraph
+    constants: dict[str, Tensor]
+
+
+def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...], *, loss_fn: LossFn | None = None,
+            tag_rows: bool = False, name: str = "") -> Captured:
+    """The ModelGraph of one training forward of `model` on `example_batch`, with its loss.
+
+    `example_batch` is a dict of keyword arguments or a tuple of positional ones. The loss is `loss_fn(output, batch)`
+    if given, else the model's scalar output or its `.loss`. Model and batch may be real, fake or on the meta device;
+    the model is left as it was. `tag_rows` replaces the batch size by a prime that divides no other size, so that the
+    graph can be scaled to any number of rows. Raises CaptureError with the module and line that cannot be captured.
+    """
+    batch = _Batch(example_batch)
+    mode = new_fake_mode()
+    rows = _prime(model, batch) if tag_rows else batch.rows
+    build = _Builder(model, mode)
+    with traceable(model) as notes:
+        candidates = find_candidates(model)
+        with faked(model, mode):
+            fakes = batch.fakes(mode, rows)
+
+            def loss(*tensors: Tensor) -> Tensor:
+                return _loss(model, batch.fill(list(tensors)), loss_fn)
+
+            with mode:
+                recording = record(lambda: loss(*fakes), model, candidates)
+            outer = trace_outer(model, loss, fakes, recording)
+            programs = {key: build.program(call) for key, call in recording.first.items()}
+            lifted = lift(outer, build.leaves(outer, list(batch.names)), mode, calls=recording.calls)
+    programs = build.merged(programs)
+    chain = assemble(lifted, build.bind(recording, programs))
+    notes = [*notes, *recording.notes, *_fold_notes(recording, programs), *batch.notes(rows)]
+    graph = ModelGraph(
+        name=name or type(model).__name__, rows=rows, rows_are_tagged=tag_rows,
+        inputs=tuple(_info(key, fake) for key, fake in zip(batch.names, fakes, strict=True)),
+        params=tuple(_info(fqn, param) for fqn, param in model.named_parameters()),
+        buffers=(), aliases=build.aliases, classes=chain.classes, blocks=chain.blocks, shared=chain.shared,
+        loss=chain.loss, notes=tuple(notes),
+    )
+    return _finish(graph, build.constant_values)
+
+
+def _info(name: str, tensor: Tensor) -> TensorInfo:
+    return TensorInfo(name=name, shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."),
+                      requires_grad=tensor.requires_grad)
+
+
+def _finish(graph: ModelGraph, values: dict[str, Tensor]) -> Captured:
+    """Adds the buffers that are used, and a note about parameters that are not."""
+    blocks = (graph.shared, *graph.blocks)
+    used = dict.fromkeys(name for block in blocks for name in block.buffers)
+    read = {name for block in blocks for name in block.params}
+    unread = [info.name for info in graph.params if info.name not in read]
+    notes = graph.notes
+    if unread:
+        shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+        notes = (*notes, f"{len(unread)} parameters do not reach the loss: {shown}")
+    buffers = tuple(_info(name, values[name]) for name in used)
+    return Captured(graph=replace(graph, buffers=buffers, notes=notes), constants={name: values[name] for name in used})
+
+
+class _Batch:
+    """The example batch: its tensors by name, and how to put others in their place."""
+
+    def __init__(self, example: Mapping[str, Any] | tuple[Any, ...]):
+        if isinstance(example, Mapping):
+            items = [(str(key), value) for key, value in example.items()]
+        elif isinstance(example, (tuple, list)):
+            items = [(str(index), value) for index, value in enumerate(example)]
+        else:
+            raise InputError(f"example_batch must be a dict of tensors or a tuple, not a {type(example).__name__}")
+        self.is_mapping = isinstance(example, Mapping)
+        self.items = items
+        for key, value in items:
+            if not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+                raise InputError(f"example_batch[{key!r}] is a {type(value).__name__}; give tensors")
+        self.tensors = {key: value for key, value in items if isinstance(value, Tensor)}
+        self.names = tuple(self.tensors)
+        sizes = Counter(tensor.shape[0] for tensor in self.tensors.values() if tensor.dim() > 0)
+        if not sizes:
+            raise InputError("example_batch has no tensor with a batch dim")
+        self.rows = next(tensor.shape[0] for tensor in self.tensors.values()
+                         if tensor.dim() > 0 and sizes[tensor.shape[0]] == max(sizes.values()))
+
+    def fakes(self, mode: FakeTensorMode, rows: int) -> list[Tensor]:
+        """One distinct fake tensor for each batch tensor, with `rows` rows."""
+        return [fake_like(mode, tensor, (rows, *tensor.shape[1:]) if self._has_rows(tensor) else None)
+                for tensor in self.tensors.values()]
+
+    def _has_rows(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.shape[0] == self.rows
+
+    def fill(self, tensors: list[Tensor]) -> Any:
+        given = dict(zip(self.names, tensors, strict=True))
+        values = [given.get(key, value) for key, value in self.items]
+        return dict(zip((key for key, _ in self.items), values, strict=True)) if self.is_mapping else tuple(values)
+
+    def notes(self, rows: int) -> list[str]:
+        return [f"batch tensor {key!r} of shape {tuple(tensor.shape)} has no batch dim of {self.rows} rows"
+                for key, tensor in self.tensors.items() if not self._has_rows(tensor)]
+
+
+def _prime(model: nn.Module, batch: _Batch) -> int:
+    """The smallest prime from 1009 on that divides no size near a dim of the parameters, buffers or batch."""
+    dims = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
+    dims |= {size for tensor in batch.tensors.values() for size in tensor.shape}
+    avoid = {size + near for size in dims for near in range(-2, 3)} - {0}
+    candidate = 1009
+    while any(candidate % d == 0 for d in range(2, 200) if d * d <= candidate) or any(
+            size % candidate == 0 for size in avoid):
+        candidate += 2
+    return candidate
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    output = model(**batch) if isinstance(batch, dict) else model(*batch)
+    if loss_fn is not None:
+        loss = loss_fn(output, batch)
+    elif isinstance(output, Tensor):
+        loss = output
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
+        raise CaptureError(f"{type(model).__name__}: the model returns {what} and no scalar loss; "
+                           "put labels into the batch or give loss_fn(output, batch)")
+    return loss
+
+
+class _Builder:
+    """Turns recorded calls into block programs and keeps the global names."""
+
+    def __init__(self, model: nn.Module, mode: FakeTensorMode):
+        self.mode = mode
+        first = {id(param): name for name, param in model.named_parameters()}
+        first |= {id(buffer): name for name, buffer in model.named_buffers()}
+        self.canonical: dict[str, str] = {}
+        for name, tensor in (*model.named_parameters(remove_duplicate=False),
+                             *model.named_buffers(remove_duplicate=False)):
+            self.canonical[name] = first[id(tensor)]
+        self.trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+        params = dict(model.named_parameters())
+        self.aliases = tuple((name, known) for name, known in self.canonical.items()
+                             if name != known and known in params)
+        self.constant_values: dict[str, Tensor] = dict(model.named_buffers())
+
+    def leaves(self, program: ExportedProgram, inputs: list[str], fqn: str = "",
+               grads: tuple[bool, ...] = ()) -> list[Leaf]:
+        """What each placeholder of an exported program stands for; names are relative to the block at `fqn`."""
+        found: list[Leaf] = []
+        count = 0
+        for spec in program.graph_signature.input_specs:
+            target = (spec.target or "").removeprefix("model.")
+            full = f"{fqn}.{target}" if fqn else target
+            if spec.kind is InputKind.PARAMETER or spec.kind is InputKind.BUFFER:
+                full = self.canonical[full]
+                kind = "param" if spec.kind is InputKind.PARAMETER else "buffer"
+                found.append(Leaf(kind=kind, name=target if fqn else full, requires_grad=full in self.trainable))
+            elif spec.kind is InputKind.CONSTANT_TENSOR:
+                name = f"_constants.{sum(key.startswith('_constants.') for key in self.constant_values)}"
+                self.constant_values[name] = program.constants[spec.target or ""]
+                found.append(Leaf(kind="constant", name=name))
+            elif spec.kind is InputKind.USER_INPUT:
+                found.append(Leaf(kind="input", name=inputs[count], requires_grad=bool(grads) and grads[count]))
+                count += 1
+            else:
+                raise CaptureError(f"{fqn or 'the model'}: it holds a {spec.kind.name.lower()}, which cannot be captured")
+        return found
+
+    def program(self, call: BlockCall) -> BlockProgram:
+        """The class of one recorded call."""
+        fqn = call.candidate.fqn
+        exported = trace_block(call, self.mode)
+        positions = [f"%input.{index}" for index in range(len(call.inputs))]
+        leaves = self.leaves(exported, positions, fqn, tuple(meta.requires_grad for meta in call.inputs))
+        lifted = lift(exported, leaves, self.mode, where=fqn)
+        bindings = leaf_bindings(lifted.leaves)
+        taken = {name for kind, name in bindings.values() if kind != "input"}
+        for old, (kind, local) in bindings.items():
+            if kind == "input":
+                readable = call.input_names[positions.index(local)]
+                while readable in taken:
+                    readable = f"input_{readable}"
+                taken.add(readable)
+                bindings[old] = (kind, readable)
+        cls, names = build_class(type(call.candidate.module).__name__, [op for op in lifted.items], bindings,
+                                 lifted.info, lifted.outputs)
+        used = tuple(positions.index(lifted.leaves[old].name) for old, (kind, _) in bindings.items()
+                     if kind == "input" and old in names)
+        return BlockProgram(cls=cls, used_inputs=used)
+
+    def merged(self, programs: dict[Any, BlockProgram]) -> dict[Any, BlockProgram]:
+        """The programs with one class, of a name of its own, for those that came out equal."""
+        known: dict[BlockClass, str] = {}
+        numbers: Counter[str] = Counter()
+        result: dict[Any, BlockProgram] = {}
+        for key, program in programs.items():
+            base = program.cls.name
+            if program.cls not in known:
+                known[program.cls] = f"{base}.{numbers[base]}" if numbers[base] else base
+                numbers[base] += 1
+            result[key] = replace(program, cls=replace(program.cls, name=known[program.cls]))
+        return result
+
+    def bind(self, recording: Recording, programs: dict[Any, BlockProgram]) -> list[BoundBlock]:
+        """Each recorded call with its block's name and the global names of its parameters and buffers."""
+        seen: Counter[str] = Counter()
+        bound: list[BoundBlock] = []
+        for call in recording.calls:
+            fqn = call.candidate.fqn
+            seen[fqn] += 1
+            program = programs[call.key]
+
+            def globals_of(names: tuple[str, ...], fqn: str = fqn) -> tuple[str, ...]:
+                return tuple(name if name.startswith("_constants.") else self.canonical[f"{fqn}.{name}"]
+                             for name in names)
+
+            bound.append(BoundBlock(name=fqn if seen[fqn] == 1 else f"{fqn}@{seen[fqn]}", program=program,
+                                    params=globals_of(program.cls.params), buffers=globals_of(program.cls.buffers)))
+        return bound
+
+
+def _fold_notes(recording: Recording, programs: dict[Any, BlockProgram]) -> list[str]:
+    """Which modules are built alike and yet run different ops."""
+    classes: dict[Any, dict[str, list[str]]] = {}
+    for call in recording.calls:
+        names = classes.setdefault(call.candidate.structure, {})
+        names.setdefault(programs[call.key].cls.name, []).append(call.candidate.fqn)
+    notes = []
+    for names in classes.values():
+        if len(names) > 1:
+            parts = ", ".join(f"{len(members)} as {members[0]}" for members in names.values())
+            notes.append(f"modules built alike run {len(names)} different programs: {parts}")
+    return notes
+
+

@@ -1,0 +1,102 @@
+"""What Hugging Face models need while they are traced. The one file that knows transformers' insides.
+
+Traced, transformers builds a rows x 1 x seq x seq boolean mask that it would skip in a plain run, because it cannot
+look at the values. While a model is captured, the mask function of "sdpa" takes the same decision as in a plain run
+from what is known: the batch brings neither attention_mask nor position_ids, so the mask is plainly causal (attention
+takes `is_causal`) or plainly absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+def _pretrained(model: nn.Module) -> list[Any]:
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return []
+    base = transformers.PreTrainedModel
+    return [module for module in model.modules() if isinstance(module, base)]
+
+
+@contextlib.contextmanager
+def traceable(model: nn.Module) -> Iterator[list[str]]:
+    """While inside, Hugging Face modules in `model` trace well. Yields notes of what was changed; all is put back."""
+    notes: list[str] = []
+    modules = _pretrained(model)
+    if not modules:
+        yield notes
+        return
+    with contextlib.ExitStack() as stack:
+        for config in {id(module.config): module.config for module in modules}.values():
+            _set(stack, config, "use_cache", False)
+        checkpointing = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
+        for module in checkpointing:
+            _set(stack, module, "gradient_checkpointing", False)
+        if checkpointing:
+            notes.append("the model's own gradient checkpointing is ignored: the plan decides what is recomputed")
+        _plain_masks(stack, model, modules, notes)
+        yield notes
+
+
+def _set(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
+    before = getattr(owner, name, None)
+    if before is not None and before != value:
+        setattr(owner, name, value)
+        stack.callback(setattr, owner, name, before)
+
+
+def _outermost(model: nn.Module, modules: list[Any]) -> list[Any]:
+    inner = {id(child) for module in modules for child in module.modules() if child is not module}
+    return [module for module in modules if id(module) not in inner]
+
+
+def _plain_masks(stack: contextlib.ExitStack, model: nn.Module, modules: list[Any], notes: list[str]) -> None:
+    from transformers import masking_utils
+
+    register = masking_utils.AttentionMaskInterface.register
+    registered = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    find_packed = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if find_packed is None:
+        notes.append("this release of transformers is unknown: attention masks may be materialized")
+        return
+    given: set[str] = set()  # which of these the innermost running outermost model was called with
+
+    def note_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+        arguments = {**bound, **bound.get("kwargs", {})}
+        given.clear()
+        given.update(name for name in ("attention_mask", "position_ids") if arguments.get(name) is not None)
+
+    def packed(position_ids: Any) -> Any:
+        return find_packed(position_ids) if "position_ids" in given else None
+
+    for module in _outermost(model, modules):
+        handle = module.register_forward_pre_hook(note_arguments, with_kwargs=True)
+        stack.callback(handle.remove)
+    masking_utils.find_packed_sequence_indices = packed
+    stack.callback(setattr, masking_utils, "find_packed_sequence_indices", find_packed)
+    original = registered["sdpa"]
+    register("sdpa", _plain_or(original))
+    stack.callback(register, "sdpa", original)
+
+
+def _plain_or(original: Callable[..., Any]) -> Callable[..., Any]:
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        """None where sdpa needs no mask; transformers' own mask elsewhere."""
+        size = kwargs.get("kv_length")
+        plain = (
+            not args and kwargs.get("attention_mask") is None and kwargs.get("q_length") == size
+            and kwargs.get("q_offset", 0) == 0 and kwargs.get("kv_offset", 0) == 0
+            and (kwargs.get("local_size") is None or size < kwargs["local_size"])
+            and (kwargs.get("allow_is_causal_skip", True) or kwargs.get("allow_is_bidirectional_skip", False))
+        )
+        return None if plain else original(*args, **kwargs)
+
+    return mask

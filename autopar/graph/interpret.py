@@ -1,0 +1,54 @@
+"""Runs a ModelGraph op by op on real tensors: the oracle that a capture is right, and a readable reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.graph.assemble import overload_of
+from autopar.graph.model_graph import Arg, Block, BlockClass, Literal, ModelGraph, Ref
+
+
+def run(graph: ModelGraph, *, inputs: Mapping[str, Tensor], params: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor], device: torch.device | str | None = None) -> Tensor:
+    """The loss of the graph at real values; gradients flow to `params`.
+
+    `inputs` are the batch tensors by name, with the captured number of rows; `constants` are `Captured.constants`.
+    Devices that the trace wrote into ops are replaced by `device` (that of the first input if None).
+    """
+    place = torch.device(device) if device is not None else next(iter(inputs.values())).device
+    values: dict[str, Tensor] = dict(inputs)
+    for block in (graph.shared, *graph.blocks):
+        run_block(graph.block_class[block.cls], block, values, params, constants, place)
+    return values[graph.loss]
+
+
+def run_block(cls: BlockClass, block: Block, values: dict[str, Tensor], params: Mapping[str, Tensor],
+              constants: Mapping[str, Tensor], device: torch.device) -> None:
+    """Runs one block: reads its inputs from `values` and puts its outputs there, by their global names."""
+    local: dict[str, Tensor] = {}
+    local.update(zip(cls.inputs, (values[name] for name in block.inputs), strict=True))
+    local.update(zip(cls.params, (params[name] for name in block.params), strict=True))
+    local.update(zip(cls.buffers, (constants[name] for name in block.buffers), strict=True))
+    for op in cls.ops:
+        args = [_value(arg, local, device) for arg in op.args]
+        kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
+        result = overload_of(op.target)(*args, **kwargs)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        for name, out in zip(op.outputs, results, strict=True):
+            if name:
+                local[name] = out
+    values.update(zip(block.outputs, (local[name] for name in cls.outputs), strict=True))
+
+
+def _value(arg: Arg, local: Mapping[str, Tensor], device: torch.device) -> Any:
+    if isinstance(arg, Ref):
+        return local[arg.name]
+    if isinstance(arg, Literal):
+        return device if arg.kind == "device" else getattr(torch, arg.value)
+    if isinstance(arg, tuple):
+        return [_value(item, local, device) for item in arg]
+    return arg

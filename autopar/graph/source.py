@@ -1,0 +1,220 @@
+"""Where models come from: shipped presets, Hugging Face config files, and Python factories."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar.errors import AutoparError, InputError
+from autopar.graph.capture import LossFn, capture
+from autopar.graph.model_graph import ModelGraph
+
+Built = tuple[nn.Module, dict[str, Any] | tuple[Any, ...], LossFn | None]
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_ROWS = 2
+_MAX_DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A named way to build a model. `build()` gives (module, example_batch, loss_fn or None).
+
+    Under FakeTensorMode it gives fake weights, elsewhere real ones, initialized from torch's current seed.
+    """
+
+    name: str
+    build: Callable[[], Built]
+
+
+def preset_names() -> tuple[str, ...]:
+    """The names of the shipped models."""
+    folder = resources.files("autopar.graph") / "presets"
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")))
+
+
+def load_source(spec: str, *, seq_len: int | None = None, dtype: str = "float32",
+                attention: str = "sdpa") -> ModelSource:
+    """The model that `spec` names: a preset, a config.json (file or folder), or `path/file.py:factory`.
+
+    `seq_len` defaults to the model's longest, at most 2048; a factory brings its own batch, so that it takes none.
+    Raises InputError with one line for whatever is not there.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
+    if attention not in ("sdpa", "eager"):
+        raise InputError(f"unknown attention {attention!r}; known: sdpa, eager")
+    if seq_len is not None and seq_len < 1:
+        raise InputError(f"the sequence length must be at least 1, not {seq_len}")
+    path_text, colon, factory = spec.rpartition(":")
+    if colon and path_text.endswith(".py"):
+        if seq_len is not None:
+            logging.getLogger(__name__).info("%s brings its own batch; seq_len is not used", spec)
+        return _factory_source(Path(path_text), factory, dtype)
+    if spec.endswith(".py"):
+        raise InputError(f"{spec}: name the factory too, as in {spec}:make_model")
+    if spec in preset_names():
+        text = (resources.files("autopar.graph") / "presets" / f"{spec}.json").read_text(encoding="utf-8")
+        name, values = spec, json.loads(text)
+    else:
+        path = Path(spec)
+        if path.is_dir():
+            path = path / "config.json"
+        if not path.is_file():
+            near = difflib.get_close_matches(spec, preset_names(), n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}?" if near else f"presets: {', '.join(preset_names())}"
+            raise InputError(f"no model {spec!r}: neither a preset nor a config file or folder nor file.py:factory; "
+                             + hint)
+        name, values = path.parent.name if path.name == "config.json" else path.stem, _read_json(path)
+    return ModelSource(name=name or spec, build=partial(_build_config, spec, values, seq_len, dtype, attention))
+
+
+def capture_source(source: ModelSource) -> ModelGraph:
+    """The source's graph with tagged rows, captured without any weight: what the planner works on."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module, batch, loss_fn = source.build()
+    return capture(module, batch, loss_fn=loss_fn, tag_rows=True, name=source.name).graph
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise InputError(f"{path}: not a Hugging Face config (no \"model_type\")")
+    return values
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype: str, attention: str) -> Built:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f"{spec}: Hugging Face configs need transformers (pip install transformers)") from error
+    with _quiet_transformers():
+        values = dict(values)
+        model_type = values.pop("model_type")
+        try:
+            config = transformers.AutoConfig.for_model(model_type, **values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{spec}: transformers {transformers.__version__} does not know this config "
+                             f"({str(error).splitlines()[0]})") from error
+        config.use_cache = False
+        options: dict[str, Any] = {"attn_implementation": attention, "dtype": _DTYPES[dtype]}
+        if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+            options["experts_implementation"] = "grouped_mm"
+        model_class = _model_class(transformers, config)
+        model = model_class._from_config(config, **options)
+    model.train()
+    return model, _example_batch(spec, model, config, seq_len), None
+
+
+def _model_class(transformers: Any, config: Any) -> Any:
+    """The class that computes a training loss for this config: its architecture's, or the causal language model."""
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None and "labels" in found.forward.__code__.co_varnames:
+            return found
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification,
+                 transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM):
+        if config.model_type in ("bert", "roberta") and auto is transformers.AutoModelForCausalLM:
+            continue
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise InputError(f"no model with a training loss is known for model_type {config.model_type!r}; "
+                     "write a factory and pass file.py:factory")
+
+
+def _example_batch(spec: str, model: nn.Module, config: Any, seq_len: int | None) -> dict[str, Tensor]:
+    """Two rows of random ids or pixels and labels, from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":  # type: ignore[attr-defined]
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn((_ROWS, config.num_channels, height, width), generator=generator),
+                "labels": torch.randint(0, config.num_labels, (_ROWS,), generator=generator)}
+    longest = next((value for key in ("max_position_embeddings", "n_positions", "n_ctx")
+                    if (value := getattr(config, key, None))), None)
+    if seq_len is not None and longest is not None and seq_len > longest:
+        raise InputError(f"{spec}: the sequence length {seq_len} is beyond the model's {longest} positions")
+    length = seq_len or min(longest or _MAX_DEFAULT_SEQ_LEN, _MAX_DEFAULT_SEQ_LEN)
+    vocabulary = config.get_text_config().vocab_size
+    batch = {"input_ids": torch.randint(0, vocabulary, (_ROWS, length), generator=generator)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
+    batch["labels"] = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
+    return batch
+
+
+def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r} (from {path}:{factory})")
+    module_name = f"_autopar_user_{abs(hash(str(path.resolve())))}"
+    found = importlib.util.spec_from_file_location(module_name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[module_name] = module
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        found.loader.exec_module(module)
+    except AutoparError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: importing it failed: {type(error).__name__}: {error}".splitlines()[0]) from error
+    finally:
+        sys.path.remove(folder)
+    function = getattr(module, factory, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        near = difflib.get_close_matches(factory, names, n=3)
+        raise InputError(f"{path} has no function {factory!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    return ModelSource(name=factory, build=partial(_build_factory, path, factory, function, dtype))
+
+
+def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype: str) -> Built:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_DTYPES[dtype])
+    try:
+        made = function()
+    except AutoparError:
+        raise
+    except Exception as error:
+        line = f"{path}:{factory} failed: {type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(line) from error
+    finally:
+        torch.set_default_dtype(before)
+    if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
+        loss_fn = made[2] if len(made) == 3 else None
+        if isinstance(made[1], (dict, tuple)) and (loss_fn is None or callable(loss_fn)):
+            return made[0], made[1], loss_fn
+    raise InputError(f"{path}:{factory} must return (model, example_batch) or (model, example_batch, loss_fn)")
+
+

@@ -1,0 +1,116 @@
+"""torch.export under fake tensors: the whole model with its blocks as opaque ops, and each block alone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+
+from autopar.graph.explain import explained
+from autopar.graph.module_blocks import Candidate
+from autopar.graph.record import BlockCall, Recording, patched_forwards, take_tensors
+
+BLOCK_OP = "autopar.block.default"
+_active_calls: list[BlockCall] = []
+
+
+@torch.library.custom_op("autopar::block", mutates_args=())
+def _block(inputs: list[Tensor], call: int) -> list[Tensor]:
+    """The stand-in of a block's call while the rest of the model is traced. It never runs."""
+    raise AssertionError("autopar::block runs only under fake tensors")
+
+
+@_block.register_fake
+def _(inputs: list[Tensor], call: int) -> list[Tensor]:
+    return [torch.empty_strided(meta.shape, meta.stride, dtype=meta.dtype, device=meta.device)
+            for meta in _active_calls[call].outputs]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    export_log = logging.getLogger("torch.export")
+    level = export_log.level
+    export_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        export_log.setLevel(level)
+
+
+def _export(module: nn.Module, inputs: list[Tensor]) -> ExportedProgram:
+    with _quiet():
+        return torch.export.export(module, tuple(inputs), strict=False)
+
+
+class _Whole(nn.Module):
+    """The user's model from batch tensors to the scalar loss."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], restart: Callable[[], None]):
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._restart = restart
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        self._restart()
+        return self._loss(*batch)
+
+
+class _Alone(nn.Module):
+    """One block from its tensor inputs to its tensor outputs."""
+
+    def __init__(self, call: BlockCall):
+        super().__init__()
+        self.model = call.candidate.module
+        self._call = call
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        args, kwargs = self._call.arguments.fill(list(inputs))
+        with contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad():
+            result = type(self.model).forward(self.model, *args, **kwargs)
+        return take_tensors(result)[1]
+
+
+def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tensor],
+                recording: Recording) -> ExportedProgram:
+    """The model with every recorded block call as one `autopar::block` op whose `call` indexes `recording.calls`."""
+    position = 0
+
+    def restart() -> None:
+        nonlocal position
+        position = 0
+
+    def replace(candidate: Candidate, arguments: Any) -> Any:
+        nonlocal position
+        index, position = position, position + 1
+        call = recording.calls[index]
+        assert call.candidate.fqn == candidate.fqn, "the model calls its blocks in another order when it is traced"
+        _, tensors, _ = take_tensors(arguments)
+        return call.result.fill(list(torch.ops.autopar.block(tensors, index)))
+
+    folded = list({call.candidate.fqn: call.candidate for call in recording.calls}.values())
+    _active_calls[:] = recording.calls
+    try:
+        with patched_forwards(folded, replace), explained(model):
+            return _export(_Whole(model, loss, restart), batch)
+    finally:
+        _active_calls.clear()
+
+
+def trace_block(call: BlockCall, mode: FakeTensorMode) -> ExportedProgram:
+    """The ops of one recorded block call."""
+    with mode:
+        inputs = [meta.make() for meta in call.inputs]
+    with explained(call.candidate.module, call.candidate.fqn):
+        return _export(_Alone(call), inputs)
+
+
