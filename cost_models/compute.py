@@ -151,15 +151,12 @@ def op_time_s(
         return OpTime(forward, products * each if grads and backward_flops else 0.0)
     if kind is OpKind.ATTENTION:
         forward_share, backward_share = attention_efficiency(device, operands[0].shape[-1])
-        causal, masked = attention_mask(op)
-        work = 0.5 if causal else 1.0  # the kernel skips the blocks above the diagonal
-        slow = MASKED_ATTENTION_SLOWDOWN if masked else 1.0
-        peak = device.peak(dtype) * slow
+        peak = device.peak(dtype) * (MASKED_ATTENTION_SLOWDOWN if has_mask(op) else 1.0)
         bandwidth = memory_bandwidth(device)
         return OpTime(
-            kernel_time_s(device, max(work * flops / (peak * forward_share), (in_bytes + out_bytes) / bandwidth)),
+            kernel_time_s(device, max(flops / (peak * forward_share), (in_bytes + out_bytes) / bandwidth)),
             kernel_time_s(
-                device, max(work * backward_flops / (peak * backward_share), 2 * (in_bytes + out_bytes) / bandwidth)
+                device, max(backward_flops / (peak * backward_share), 2 * (in_bytes + out_bytes) / bandwidth)
             ) if grads else 0.0,
         )
     if kind is OpKind.CREATION:
@@ -195,12 +192,9 @@ def attention_efficiency(device: DeviceType, head_dim: float) -> tuple[float, fl
     return forward * share, backward * share
 
 
-def attention_mask(op: Op) -> tuple[bool, bool]:
-    """Whether an attention op is causal by its flag, and whether it is given a mask tensor."""
-    given = dict(op.kwargs)
-    mask = given.get("attn_mask", op.args[3] if len(op.args) > 3 else None)
-    causal = given.get("is_causal", op.args[5] if len(op.args) > 5 else False)
-    return bool(causal), mask is not None
+def has_mask(op: Op) -> bool:
+    """Whether an attention op is given a mask tensor. (A causal flag shows in its FLOPs, which are half.)"""
+    return dict(op.kwargs).get("attn_mask", op.args[3] if len(op.args) > 3 else None) is not None
 
 
 def _view_backward_s(

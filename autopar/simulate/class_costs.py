@@ -13,7 +13,7 @@ from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import LocalTensor, OpTime, op_time_s
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
-from autopar.sharding.reshard import conversion
+from autopar.sharding.reshard import Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
 
@@ -101,12 +101,14 @@ class ClassCosts:
     def conversion_time(self, name: str, src: State, dst: State) -> OpTime | None:
         """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
         found = conversion(src, dst, self._whole[name].requires_grad)
-        if found is None:
-            return None
+        return None if found is None else self.step_time(name, found)
+
+    def step_time(self, name: str, step: Conversion) -> OpTime:
+        """Seconds of a conversion's collectives on a tensor, forward and backward."""
         size = self._whole[name].size_bytes
         return OpTime(*(
             collective_time_s(kind, size, self.tp_group, groups_per_node=self.tp_groups_per_node) if kind else 0.0
-            for kind in (found.forward, found.backward)
+            for kind in (step.forward, step.backward)
         ))
 
     def fan_out_s(self, name: str, state: State) -> float:
@@ -162,6 +164,4 @@ class ClassCosts:
 
 def _splits(strategy: Strategy | None) -> bool:
     """Whether the strategy gives each rank a part of the work."""
-    return strategy is not None and any(
-        state.kind in (Kind.SHARDED, Kind.PARTIAL) for state in (*strategy.inputs, *strategy.outputs)
-    )
+    return strategy is not None and strategy.factor != ""

@@ -1,0 +1,338 @@
+"""Time and bytes of one stage: what a micro-batch takes, what a step adds, and what each device holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
+from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
+from autopar.cost_models.compute import memory_bandwidth, memory_time_s
+from autopar.cost_models.memory import GRADIENT_BYTES, StaticBytes, optimizer_step_bytes, static_bytes
+from autopar.cost_models.op_kinds import element_bytes
+from autopar.graph.model_graph import DTYPE_BYTES, Block, ModelGraph
+from autopar.plan.plan import Plan, Recompute, Stage
+from autopar.sharding.reshard import Collective
+from autopar.sharding.state import Kind
+from autopar.simulate.block_cost import BlockCost, block_cost
+from autopar.simulate.class_costs import captured_dtype
+from autopar.simulate.events import StageTimes
+from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """One stage on its slowest device. Times of a micro-batch, unless their name says `step`.
+
+    `forward_dp_s` and `backward_dp_s` are the exposed part of gathering and reducing in every micro-batch;
+    `step_start_s` (gathering once) comes before the first forward, `step_end_s` (what is left of reducing) after the
+    last backward, then `step_tp_s` (gradients that are sums over the tensor axis), then `optimizer_s`.
+    """
+
+    forward_compute_s: float
+    backward_compute_s: float  # with recomputation
+    weight_backward_s: float  # the part of it for gradients of parameters alone
+    forward_tp_s: float
+    backward_tp_s: float  # with recomputation's
+    forward_dp_s: float
+    backward_dp_s: float
+    step_start_s: float
+    step_end_s: float
+    step_tp_s: float
+    optimizer_s: float
+    held_bytes: float  # of activations, from a micro-batch's forward to its backward
+    extra_bytes: float  # while a backward runs: what recomputation brings back, temporaries
+    static: StaticBytes
+    optimizer_step_bytes: float  # temporaries of the optimizer step, when no activation is held
+    forward_flops: float  # of the model, over the tensor axis, without recomputation
+    param_numel: float
+
+    @property
+    def forward_s(self) -> float:
+        return self.forward_compute_s + self.forward_tp_s + self.forward_dp_s
+
+    @property
+    def backward_s(self) -> float:
+        return self.backward_compute_s + self.backward_tp_s + self.backward_dp_s
+
+    @property
+    def step_once_s(self) -> float:
+        """Seconds a step beside its micro-batches."""
+        return self.step_start_s + self.step_end_s + self.step_tp_s + self.optimizer_s
+
+    def times(self, send_forward_s: float = 0.0, send_backward_s: float = 0.0) -> StageTimes:
+        return StageTimes(
+            forward_s=self.forward_s, backward_s=self.backward_s,
+            input_backward_s=self.backward_s - self.weight_backward_s, weight_backward_s=self.weight_backward_s,
+            send_forward_s=send_forward_s, send_backward_s=send_backward_s,
+        )
+
+
+def is_layer(block: Block) -> bool:
+    """Whether a block is one of the repeated layers: an FSDP unit, and what full recomputation recomputes."""
+    return block.name not in ("prologue", "epilogue") and not block.name.startswith("glue")
+
+
+def slowest_device(cluster: Cluster, ranks: Sequence[int], dtype: str) -> DeviceType:
+    nodes = dict.fromkeys(cluster.node_of[rank] for rank in ranks)
+    return min((cluster.nodes[i].device for i in nodes), key=lambda device: device.peak(dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """A set of ranks that communicate, and how many such groups use one node's network."""
+
+    shape: GroupShape
+    per_node: int
+
+    def time_s(self, kind: Collective, size_bytes: float) -> float:
+        return collective_time_s(kind, size_bytes, self.shape, groups_per_node=self.per_node)
+
+
+def _group(cluster: Cluster, plan: Plan, ranks: tuple[int, ...]) -> _Group:
+    """The group of these ranks; the other devices that the plan uses on a node form groups of the same shape."""
+    shape = cluster.group(ranks)
+    used = min(plan.num_devices, max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in ranks))
+    return _Group(shape=shape, per_node=max(1, used // shape.per_node))
+
+
+def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> StageCost:
+    """The cost of `plan.stages[index]`."""
+    stage = plan.stages[index]
+    mesh, blocks = stage.mesh, graph.blocks[stage.first : stage.last]
+    device = slowest_device(cluster, stage.devices, plan.dtype)
+    rows = plan.global_batch / (mesh.dp * plan.num_micro_batches) / mesh.cp
+    tp_group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
+    costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group) for block in blocks]
+    cp_forward, cp_backward, cp_bytes = _context_parallel(cluster, plan, stage, costs)
+
+    forward = sum(cost.forward_compute_s for cost in costs)
+    backward = sum(cost.backward_compute_s for cost in costs)
+    forward_tp = sum(cost.forward_tp_comm_s for cost in costs) + cp_forward
+    backward_tp = sum(cost.backward_tp_comm_s for cost in costs) + cp_backward
+    again = [_recomputed(block, cost, stage.recompute) for block, cost in zip(blocks, costs, strict=True)]
+    backward += sum(compute for compute, _ in again)
+    backward_tp += sum(comm for _, comm in again)
+    held, extra = _activations(blocks, costs, stage.recompute, graph)
+
+    numels, root_numel, partial = _unit_numels(blocks, costs)
+    numel = sum(numels) + root_numel
+    unit = max(numels, default=0.0)
+    static = static_bytes(
+        numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, dtype=plan.dtype, param_dtype=plan.param_dtype,
+        optimizer=plan.optimizer, unit_numel=unit, root_numel=root_numel,
+    )
+    static = replace(static, buffers=static.buffers + sum({b.name: c.buffer_bytes for b, c in zip(
+        blocks, costs, strict=True)}.values()))
+    data = _data_parallel(cluster, plan, stage, blocks, costs, again, numels, root_numel, device)
+    shards = mesh.dp_shard * mesh.cp if stage.zero else 1
+    moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, optimizer=plan.optimizer)
+    return StageCost(
+        forward_compute_s=forward, backward_compute_s=backward,
+        weight_backward_s=sum(cost.weight_backward_s for cost in costs),
+        forward_tp_s=forward_tp, backward_tp_s=backward_tp,
+        forward_dp_s=data.forward_s, backward_dp_s=data.backward_s, step_start_s=data.start_s, step_end_s=data.end_s,
+        step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
+        optimizer_s=memory_time_s(device, moved) if moved else 0.0,
+        held_bytes=held + cp_bytes, extra_bytes=extra, static=static,
+        optimizer_step_bytes=DTYPE_BYTES[plan.param_dtype] * numel / shards,
+        forward_flops=sum(cost.forward_flops for cost in costs) * mesh.cp, param_numel=numel,
+    )
+
+
+def _cost_of(
+    graph: ModelGraph, plan: Plan, block: Block, stage: Stage, rows: float, device: DeviceType,
+    tp_group: GroupShape | None,
+) -> BlockCost:
+    return block_cost(
+        graph, graph.block_class[block.cls], plan.sharding.get(block.cls), tp=stage.mesh.tp, rows=rows, device=device,
+        tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
+    )
+
+
+def _recomputed(block: Block, cost: BlockCost, recompute: Recompute) -> tuple[float, float]:
+    """Seconds of compute and of tensor-axis communication that a block's backward runs again."""
+    if recompute is Recompute.FULL and is_layer(block):
+        return cost.forward_compute_s, cost.forward_tp_comm_s
+    if recompute is Recompute.SELECTIVE:
+        return cost.selective_recompute_s, 0.0
+    return 0.0, 0.0
+
+
+def _activations(
+    blocks: Sequence[Block], costs: Sequence[BlockCost], recompute: Recompute, graph: ModelGraph
+) -> tuple[float, float]:
+    """Bytes held by a micro-batch, and the most beside them while a block's backward runs."""
+    held = extra = 0.0
+    for block, cost in zip(blocks, costs, strict=True):
+        if recompute is Recompute.FULL and is_layer(block):
+            held += cost.boundary_bytes
+            extra = max(extra, cost.saved_bytes + cost.transient_bytes)
+        elif recompute is Recompute.SELECTIVE:
+            held += cost.selective_saved_bytes
+            extra = max(extra, cost.saved_bytes - cost.selective_saved_bytes + cost.transient_bytes)
+        else:
+            held += cost.saved_bytes
+            extra = max(extra, cost.transient_bytes)
+    return held, extra
+
+
+def _unit_numels(blocks: Sequence[Block], costs: Sequence[BlockCost]) -> tuple[list[float], float, float]:
+    """Local parameters of each layer and of the rest, and of those whose gradient is summed over the tensor axis.
+
+    A parameter that several blocks of the stage share counts once.
+    """
+    seen: set[str] = set()
+    units: list[float] = []
+    root = partial = 0.0
+    for block, cost in zip(blocks, costs, strict=True):
+        own = 0.0
+        for name, numel, is_partial in zip(block.params, cost.params, cost.partial_params, strict=True):
+            if name not in seen:
+                seen.add(name)
+                own += numel
+                partial += numel if is_partial else 0.0
+        if is_layer(block):
+            units.append(own)
+        else:
+            root += own
+    return units, root, partial
+
+
+def _context_parallel(
+    cluster: Cluster, plan: Plan, stage: Stage, costs: Sequence[BlockCost]
+) -> tuple[float, float, float]:
+    """Seconds (forward, backward) and bytes of gathering keys and values over the cp axis and reducing their gradients.
+
+    An approximation: every rank holds 1/cp of the tokens of each sequence and attends to all of them.
+    """
+    cp, tp = stage.mesh.cp, stage.mesh.tp
+    if cp == 1:
+        return 0.0, 0.0, 0.0
+    group = _group(cluster, plan, tuple(stage.devices[i * tp] for i in range(cp)))
+    forward = backward = held = 0.0
+    for cost in costs:
+        whole = cost.key_value_bytes * cp
+        forward += group.time_s(Collective.ALL_GATHER, whole)
+        backward += group.time_s(Collective.REDUCE_SCATTER, whole)
+        held += whole - cost.key_value_bytes
+    return forward, backward, held
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DataTimes:
+    forward_s: float
+    backward_s: float
+    start_s: float
+    end_s: float
+
+
+def _data_parallel(
+    cluster: Cluster, plan: Plan, stage: Stage, blocks: Sequence[Block], costs: Sequence[BlockCost],
+    again: Sequence[tuple[float, float]], numels: Sequence[float], root_numel: float, device: DeviceType,
+) -> _DataTimes:
+    """What gathering parameters and reducing gradients adds, by ZeRO level (each layer a unit, the rest the root)."""
+    mesh, zero, tp = stage.mesh, stage.zero, stage.mesh.tp
+    if mesh.dp * mesh.cp == 1:
+        return _DataTimes(forward_s=0.0, backward_s=0.0, start_s=0.0, end_s=0.0)
+    inner = mesh.dp_shard * mesh.cp
+    shard = _group(cluster, plan, tuple(stage.devices[i * tp] for i in range(inner)))
+    copies = _group(cluster, plan, tuple(stage.devices[i * inner * tp] for i in range(mesh.dp_replicate)))
+    whole = _group(cluster, plan, tuple(stage.devices[i * tp] for i in range(mesh.dp * mesh.cp)))
+    compute_bytes = DTYPE_BYTES[plan.dtype]
+    bandwidth = memory_bandwidth(device)
+
+    def gather_s(numel: float) -> float:
+        return shard.time_s(Collective.ALL_GATHER, compute_bytes * numel) if zero else 0.0
+
+    def reduce_s(numel: float) -> float:
+        if zero == 0:
+            return whole.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * numel)
+        return shard.time_s(Collective.REDUCE_SCATTER, GRADIENT_BYTES * numel) + copies.time_s(
+            Collective.ALL_REDUCE, GRADIENT_BYTES * numel / inner
+        )
+
+    # Units in order of the forward. What lies outside layers is one unit that is gathered first and reduced last.
+    forward_s = [0.0] + [c.forward_compute_s + c.forward_tp_comm_s for c in costs]
+    backward_s = [0.0] + [
+        c.backward_compute_s + c.backward_tp_comm_s + more + comm
+        for c, (more, comm) in zip(costs, again, strict=True)
+    ]
+    layer = iter(numels)
+    sizes = [root_numel] + [next(layer) if is_layer(block) else 0.0 for block in blocks]
+    numel = sum(sizes)
+    gathers = [gather_s(size) for size in sizes]
+    reductions = [reduce_s(size) for size in sizes]
+    none = [0.0] * len(sizes)
+    flipped = list(reversed(backward_s))
+    once_forward = forward_exposed(forward_s, gathers) if zero > 0 else Exposed(during_s=0.0, after_s=0.0)
+    reducing = backward_exposed(flipped, none, list(reversed(reductions)))
+    # Kernels that move gradients and gathered parameters about, beside the communication itself.
+    copy_out_s = 2 * compute_bytes * numel / bandwidth
+    copy_in_s = (compute_bytes + GRADIENT_BYTES) * numel / bandwidth
+    accumulate_s = (compute_bytes + 2 * GRADIENT_BYTES) * numel / bandwidth if plan.num_micro_batches > 1 else 0.0
+    if zero == 3:
+        in_layers = [0.0, *gathers[1:]]  # the root stays gathered
+        every_forward = forward_exposed(forward_s, in_layers)
+        # The last layers' parameters are still there when the backward begins: the last unit's gather is in time.
+        every_backward = backward_exposed(flipped, list(reversed(in_layers)), list(reversed(reductions)))
+        return _DataTimes(
+            forward_s=every_forward.during_s + copy_out_s,
+            backward_s=every_backward.during_s + every_backward.after_s + copy_out_s + copy_in_s,
+            start_s=gathers[0], end_s=0.0,
+        )
+    if zero == 2:
+        return _DataTimes(
+            forward_s=0.0, backward_s=reducing.during_s + copy_in_s, start_s=once_forward.during_s + copy_out_s,
+            end_s=reducing.after_s,
+        )
+    return _DataTimes(
+        forward_s=0.0, backward_s=accumulate_s, start_s=once_forward.during_s + (copy_out_s if zero else 0.0),
+        end_s=reducing.during_s + reducing.after_s + copy_in_s,
+    )
+
+
+def boundary_bytes(graph: ModelGraph, plan: Plan, index: int) -> tuple[float, float]:
+    """Bytes that one device of stage `index` sends to the next stage for a micro-batch, and receives as gradients."""
+    stage = plan.stages[index]
+    rows = plan.global_batch / (stage.mesh.dp * plan.num_micro_batches) / stage.mesh.cp
+    wanted = set(graph.boundary(stage.last))
+    dtype = captured_dtype(graph)
+    forward = backward = 0.0
+    for block in graph.blocks[: stage.last]:
+        if wanted.isdisjoint(block.outputs):
+            continue
+        cls = graph.block_class[block.cls]
+        sizes = element_bytes(cls, dtype, plan.dtype)
+        sharding = plan.sharding.get(block.cls) if stage.mesh.tp > 1 else None
+        for i, (name, local) in enumerate(zip(block.outputs, cls.outputs, strict=True)):
+            if name not in wanted:
+                continue
+            info = cls.tensor[local]
+            split = stage.mesh.tp if sharding and sharding.outputs[i].kind is Kind.SHARDED else 1
+            size = info.numel * graph.scale(info.numel, rows) * sizes[local] / split
+            forward += size
+            backward += size if info.requires_grad else 0.0
+    return forward, backward
+
+
+def link_times(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> tuple[float, float]:
+    """Seconds that a micro-batch's activations take from stage `index` to the next, and its gradients back."""
+    forward, backward = boundary_bytes(graph, plan, index)
+    here, there = plan.stages[index].devices, plan.stages[index + 1].devices
+    pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    leaving: dict[int, int] = {}
+    for i in range(max(len(here), len(there))):
+        pair = here[i * len(here) // max(len(here), len(there))], there[i * len(there) // max(len(here), len(there))]
+        nodes = cluster.node_of[pair[0]], cluster.node_of[pair[1]]
+        pairs.setdefault(nodes, []).append(pair)
+        if nodes[0] != nodes[1]:
+            leaving[nodes[0]] = leaving.get(nodes[0], 0) + 1
+    slowest = [0.0, 0.0]
+    for nodes, found in pairs.items():
+        if found[0][0] == found[0][1]:
+            continue  # the same device: an interleaved schedule on one group
+        group = cluster.group(found[0])
+        for way, size in enumerate((forward, backward)):
+            slowest[way] = max(slowest[way], send_recv_time_s(size, group, flows_per_node=leaving.get(nodes[0], 1)))
+    return slowest[0], slowest[1]

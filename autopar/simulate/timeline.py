@@ -1,0 +1,156 @@
+"""The Timeline: what a simulated step takes on every device, as an immutable value with a file form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from autopar.errors import InputError
+
+GIB = 2**30
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown:
+    """Where the step time of the critical device goes; the parts sum to it. Hidden communication is left out."""
+
+    compute: float
+    tp_comm: float
+    dp_comm: float
+    pp_comm: float
+    bubble: float
+    optimizer: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBytes:
+    """The parts of one device's peak; they sum to it."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupTimeline:
+    """The devices that run one pipeline rank, alike: `ranks`, their memory, and their busy time."""
+
+    stage: int  # pipeline rank; its first stage
+    ranks: tuple[int, ...]
+    types: tuple[str, ...]  # parallel to ranks
+    memory: MemoryBytes
+    start_s: float  # of the first action
+    end_s: float  # of the optimizer step
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionEvent:
+    """One action on one pipeline rank. `kind`: F, B, I, W; or "gather", "reduce", "optimizer" once a step."""
+
+    group: int
+    kind: str
+    stage: int
+    micro_batch: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """A simulated training step. `report()` gives the keys that `simulate --json` prints."""
+
+    step_time_s: float
+    tokens_per_step: float
+    num_devices: int
+    model_flops: float  # of one step: three times the captured forward's, without recomputation
+    peak_flops: float  # of all devices in the compute dtype
+    bubble_fraction: float  # of the critical device's step
+    feasible: bool
+    infeasible_reason: str | None
+    breakdown: Breakdown
+    groups: tuple[GroupTimeline, ...]
+    events: tuple[ActionEvent, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokens_per_s_per_device(self) -> float:
+        return self.tokens_per_step / self.step_time_s / self.num_devices
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization: the model's own FLOPs a second over the peak of all devices."""
+        return self.model_flops / self.step_time_s / self.peak_flops
+
+    @cached_property
+    def peak_memory_bytes(self) -> float:
+        return max(group.memory.total for group in self.groups)
+
+    def report(self) -> dict[str, Any]:
+        """Plain values for JSON, one entry in `devices` for each rank."""
+        devices: list[dict[str, Any]] = []
+        for group in self.groups:
+            memory = {field.name: getattr(group.memory, field.name) / GIB for field in fields(MemoryBytes)}
+            peak = group.memory.total / GIB
+            devices += [
+                {"rank": rank, "type": kind, "stage": group.stage, "peak_memory_gib": peak, "memory_gib": memory}
+                for rank, kind in zip(group.ranks, group.types, strict=True)
+            ]
+        devices.sort(key=lambda device: int(device["rank"]))
+        return {
+            "step_time_s": self.step_time_s,
+            "tokens_per_s_per_device": self.tokens_per_s_per_device,
+            "mfu": self.mfu,
+            "bubble_fraction": self.bubble_fraction,
+            "feasible": self.feasible,
+            "infeasible_reason": self.infeasible_reason,
+            "breakdown_s": asdict(self.breakdown),
+            "devices": devices,
+            "notes": list(self.notes),
+        }
+
+
+def timeline_to_json(timeline: Timeline) -> str:
+    """The timeline as versioned JSON."""
+    return json.dumps({"format": "autopar-timeline", "version": VERSION, **asdict(timeline)})
+
+
+def timeline_from_json(text: str) -> Timeline:
+    """The timeline that `timeline_to_json` wrote; InputError for anything else."""
+    try:
+        data = json.loads(text)
+        if data["format"] != "autopar-timeline" or data["version"] != VERSION:
+            raise InputError(f"not a timeline of version {VERSION}: write it again with this version of autopar")
+        del data["format"], data["version"]
+        return Timeline(**{
+            **data,
+            "breakdown": Breakdown(**data["breakdown"]),
+            "groups": tuple(
+                GroupTimeline(**{
+                    **group, "ranks": tuple(group["ranks"]), "types": tuple(group["types"]),
+                    "memory": MemoryBytes(**group["memory"]),
+                })
+                for group in data["groups"]
+            ),
+            "events": tuple(ActionEvent(**event) for event in data["events"]),
+            "notes": tuple(data["notes"]),
+        })
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"not a timeline file ({type(error).__name__}: {error})") from error
+
+
+def total_events(events: Sequence[ActionEvent], kind: str) -> float:
+    """Seconds of all events of a kind."""
+    return sum(event.end_s - event.start_s for event in events if event.kind == kind)

@@ -1,0 +1,74 @@
+"""Bytes of parameters, gradients and optimizer state on one device, by ZeRO level, dtype and optimizer.
+
+Parameters rest in `param_dtype`, sharded; the compute copy is a tensor of its own, gathered in the compute dtype;
+gradients are accumulated and reduced in float32 (PyTorch's FSDP2 with MixedPrecisionPolicy(param_dtype, reduce_dtype =
+float32)). ZeRO 0 gathers nothing away, 1 shards the optimizer, 2 the gradients too, 3 the parameters too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cluster.names import resolve_name
+from autopar.graph.model_graph import DTYPE_BYTES
+
+GRADIENT_BYTES = 4  # reduced and accumulated in float32
+# Bytes a parameter of float32 state, and bytes a parameter that one step reads and writes (parameter, gradient, state).
+OPTIMIZER_STATE_BYTES = {"adamw": 8, "adam": 8, "sgd_momentum": 4, "sgd": 0}
+OPTIMIZER_STEP_BYTES = {"adamw": 28, "adam": 28, "sgd_momentum": 20, "sgd": 12}
+
+
+def check_optimizer(optimizer: str) -> str:
+    """The optimizer's name as the tables spell it; InputError where it is unknown."""
+    return resolve_name(optimizer, dict.fromkeys(OPTIMIZER_STATE_BYTES, ()), what="optimizer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticBytes:
+    """What a device holds whatever the micro-batches in flight. `buffers`: gathered units, gradients on their way."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+
+def static_bytes(
+    numel: float, *, zero: int, num_shards: int, dtype: str, param_dtype: str, optimizer: str, unit_numel: float,
+    root_numel: float,
+) -> StaticBytes:
+    """Bytes on one device that holds `numel` parameters before data sharding over `num_shards` devices.
+
+    `unit_numel`: the largest layer, which is gathered and reduced as one; `root_numel`: the parameters outside layers,
+    which stay gathered. ZeRO 3 holds two units at once (the one in use and the next) and the copy that an all-gather
+    delivers; ZeRO 2 and 3 hold a unit's gradients in the compute dtype and again in float32 while they are reduced.
+    """
+    shards = num_shards if zero > 0 else 1
+    compute, rest = DTYPE_BYTES[dtype], DTYPE_BYTES[param_dtype]
+    parameters = rest * numel / shards
+    buffers = 0.0
+    if zero < 3:
+        parameters += compute * numel
+    else:
+        parameters += compute * root_numel
+        buffers += compute * 3 * unit_numel
+    if zero < 2:
+        gradients = GRADIENT_BYTES * numel
+        # At the end of the step unit after unit is reduced: its copy to send, and the shard that arrives.
+        buffers += GRADIENT_BYTES * unit_numel * (1 + 1 / shards) if num_shards > 1 or zero == 0 else 0.0
+    else:
+        gradients = GRADIENT_BYTES * numel / shards
+        buffers += (compute + GRADIENT_BYTES) * unit_numel + compute * root_numel
+    return StaticBytes(
+        parameters=parameters, gradients=gradients, buffers=buffers,
+        optimizer=OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] * numel / shards,
+    )
+
+
+def optimizer_step_bytes(numel: float, *, zero: int, num_shards: int, optimizer: str) -> float:
+    """Bytes that one optimizer step moves on a device: every state is read and written once."""
+    return OPTIMIZER_STEP_BYTES[check_optimizer(optimizer)] * numel / (num_shards if zero > 0 else 1)
