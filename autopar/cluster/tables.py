@@ -89,7 +89,7 @@ class Preset:
 
 
 def _read(name: str) -> Any:
-    path = files("autopar").joinpath("cost_models", "hardware", name)
+    path = files("autopar") / "cost_models" / "hardware" / name
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
