@@ -1,0 +1,64 @@
+"""A global batch cut into the rows of each data-parallel replica and micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from autopar.errors import InputError
+from autopar.graph.model_graph import ModelGraph, TensorInfo
+from autopar.plan.plan import Plan
+
+
+class BatchReader:
+    """Checks a global batch and gives a replica its micro-batches.
+
+    A tensor has the batch in its first dim if the captured one had the micro-batch's rows there; another tensor goes
+    whole to every replica. Replica d's micro-batch i gets the rows from (d * num_micro_batches + i) * micro_batch on.
+    """
+
+    def __init__(self, graph: ModelGraph, plan: Plan) -> None:
+        self.inputs, self.plan, self.rows = graph.inputs, plan, graph.rows
+
+    def micro_batches(
+        self, batch: Mapping[str, Tensor] | Sequence[Tensor], data_rank: int, device: torch.device
+    ) -> list[dict[str, Tensor]]:
+        """One dict of local tensors for each micro-batch of a replica; InputError for a batch of another form."""
+        named = dict(batch) if isinstance(batch, Mapping) else {str(i): value for i, value in enumerate(batch)}
+        expected = [info.name for info in self.inputs]
+        if missing := [name for name in expected if name not in named]:
+            raise InputError(f"the batch has no {missing[0]!r}; the model was captured with {', '.join(expected)}")
+        if unknown := sorted(set(named) - set(expected)):
+            raise InputError(f"the batch has {unknown[0]!r}; the model was captured with {', '.join(expected)}")
+        found: list[dict[str, Tensor]] = [{} for _ in range(self.plan.num_micro_batches)]
+        for info in self.inputs:
+            value = named[info.name]
+            split = self._is_split(info, value)
+            for i, part in enumerate(found):
+                first = (data_rank * self.plan.num_micro_batches + i) * self.plan.micro_batch
+                part[info.name] = (value[first : first + self.plan.micro_batch] if split else value).to(device)
+        return found
+
+    def _is_split(self, info: TensorInfo, value: Tensor) -> bool:
+        shape = tuple(value.shape)
+        if info.shape and info.shape[0] == self.rows:
+            if shape == (self.plan.global_batch, *info.shape[1:]):
+                self._check_dtype(info, value)
+                return True
+            wanted = [self.plan.global_batch, *info.shape[1:]]
+        else:
+            if shape == info.shape:
+                self._check_dtype(info, value)
+                return False
+            wanted = list(info.shape)
+        raise InputError(
+            f"batch tensor {info.name!r} has shape {list(shape)}; the plan takes {wanted} "
+            f"(global batch of {self.plan.global_batch} rows, the same on every rank)"
+        )
+
+    def _check_dtype(self, info: TensorInfo, value: Tensor) -> None:
+        found = str(value.dtype).removeprefix("torch.")
+        if found != info.dtype:
+            raise InputError(f"batch tensor {info.name!r} is {found}; the model was captured with {info.dtype}")

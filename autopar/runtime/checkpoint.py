@@ -1,0 +1,175 @@
+"""Parameters, gradients and optimizer state as full tensors under the model's own names, and their files.
+
+A checkpoint is a directory of torch.distributed.checkpoint: `model.NAME` for parameters and buffers,
+`optimizer.NAME.KEY` for the optimizer's state of a parameter, `optimizer.NAME.options` for its group's settings. It says
+nothing of the plan that wrote it, so any plan of the same model reads it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from autopar.errors import InputError
+from autopar.runtime.data_parallel import like_parameter, whole_tensor
+from autopar.runtime.layout import ParamLayout, full_tensor, local_part
+
+if TYPE_CHECKING:
+    from autopar.runtime.engine import Trainer
+
+
+def own_parameters(trainer: Trainer) -> Iterator[tuple[int, ParamLayout, nn.Parameter]]:
+    """Stage, layout and parameter of everything that this rank holds, in one order on all ranks of a stage."""
+    for stage in trainer.stages:
+        own = dict(stage.module.named_parameters(remove_duplicate=False))
+        for param in trainer.layout.of_stage(stage.index):
+            yield stage.index, param, own[param.name]
+
+
+def _gathered(trainer: Trainer, value: Tensor, param: ParamLayout) -> Tensor:
+    return full_tensor(whole_tensor(value.detach()), param.state, trainer.groups.tensor_axis)
+
+
+def _speaks(trainer: Trainer, stage: int, param: ParamLayout) -> bool:
+    """Whether this rank is the one that keeps a gathered parameter: the first of the first stage that has it."""
+    return trainer.groups.place.lane == 0 and stage == param.stages[0]
+
+
+def full_parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """Full parameters and buffers for which this rank speaks, on the CPU."""
+    found: dict[str, Tensor] = {}
+    for stage, param, value in own_parameters(trainer):
+        full = _gathered(trainer, value, param)
+        if _speaks(trainer, stage, param):
+            found.update(dict.fromkeys(param.names, full.cpu()))
+    if trainer.groups.place.lane == 0:
+        for local in trainer.stages:
+            found.update({name: value.detach().cpu() for name, value in local.module.named_buffers()})
+            if local.index == 0:
+                found.update(trainer.extra_state)
+    return found
+
+
+def full_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Full gradients for which this rank speaks, by the first name of each parameter, on the CPU."""
+    found: dict[str, Tensor] = {}
+    for stage, param, value in own_parameters(trainer):
+        if value.grad is not None:
+            full = _gathered(trainer, value.grad, param)
+            if _speaks(trainer, stage, param):
+                found[param.name] = full.cpu()
+    return found
+
+
+def gather_to_first(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every rank's dict merged on rank 0; empty elsewhere."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, parts)
+    return {name: value for part in parts or () for name, value in part.items()}
+
+
+def save(trainer: Trainer, directory: Path) -> None:
+    """Write a checkpoint to a directory beside `directory`, then put it in its place."""
+    state: dict[str, Any] = {f"model.{name}": value for name, value in full_parameters(trainer).items()}
+    options = _group_options(trainer)
+    for stage, param, parameter in own_parameters(trainer):
+        speaks = _speaks(trainer, stage, param)
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            full = _gathered(trainer, value, param) if _is_laid_out(value, parameter) else value
+            if speaks:
+                state[f"optimizer.{param.name}.{key}"] = full.detach().cpu() if isinstance(full, Tensor) else full
+        if speaks and parameter in options:
+            state[f"optimizer.{param.name}.options"] = options[parameter]
+    partial, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
+    if _is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    _barrier()
+    if _is_first():
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
+        partial.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    _barrier()
+
+
+def load(trainer: Trainer, directory: Path) -> None:
+    """Read a checkpoint of the same model, written under any plan."""
+    if not (directory / ".metadata").exists():
+        raise InputError(f"{directory} is no checkpoint (it has no .metadata file)")
+    metadata = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    held = list(own_parameters(trainer))
+    buffers = {name: value for stage in trainer.stages for name, value in stage.module.named_buffers()}
+    wanted: dict[str, Any] = {}
+    keys = {f"model.{param.name}" for _, param, _ in held} | {f"model.{name}" for name in buffers}
+    if missing := sorted(keys - metadata.keys()):
+        raise InputError(f"checkpoint {directory} has no {missing[0].removeprefix('model.')}; it is of another model")
+    prefixes = tuple(f"optimizer.{param.name}." for _, param, _ in held)
+    for key, found in metadata.items():
+        if key in keys or (key.startswith(prefixes) and key.rpartition(".")[0] + "." in prefixes):
+            is_tensor = isinstance(found, TensorStorageMetadata)
+            wanted[key] = torch.empty(found.size, dtype=found.properties.dtype) if is_tensor else None
+    for _, param, _ in held:
+        shape = trainer.graph.param[param.name].shape
+        if tuple(wanted[f"model.{param.name}"].shape) != shape:
+            raise InputError(f"{param.name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model")
+    dcp.load(wanted, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    options = {}
+    with torch.no_grad():
+        for _, param, parameter in held:
+            parameter.copy_(_laid_out(trainer, wanted[f"model.{param.name}"], param, parameter))
+            prefix = f"optimizer.{param.name}."
+            own = {key.removeprefix(prefix): value for key, value in wanted.items() if key.startswith(prefix)}
+            options[parameter] = own.pop("options", None)
+            if own:
+                shape = trainer.graph.param[param.name].shape
+                trainer.optimizer.state[parameter] = {
+                    key: _laid_out(trainer, value, param, parameter)
+                    if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == shape else value
+                    for key, value in own.items()
+                }
+        for name, value in buffers.items():
+            value.copy_(wanted[f"model.{name}"])
+    for group in trainer.optimizer.param_groups:
+        saved = next((options[p] for p in group["params"] if options.get(p)), None)
+        group.update(saved or {})
+
+
+def _is_laid_out(value: Any, parameter: Tensor) -> bool:
+    """Whether a piece of optimizer state has the parameter's shape and so its layout."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+
+
+def _laid_out(trainer: Trainer, full: Tensor, param: ParamLayout, parameter: Tensor) -> Tensor:
+    """A full tensor as this rank holds it: its part on the tensor axis, then as the data axes shard the parameter."""
+    part = local_part(full.to(parameter.device), param.state, trainer.groups.tensor_axis)
+    return like_parameter(part.contiguous(), parameter)
+
+
+def _group_options(trainer: Trainer) -> dict[Tensor, dict[str, Any]]:
+    return {
+        parameter: {key: value for key, value in group.items() if key != "params"}
+        for group in trainer.optimizer.param_groups for parameter in group["params"]
+    }
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

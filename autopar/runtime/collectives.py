@@ -1,0 +1,165 @@
+"""Autograd-aware conversions between the states of a tensor on one mesh axis.
+
+Group name, size and rank are baked into each conversion, so that a running program looks nothing up. Everything below
+goes through torch's functional collectives, which both eager mode and torch.compile take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.sharding.state import Kind, State
+
+_ops = torch.ops._c10d_functional
+
+Fn = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One rank's place on a mesh axis: the process group's name, its size and the rank in it."""
+
+    group_name: str
+    size: int
+    rank: int
+
+
+def all_reduce(axis: Axis, x: Tensor, op: str = "sum") -> Tensor:
+    """Sum (or `op`) of `x` over the axis, as a new tensor."""
+    result: Tensor = _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, axis.group_name))
+    return result
+
+
+def _stacked_gather(axis: Axis, x: Tensor) -> Tensor:
+    """Shape (n, *x.shape): every rank's `x`."""
+    gathered = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous().unsqueeze(0), axis.size, axis.group_name))
+    result: Tensor = gathered.view(axis.size, *x.shape)
+    return result
+
+
+def split_dim(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
+    """View of `x` with `dim` seen as (outer, size, rest): three dims in its place."""
+    assert x.shape[dim] % (outer * size) == 0, f"{x.shape[dim]} does not divide into {outer} x {size}"
+    return x.unflatten(dim, (outer, size, x.shape[dim] // (outer * size)))
+
+
+def take_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
+    """This rank's shard of a whole tensor: no communication."""
+    shard = split_dim(x, dim, outer, axis.size).select(dim + 1, axis.rank)
+    return shard.flatten(dim, dim + 1).contiguous()
+
+
+def pad_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
+    """A whole tensor that is zero outside this rank's shard `x`: no communication."""
+    shard = x.unflatten(dim, (outer, x.shape[dim] // outer))
+    whole = shard.new_zeros((*shard.shape[: dim + 1], axis.size, *shard.shape[dim + 1 :]))
+    whole.select(dim + 1, axis.rank).copy_(shard)
+    return whole.flatten(dim, dim + 2)
+
+
+def merge_shards(stacked: Tensor, dim: int, outer: int) -> Tensor:
+    """The whole tensor from the shards of every rank, stacked on a new dim 0."""
+    parts = stacked.unflatten(dim + 1, (outer, stacked.shape[dim + 1] // outer))
+    return parts.movedim(0, dim + 1).flatten(dim, dim + 2)
+
+
+def all_gather(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
+    """The whole tensor from every rank's shard."""
+    return merge_shards(_stacked_gather(axis, x), dim, outer)
+
+
+def reduce_scatter(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
+    """This rank's shard of the sum over the axis."""
+    parts = split_dim(x, dim, outer, axis.size).movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
+    shape = parts.shape[1:]
+    summed = _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", axis.size, axis.group_name))
+    result: Tensor = summed.view(shape)
+    return result
+
+
+def all_to_all(axis: Axis, x: Tensor, src: State, dst: State) -> Tensor:
+    """From one sharded dim to another; strides of one dim change by a gather and a slice."""
+    if src.dim == dst.dim:
+        return take_shard(axis, all_gather(axis, x, src.dim, src.outer), dst.dim, dst.outer)
+    parts = split_dim(x, dst.dim, dst.outer, axis.size).movedim(dst.dim + 1, 0)
+    parts = parts.flatten(dst.dim + 1, dst.dim + 2).contiguous()
+    ones = [1] * axis.size
+    received = _ops.wait_tensor(_ops.all_to_all_single(parts, ones, ones, axis.group_name))
+    return merge_shards(received.view(parts.shape), src.dim, src.outer)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _divide(size: int, x: Tensor) -> Tensor:
+    return x / size
+
+
+class _Convert(torch.autograd.Function):
+    """`forward_fn` on the value, `backward_fn` on its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward_fn: Fn, backward_fn: Fn) -> Tensor:
+        ctx.backward_fn = backward_fn
+        return forward_fn(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.backward_fn(grads[0]), None, None
+
+
+def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:
+    """The functions on the value and on the gradient. The gradient of R and of P is whole, that of RP is partial."""
+    match src.kind, dst.kind:
+        case Kind.REPLICATED, Kind.REPLICATED_PARTIAL_GRAD:
+            return _same, partial(all_reduce, axis)
+        case Kind.REPLICATED_PARTIAL_GRAD, Kind.REPLICATED:
+            return _same, partial(_divide, axis.size)
+        case Kind.REPLICATED, Kind.SHARDED:
+            place = {"dim": dst.dim, "outer": dst.outer}
+            return partial(take_shard, axis, **place), partial(all_gather, axis, **place)
+        case Kind.REPLICATED_PARTIAL_GRAD, Kind.SHARDED:
+            place = {"dim": dst.dim, "outer": dst.outer}
+            return partial(take_shard, axis, **place), partial(pad_shard, axis, **place)
+        case Kind.SHARDED, Kind.REPLICATED:
+            place = {"dim": src.dim, "outer": src.outer}
+            return partial(all_gather, axis, **place), partial(take_shard, axis, **place)
+        case Kind.SHARDED, Kind.REPLICATED_PARTIAL_GRAD:
+            place = {"dim": src.dim, "outer": src.outer}
+            return partial(all_gather, axis, **place), partial(reduce_scatter, axis, **place)
+        case Kind.PARTIAL, Kind.REPLICATED:
+            return partial(all_reduce, axis), _same
+        case Kind.PARTIAL, Kind.REPLICATED_PARTIAL_GRAD:
+            return partial(all_reduce, axis), partial(all_reduce, axis)
+        case Kind.PARTIAL, Kind.SHARDED:
+            place = {"dim": dst.dim, "outer": dst.outer}
+            return partial(reduce_scatter, axis, **place), partial(all_gather, axis, **place)
+        case Kind.SHARDED, Kind.SHARDED:
+            return partial(all_to_all, axis, src=src, dst=dst), partial(all_to_all, axis, src=dst, dst=src)
+    raise AssertionError(f"no conversion from {src} to {dst}")
+
+
+def converter(src: State, dst: State, axis: Axis, *, differentiable: bool) -> Fn | None:
+    """The function that takes a tensor from `src` to `dst` on the axis, or None where nothing is to be done.
+
+    A tensor without gradient has one replicated state only: R and RP are the same.
+    """
+    if src == dst:
+        return None
+    if differentiable:
+        forward_fn, backward_fn = _pair(src, dst, axis)
+        return partial(_apply, forward_fn=forward_fn, backward_fn=backward_fn)
+    forward_fn, _ = _pair(src, dst, axis)
+    return None if forward_fn is _same else forward_fn
+
+
+def _apply(x: Tensor, forward_fn: Fn, backward_fn: Fn) -> Tensor:
+    result: Tensor = _Convert.apply(x, forward_fn, backward_fn)  # type: ignore[no-untyped-call]
+    return result

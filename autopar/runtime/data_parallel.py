@@ -1,0 +1,68 @@
+"""Data axes by FSDP2: the one place that calls `fully_shard`, with the ZeRO levels as its settings.
+
+Level 0 and 1 keep the parameters whole during a step, add up whole gradients over the micro-batches and reduce them
+once; level 2 reduces the gradients of every micro-batch; level 3 also gathers the parameters anew for every forward
+and backward. Level 0 is a shard axis of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from autopar.runtime.stage import StageModule
+
+
+def shard_stage(
+    stage: StageModule, units: Sequence[str], mesh: DeviceMesh, *, zero: int, dtype: torch.dtype,
+    param_dtype: torch.dtype,
+) -> None:
+    """Shard a stage's parameters in place: each unit by itself, the rest with the root, which stays gathered.
+
+    Gradients are summed over the data ranks, not averaged: the loss is already divided by the global count.
+    """
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype != param_dtype:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=param_dtype, cast_forward_inputs=False)
+    modules = dict(stage.named_modules())
+    for name in units:
+        if name in modules and any(True for _ in modules[name].parameters()):
+            fully_shard(modules[name], mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+    fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            if mesh.device_type == "cpu":  # gloo has no pre-multiplied sum
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def prepare_backward(stage: nn.Module, zero: int, *, is_last: bool) -> None:
+    """Set what the next backward does with parameters and gradients; `is_last`: it ends the step."""
+    if isinstance(stage, FSDPModule):
+        stage.set_is_last_backward(is_last)
+        stage.set_requires_gradient_sync(is_last or zero >= 2)
+        stage.set_reshard_after_backward(is_last or zero == 3)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a parameter or gradient that is on this rank, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The tensor gathered over the data axes; all their ranks must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like_parameter(value: Tensor, param: Tensor) -> Tensor:
+    """A whole tensor laid out over the data axes as a parameter is; `value` must be equal on all their ranks."""
+    if not isinstance(param, DTensor):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)

@@ -1,0 +1,338 @@
+"""The Trainer: one rank's part of a plan, as a training step."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from autopar.errors import InputError, PlanMismatchError
+from autopar.graph.capture import Captured
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan
+from autopar.plan.verify import verify_plan
+from autopar.runtime import checkpoint
+from autopar.runtime.batch import BatchReader
+from autopar.runtime.data_parallel import local_tensor, shard_stage
+from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_channels
+from autopar.runtime.groups import Groups, check_runnable, make_groups, place_of
+from autopar.runtime.layout import Layout, parameter_layout
+from autopar.runtime.loss import LossTerms, Term, count_function, loss_terms, target_ops
+from autopar.runtime.stage import StageBuilder, StageModule, needed_ops
+from autopar.sharding.reshard import local_shape
+from autopar.sharding.state import RP, R
+from autopar.simulate.schedules import Action, schedule_actions
+
+log = logging.getLogger(__name__)
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Batch = Mapping[str, Tensor] | Sequence[Tensor]
+
+
+class Trainer:
+    """Trains a model under a plan. Every rank makes one, with the same model and plan, and calls the same methods.
+
+    `step(batch)` takes the global batch and returns the global loss; `plan` is the plan; `module` holds this rank's
+    parameters under the model's own names (the modules of its stages); `save` and `load` keep the whole state.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, captured: Captured, optimizer: OptimizerFactory, *,
+        device: torch.device | str = "cpu", timeout_s: float = 1800.0, same_weights: bool = True,
+    ) -> None:
+        """Compile the plan for this rank.
+
+        `captured` is the model at `plan.micro_batch` rows. `same_weights` sends rank 0's parameters to all ranks first.
+        The global random generator is seeded: alike on the ranks of a tensor axis, differently elsewhere.
+        """
+        graph = captured.graph
+        self.plan, self.graph, self.device = plan, graph, torch.device(device)
+        timeout = timedelta(seconds=timeout_s)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        check_runnable(plan, world)
+        verify_plan(plan, graph)
+        if graph.rows != plan.micro_batch:
+            raise InputError(f"the model was captured with {graph.rows} rows; the plan's micro_batch is {plan.micro_batch}")
+        self._owns_group = False
+        mixed = plan.dtype != plan.param_dtype
+        needs_mesh = mixed or plan.stages[0].mesh.dp > 1
+        if needs_mesh and not dist.is_initialized():
+            self._open_lone_group(timeout)
+        self.layout = parameter_layout(graph, plan, (name for name, _ in model.named_modules()))
+        tied = tuple(sorted({param.stages for param in self.layout.params if len(param.stages) > 1}))
+        self.groups = make_groups(plan, tied, self.device, timeout, needs_mesh=needs_mesh)
+        self.terms = loss_terms(graph)
+        self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes)
+        self.batch = BatchReader(graph, plan)
+        self._seed()
+        tensors = self._model_tensors(model, same_weights=same_weights)
+        builder = StageBuilder(graph, plan, self.layout, self.terms, self.groups.tensor_axis, self.device)
+        persistent = frozenset(model.state_dict(keep_vars=True))
+        self.stages = tuple(
+            self._local_stage(index, builder, tensors, captured, persistent) for index in self.groups.place.stages
+        )
+        known = {name for param in self.layout.params for name in param.names} | {info.name for info in graph.buffers}
+        self.extra_state = {
+            name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
+        }
+        self.modules = {stage.index: stage.module for stage in self.stages}
+        chunks = max(stage.virtual for stage in plan.stages) + 1
+        lists = schedule_actions(plan.schedule, plan.num_stages // chunks, plan.num_micro_batches, chunks)
+        check_channels(lists, plan.num_stages, plan.num_micro_batches)
+        mine = [action for actions in lists for action in actions if action.stage in self.modules]
+        self.executor = Executor(self.stages, mine, self.device)
+        self._count = self._count_function(builder, captured)
+        self.optimizer = optimizer(list(self.named_parameters().values()))
+        if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if p not in self._own()]:
+            raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")
+
+    # -- what users call
+
+    @property
+    def module(self) -> nn.Module:
+        """This rank's parameters under the model's own names: the stage's module, or a list of them."""
+        modules = list(self.modules.values())
+        return modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+
+    def step(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
+        """Train on the global batch (the same on every rank) and return its loss, equal on every rank."""
+        loss = self.forward_backward(batch, observe)
+        self.optimizer.step()
+        return loss
+
+    def forward_backward(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
+        """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = self.batch.micro_batches(batch, self.groups.place.data_rank, self.device)
+        total = self.executor.run(rows, self._factors(rows), observe)
+        self._reduce_gradients()
+        if self.groups.place.tensor_rank != 0:
+            total = torch.zeros_like(total)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total.to(getattr(torch, self.terms.cls.tensor[self._loss_name()].dtype))
+
+    def save(self, directory: str | Path) -> None:
+        """Write parameters, buffers and optimizer state as full tensors under the model's own names."""
+        checkpoint.save(self, Path(directory))
+
+    def load(self, directory: str | Path) -> None:
+        """Read what any plan of the same model saved."""
+        checkpoint.load(self, Path(directory))
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's whole state dict, on the CPU of rank 0; empty elsewhere. All ranks must call it."""
+        return checkpoint.gather_to_first(checkpoint.full_parameters(self))
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every parameter's whole gradient by name, on the CPU of rank 0; empty elsewhere. All ranks must call it."""
+        return checkpoint.gather_to_first(checkpoint.full_gradients(self))
+
+    def close(self) -> None:
+        """Destroy the process group if the trainer made it."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owns_group = False
+
+    # -- parameters
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters, tied ones once, under the first of their names; stages in order."""
+        found: dict[str, nn.Parameter] = {}
+        for stage in self.stages:
+            own = dict(stage.module.named_parameters(remove_duplicate=False))
+            for param in self.layout.of_stage(stage.index):
+                found.setdefault(param.name if param.name not in found else f"{param.name}@{stage.index}", own[param.name])
+        return found
+
+    def _own(self) -> set[Tensor]:
+        return set(self.named_parameters().values())
+
+    def _model_tensors(self, model: nn.Module, *, same_weights: bool) -> dict[str, Tensor]:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = {}
+        for info in self.graph.params:
+            if info.name not in own or tuple(own[info.name].shape) != info.shape:
+                raise PlanMismatchError(f"the model has no parameter {info.name} of shape {list(info.shape)}")
+            if own[info.name].is_meta:
+                raise InputError(f"parameter {info.name} has no data (meta device); give the model its weights first")
+            tensors[info.name] = own[info.name]
+        if same_weights and dist.is_initialized() and dist.get_world_size() > 1:
+            for name, value in tensors.items():
+                sent = value.detach().to(self.device, copy=True)
+                dist.broadcast(sent, src=0)
+                tensors[name] = sent.requires_grad_(value.requires_grad)
+        return tensors
+
+    def _seed(self) -> None:
+        seed = torch.tensor([torch.initial_seed() % 2**62], dtype=torch.int64, device=self.device)
+        place = self.groups.place
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(seed, src=0)
+            coordinate = place.data_rank * self.plan.num_stages + place.stages[0]
+            torch.manual_seed(int(seed) + 1_000_003 * coordinate)
+
+    # -- building
+
+    def _open_lone_group(self, timeout: timedelta) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        self._owns_group = True
+        reference = weakref.ref(self)
+        atexit.register(lambda: (trainer := reference()) and trainer.close())
+
+    def _local_stage(
+        self, index: int, builder: StageBuilder, tensors: Mapping[str, Tensor], captured: Captured,
+        persistent: frozenset[str],
+    ) -> LocalStage:
+        plan, graph, stage = self.plan, self.graph, self.plan.stages[index]
+        module = builder.stage(index, tensors, captured.constants, persistent)
+        if self.groups.data_mesh is not None:
+            shard_stage(
+                module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
+                dtype=getattr(torch, plan.dtype), param_dtype=getattr(torch, plan.param_dtype),
+            )
+        wanted = _batch_names(graph, plan, index)
+        last = index == plan.num_stages - 1
+        return LocalStage(
+            index=index, module=module, zero=stage.zero, inputs=wanted,
+            before=self._channel(index - 1, index - 1) if index else None,
+            after=None if last else self._channel(index, index + 1),
+            loss=graph.loss if graph.loss in module._autopar_leaving else None,
+        )
+
+    def _channel(self, boundary: int, neighbour: int) -> Channel:
+        groups: Groups = self.groups
+        return Channel(
+            peer=self.plan.stages[neighbour].devices[groups.place.lane], activations=groups.forward[boundary],
+            gradients=groups.backward[boundary], wires=boundary_wires(self.graph, self.plan, boundary),
+        )
+
+    # -- the loss and the gradients
+
+    def _loss_name(self) -> str:
+        return self.terms.cls.outputs[self.terms.block.outputs.index(self.graph.loss)]
+
+    def _count_function(
+        self, builder: StageBuilder, captured: Captured
+    ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+        """Local counts of valid targets from batch tensors; None where this rank computes no counted loss."""
+        if not self.terms.counted or not any(stage.loss for stage in self.stages):
+            return None
+        terms, graph = self.terms, self.graph
+        ops, needed = target_ops(terms)
+        name_of = dict(zip(terms.cls.inputs, terms.block.inputs, strict=True))
+        shared, inputs = graph.shared, {info.name for info in graph.inputs}
+        shared_cls = graph.block_class[shared.cls]
+        early = {name_of[name] for name in needed} - inputs
+        if not early <= set(shared.outputs):
+            name = sorted(early - set(shared.outputs))[0]
+            raise InputError(f"the targets of the loss depend on {name}, which the model computes; pass them in the batch")
+        wanted = tuple(shared_cls.outputs[shared.outputs.index(name)] for name in sorted(early))
+        shared_ops, _ = needed_ops(shared_cls.ops, wanted)
+        count = count_function(terms, builder.run_ops)
+        held = {
+            local: captured.constants[name].to(self.device)
+            for cls, block in ((terms.cls, terms.block), (shared_cls, shared))
+            for local, name in zip(cls.buffers, block.buffers, strict=True)
+        }
+        touched = {name for op in ops for name in op.operands}
+        if trained := sorted(touched.intersection(terms.cls.params)):
+            raise InputError(f"the targets of the loss depend on parameter {trained[0]}; pass them in the batch")
+
+        def count_rows(batch: Mapping[str, Tensor]) -> Tensor:
+            values = dict(zip(shared_cls.inputs, (batch[name] for name in shared.inputs), strict=True))
+            values.update({name: held[name] for name in shared_cls.buffers})
+            builder.run_ops(shared_ops, values)
+            found = dict(zip(sorted(early), (values[name] for name in wanted), strict=True))
+            env = {local: batch[name_of[local]] if name_of[local] in inputs else found[name_of[local]] for local in needed}
+            return count({**{name: held[name] for name in terms.cls.buffers}, **env})
+
+        return count_rows
+
+    def _factors(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What each counted or shared term of the loss is multiplied with in this step."""
+        share = 1.0 / (self.plan.num_micro_batches * self.plan.stages[0].mesh.dp)
+        terms = dict(self.terms.terms)
+        factors = {name: torch.tensor(share, device=self.device) for name, term in terms.items() if term is Term.SHARE}
+        if self._count is not None:
+            counts = torch.stack([self._count(batch) for batch in rows]).sum(dim=0)
+            if self.groups.data is not None:
+                dist.all_reduce(counts, group=self.groups.data)
+            dtypes = [self.terms.cls.tensor[op.outputs[0]].dtype for op in self.terms.counted]
+            for op, count, dtype in zip(self.terms.counted, counts, dtypes, strict=True):
+                factors[op.name] = (1.0 / count).to(getattr(torch, dtype))
+        return factors
+
+    def _reduce_gradients(self) -> None:
+        """Sum what the backward left partial: over the tensor axis, and over stages that share a parameter."""
+        partial_grads: list[Tensor] = []
+        tied: dict[tuple[int, ...], list[Tensor]] = {}
+        for stage in self.stages:
+            own = dict(stage.module.named_parameters(remove_duplicate=False))
+            for param in self.layout.of_stage(stage.index):
+                parameter = own[param.name]
+                summed_over_axis = self.groups.tensor is not None and param.state == RP
+                if not parameter.requires_grad or not (summed_over_axis or param.stages in self.groups.tied):
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradient = local_tensor(parameter.grad)
+                if summed_over_axis:
+                    partial_grads.append(gradient)
+                if param.stages in self.groups.tied:
+                    tied.setdefault(param.stages, []).append(gradient)
+        if self.groups.tensor is not None:
+            _sum_in_place(partial_grads, self.groups.tensor)
+        for stages in sorted(tied):
+            _sum_in_place(tied[stages], self.groups.tied[stages])
+
+
+def _sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """All-reduce tensors in one message for each dtype."""
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in same])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _batch_names(graph: ModelGraph, plan: Plan, index: int) -> tuple[str, ...]:
+    """The batch tensors that a stage needs, for its blocks or for its masks and positions."""
+    stage = plan.stages[index]
+    needed = {name for block in graph.blocks[stage.first : stage.last] for name in block.inputs}
+    if needed.intersection(graph.shared.outputs):
+        needed.update(graph.shared.inputs)
+    return tuple(info.name for info in graph.inputs if info.name in needed)
+
+
+def boundary_wires(graph: ModelGraph, plan: Plan, boundary: int) -> tuple[Wire, ...]:
+    """The tensors that pass from stage `boundary` to the next, as they look on one rank."""
+    stage = plan.stages[boundary]
+    wires = []
+    for name in graph.boundary(stage.last):
+        block = next(block for block in graph.blocks if name in block.outputs)
+        position = block.outputs.index(name)
+        cls = graph.block_class[block.cls]
+        info = cls.tensor[cls.outputs[position]]
+        sharding = plan.sharding.get(block.cls) if stage.mesh.tp > 1 else None
+        state = sharding.outputs[position] if sharding else R
+        wires.append(
+            Wire(
+                name=name, shape=local_shape(info.shape, state, stage.mesh.tp), dtype=getattr(torch, info.dtype),
+                requires_grad=info.requires_grad,
+            )
+        )
+    return tuple(wires)
+
+
+__all__ = ["Batch", "Layout", "LossTerms", "OptimizerFactory", "StageModule", "Trainer", "boundary_wires", "place_of"]

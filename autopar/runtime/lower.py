@@ -1,0 +1,258 @@
+"""Block classes as callable local programs: one Python function for each class, shared by all its blocks.
+
+The source is generated from the ops: every op runs on this rank's part of its tensors, with a conversion wherever a
+tensor is in another state than the op wants, and each tensor is dropped after its last use. The source can be read:
+`LoweredClass.source`.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.graph.model_graph import Arg, BlockClass, Literal, Op, Ref
+from autopar.runtime.collectives import Axis, converter
+from autopar.runtime.loss import Term, argument
+from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
+from autopar.sharding.lowering import Lowering
+from autopar.sharding.local_args import bias_operand, local_op
+from autopar.sharding.state import R, State
+from autopar.sharding.strategy import ClassSharding, Strategy
+
+Code = Callable[..., tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredClass:
+    """The program of a class: `code(*params, *buffers, *inputs, *factors)` gives the class's outputs.
+
+    `factors` names the ops whose factor (a 0-dim tensor) the caller passes: what terms of the loss are multiplied with.
+    """
+
+    name: str
+    code: Code
+    source: str
+    factors: tuple[str, ...] = ()
+
+
+def resolve_target(target: str) -> Any:
+    """The torch op of "aten.linear.default"."""
+    namespace, name, overload = target.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)
+
+
+def resolve_literal(literal: Literal, device: torch.device) -> Any:
+    """Torch's object for a literal; the captured device gives way to the one that the program runs on."""
+    if literal.kind == "device":
+        return device
+    return getattr(torch, literal.value.removeprefix("torch."))
+
+
+def _value(arg: Arg, variables: Iterator[str], device: torch.device, constants: dict[str, Any]) -> str:
+    """Source text of an argument; `variables` gives those of the operands in their order."""
+    if isinstance(arg, Ref):
+        return next(variables)
+    if isinstance(arg, Literal):
+        constants[f"{arg.kind}_{len(constants)}"] = resolve_literal(arg, device)
+        return next(reversed(constants))
+    if isinstance(arg, tuple):
+        return "[" + ", ".join(_value(item, variables, device, constants) for item in arg) + "]"
+    if isinstance(arg, float) and repr(arg) in ("inf", "-inf", "nan"):
+        return f'float("{arg!r}")'
+    return repr(arg)
+
+
+def _is_single(op: Op) -> bool:
+    """Whether the call gives one tensor rather than a tuple or list of them."""
+    returns = resolve_target(op.target)._schema.returns
+    return len(returns) == 1 and str(returns[0].type) == "Tensor"
+
+
+class _Writer:
+    """Lines of one program, with the objects that they name."""
+
+    def __init__(self, cls: BlockClass, axis: Axis | None, device: torch.device) -> None:
+        self.cls, self.axis, self.device = cls, axis, device
+        self.globals: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.where: dict[tuple[str, State], str] = {}  # variable that holds a tensor in a state
+        self.state: dict[str, State] = {}
+        self.identifiers: dict[str, str] = {}
+
+    def identifier(self, name: str) -> str:
+        """A name of Python's for a name of the graph's, one for each."""
+        if name not in self.identifiers:
+            plain = re.sub(r"\W", "_", name)
+            taken = set(self.identifiers.values())
+            self.identifiers[name] = plain if plain not in taken else f"{plain}__{len(taken)}"
+        return self.identifiers[name]
+
+    def define(self, name: str, variable: str, state: State) -> None:
+        self.where[name, state] = variable
+        self.state[name] = state
+
+    def in_state(self, name: str, wanted: State) -> str:
+        """The variable that holds the tensor in the wanted state, converted at first demand."""
+        found = self.where.get((name, wanted))
+        if found is not None:
+            return found
+        source = self.state[name]
+        assert self.axis is not None
+        convert = converter(source, wanted, self.axis, differentiable=self.cls.tensor[name].requires_grad)
+        variable = self.where[name, source]
+        if convert is not None:
+            word = str(wanted).replace("(", "").replace(")", "").replace(",", "_")
+            function, before = f"{self.state[name].kind}_to_{word}_{len(self.globals)}", variable
+            variable = f"{before}_{word}"
+            self.globals[function] = convert
+            self.lines.append(f"{variable} = {function}({before})")
+        self.where[name, wanted] = variable
+        return variable
+
+    def call(self, op: Op, program: Any, inputs: Sequence[State], outputs: Sequence[State]) -> None:
+        variables = iter([self.in_state(name, state) for name, state in zip(op.operands, inputs, strict=True)])
+        function = f"op_{self.identifier(op.name)}"
+        self.globals[function] = program
+        arguments = [_value(arg, variables, self.device, self.globals) for arg in op.args]
+        arguments += [f"{key}={_value(arg, variables, self.device, self.globals)}" for key, arg in op.kwargs]
+        call = f"{function}({', '.join(arguments)})"
+        results = [f"v_{self.identifier(output)}" if output else "" for output in op.outputs]
+        comment = f"  # {op.target}" + (f", {op.source}" if op.source else "")
+        if _is_single(op):
+            self.lines.append(f"{results[0] or '_'} = {call}{comment}")
+        else:
+            self.lines.append(f"many = {call}{comment}")
+            self.lines += [f"{result} = many[{i}]" for i, result in enumerate(results) if result]
+            self.lines.append("del many")
+        for output, result, state in zip(op.outputs, results, outputs, strict=True):
+            if output:
+                self.define(output, result, state)
+
+
+def lower_class(
+    cls: BlockClass, sharding: ClassSharding | None, axis: Axis | None, device: torch.device,
+    terms: Mapping[str, Term] | None = None,
+) -> LoweredClass:
+    """The program of a class on one rank of the tensor axis (`axis` None: whole tensors, no sharding).
+
+    `terms` are the loss's terms in this class: a counted cross-entropy sums, and terms that are counted or shared are
+    multiplied with the factor that the caller passes under the op's name.
+    """
+    terms = terms or {}
+    if axis is None or axis.size == 1:
+        sharding = None
+    writer = _Writer(cls, axis, device)
+    arguments = []
+    for word in ("params", "buffers", "inputs"):
+        states = getattr(sharding, word) if sharding else (R,) * len(getattr(cls, word))
+        for name, state in zip(getattr(cls, word), states, strict=True):
+            arguments.append(f"v_{writer.identifier(name)}")
+            writer.define(name, arguments[-1], state)
+    factors = tuple(op.name for op in cls.ops if terms.get(op.name) in (Term.COUNT, Term.SHARE))
+    arguments += [f"factor_{writer.identifier(name)}" for name in factors]
+    for op in cls.ops:
+        strategy = sharding.strategy[op.name] if sharding else None
+        inputs = strategy.inputs if strategy else (R,) * len(op.operands)
+        outputs = strategy.outputs if strategy else (R,) * len(op.outputs)
+        counted = terms.get(op.name) is Term.COUNT
+        writer.call(*_program(cls, op, strategy, axis, counted), inputs, outputs)
+        if op.name in factors:
+            variable = writer.where[op.outputs[0], outputs[0]]
+            writer.lines.append(f"{variable} = {variable} * factor_{writer.identifier(op.name)}")
+    leaving = sharding.outputs if sharding else (R,) * len(cls.outputs)
+    results = [writer.in_state(name, state) for name, state in zip(cls.outputs, leaving, strict=True)]
+    lines = _drop_early(writer.lines, arguments, results)
+    source = "\n    ".join([f"def {_identifier(cls.name)}({', '.join(arguments)}):", *lines])
+    source += f"\n    return ({''.join(result + ', ' for result in results)})\n"
+    return LoweredClass(name=cls.name, code=_compile(cls.name, source, writer.globals), source=source, factors=factors)
+
+
+def _program(
+    cls: BlockClass, op: Op, strategy: Strategy | None, axis: Axis | None, counted: bool
+) -> tuple[Op, Any]:
+    """The op as it is called on this rank, and the function to call."""
+    if counted:
+        op = _with_sum(op)
+    if strategy is None or axis is None:
+        return op, resolve_target(op.target)
+    op = local_op(op, strategy, cls.tensor, axis.size)
+    program = resolve_target(op.target)
+    match strategy.lowering:
+        case "":
+            return op, program
+        case Lowering.SUM_OVER_COUNT:
+            if counted:
+                return op, program
+            return _with_sum(op), partial(sum_over_count, axis, program, argument(op, 4, "ignore_index", -100))
+        case Lowering.BIAS_ON_FIRST_RANK:
+            return op, special_program(strategy.lowering, program, axis, bias_position=bias_operand(op))
+    return op, special_program(strategy.lowering, program, axis)
+
+
+def _with_sum(op: Op) -> Op:
+    """A cross-entropy with reduction "sum"."""
+    assert op.target == "aten.cross_entropy_loss.default"
+    defaults: tuple[Arg, ...] = (None, None, None, MEAN, -100, 0.0)
+    args = list(op.args) + list(defaults[len(op.args) :])
+    named = dict(op.kwargs)
+    for position, keyword in enumerate(("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")):
+        if keyword in named:
+            args[position] = named[keyword]
+    args[3] = SUM
+    return Op(
+        name=op.name, target=op.target, args=tuple(args), outputs=op.outputs, module=op.module, source=op.source
+    )
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", f"block_{name}")
+
+
+def _drop_early(lines: Sequence[str], arguments: Sequence[str], results: Sequence[str]) -> list[str]:
+    """The lines with `del` of every variable after its last use."""
+    kept = set(results)
+    seen: set[str] = set()
+    out: list[str] = []
+    known = set(arguments) | {line.split(" = ")[0] for line in lines if " = " in line}
+    for line in reversed(lines):
+        words = [word for word in dict.fromkeys(re.findall(r"\w+", line.split("  # ")[0])) if word in known]
+        dead = [word for word in words if word not in seen and word not in kept and word not in ("_", "many")]
+        seen.update(words)
+        if dead:
+            out.append(f"del {', '.join(dead)}")
+        out.append(line)
+    return out[::-1]
+
+
+def _compile(name: str, source: str, names: dict[str, Any]) -> Code:
+    """The function of a source text, with the text where tracebacks find it."""
+    filename = f"<autopar block {name} {hash(source) & 0xFFFFFFFF:08x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    exec(compile(source, filename, "exec"), names)
+    code: Code = names[_identifier(name)]
+    return code
+
+
+def run_ops(ops: Sequence[Op], values: dict[str, Tensor], device: torch.device) -> None:
+    """Run ops on whole tensors by name, adding their outputs to `values`."""
+
+    def resolve(arg: Arg) -> Any:
+        if isinstance(arg, Ref):
+            return values[arg.name]
+        if isinstance(arg, Literal):
+            return resolve_literal(arg, device)
+        return [resolve(item) for item in arg] if isinstance(arg, tuple) else arg
+
+    for op in ops:
+        result = resolve_target(op.target)(
+            *(resolve(arg) for arg in op.args), **{key: resolve(arg) for key, arg in op.kwargs}
+        )
+        parts = (result,) if _is_single(op) else tuple(result)
+        values.update({name: part for name, part in zip(op.outputs, parts, strict=False) if name})

@@ -1,0 +1,130 @@
+"""The special programs of ops that need more than running on local shapes, by the name in `Strategy.lowering`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.runtime.collectives import Axis, all_reduce
+from autopar.sharding.lowering import Lowering
+
+Program = Callable[..., Any]
+
+_embedding = torch.ops.aten.embedding.default
+_cross_entropy = torch.ops.aten.cross_entropy_loss.default
+MEAN, SUM = 1, 2  # aten's numbers for the reduction of a loss
+
+
+def vocab_parallel_embedding(
+    axis: Axis, weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any, **__: Any
+) -> Tensor:
+    """Partial rows: this rank looks up the indices of its own part of the vocabulary, the others give zeros."""
+    first = axis.rank * weight.shape[0]
+    local = indices - first
+    absent = (local < 0) | (local >= weight.shape[0])
+    own_padding = padding_idx - first if 0 <= padding_idx - first < weight.shape[0] else -1
+    rows = _embedding(weight, local.masked_fill(absent, 0), own_padding)
+    result: Tensor = rows.masked_fill(absent.unsqueeze(-1), 0)
+    return result
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Loss of each row from logits (rows, local vocabulary); the softmax is kept, the gradient is made in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, axis: Axis, ignore_index: int) -> Tensor:
+        wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        top = all_reduce(axis, wide.amax(dim=-1), "max")
+        shifted = wide - top.unsqueeze(-1)
+        local = target - axis.rank * logits.shape[-1]
+        ignored = target == ignore_index
+        absent = (local < 0) | (local >= logits.shape[-1]) | ignored
+        local = local.masked_fill(absent, 0)
+        picked = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(absent, 0.0)
+        weights = shifted.exp_()
+        total, picked = all_reduce(axis, torch.stack((weights.sum(dim=-1), picked)))
+        probabilities = weights.div_(total.unsqueeze(-1))
+        ctx.save_for_backward(probabilities, local, absent, ignored)
+        ctx.dtype = logits.dtype
+        return (total.log() - picked).masked_fill(ignored, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        probabilities, local, absent, ignored = ctx.saved_tensors
+        scale = grads[0].masked_fill(ignored, 0.0).unsqueeze(-1)
+        grad = probabilities * scale
+        grad.scatter_add_(-1, local.unsqueeze(-1), -scale.masked_fill(absent.unsqueeze(-1), 0.0))
+        return grad.to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    axis: Axis, logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
+    ignore_index: int = -100, label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of logits (rows, vocabulary / n): the same value on every rank, a whole gradient for the loss.
+
+    The rows' losses are summed in float32 at least; class weights and label smoothing are not split.
+    """
+    assert weight is None and label_smoothing == 0.0, "class weights and label smoothing need the whole vocabulary"
+    if logits.dim() > 2:  # (rows, vocabulary, ...): the class dim goes last
+        logits = logits.movedim(1, -1).flatten(0, -2)
+        target = target.flatten()
+    losses: Tensor = _VocabParallelCrossEntropy.apply(logits, target, axis, ignore_index)  # type: ignore[no-untyped-call]
+    if reduction == MEAN:
+        return (losses.sum() / (target != ignore_index).sum()).to(logits.dtype)
+    return losses.sum().to(logits.dtype) if reduction == SUM else losses.to(logits.dtype)
+
+
+def bias_on_first_rank(axis: Axis, op: Program, bias_position: int, *args: Any, **kwargs: Any) -> Any:
+    """An op whose output is partial and whose bias must count once: ranks after the first multiply it with zero."""
+    if axis.rank == 0:
+        return op(*args, **kwargs)
+    if len(args) > bias_position:
+        return op(*args[:bias_position], args[bias_position] * 0, *args[bias_position + 1 :], **kwargs)
+    return op(*args, **{**kwargs, "bias": kwargs["bias"] * 0})
+
+
+def scaled(factor: float, op: Program, *args: Any, **kwargs: Any) -> Any:
+    """The op's output times a constant: a mean over 1/n of the elements is n times too large to be summed."""
+    return op(*args, **kwargs) * factor
+
+
+def axis_random(axis: Axis, op: Program, *args: Any, **kwargs: Any) -> Any:
+    """The op with a random stream of this rank's own.
+
+    The seed is drawn from the global generator, which stays equal on all ranks of the axis; so a recomputation that
+    restores the global generator repeats the draw.
+    """
+    seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_cuda]
+    devices = [tensors[0].device] if tensors else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed + axis.rank)
+        return op(*args, **kwargs)
+
+
+def sum_over_count(axis: Axis, op: Program, ignore_index: int, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
+    """A cross-entropy `op` that sums over this rank's rows, divided by the valid targets of the whole axis."""
+    count = all_reduce(axis, (target != ignore_index).sum())
+    result: Tensor = op(logits, target, *args) / count
+    return result
+
+
+def special_program(name: str, op: Program, axis: Axis, *, bias_position: int = -1) -> Program:
+    """The program called `name` for an op on this rank of the axis."""
+    match name:
+        case Lowering.VOCAB_PARALLEL_EMBEDDING:
+            return partial(vocab_parallel_embedding, axis)
+        case Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
+            return partial(vocab_parallel_cross_entropy, axis)
+        case Lowering.BIAS_ON_FIRST_RANK:
+            return partial(bias_on_first_rank, axis, op, bias_position)
+        case Lowering.SCALED_MEAN:
+            return partial(scaled, 1 / axis.size, op)
+        case Lowering.AXIS_RANDOM:
+            return partial(axis_random, axis, op)
+    raise AssertionError(f"no lowering is called {name!r}")

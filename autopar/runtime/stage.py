@@ -1,0 +1,226 @@
+"""One pipeline stage as an nn.Module under the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from autopar.graph.model_graph import Block, ModelGraph, Op
+from autopar.plan.plan import Plan, Recompute
+from autopar.runtime.collectives import Axis
+from autopar.runtime.layout import Layout, ParamLayout, local_part
+from autopar.runtime.loss import LossTerms
+from autopar.runtime.lower import LoweredClass, lower_class, run_ops
+from autopar.sharding.state import R, State
+
+
+class BlockModule(nn.Module):
+    """A block at its own path. Parameters are looked up at every call: FSDP2 swaps them under their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._autopar_program: LoweredClass | None = None
+
+    def bind(
+        self, program: LoweredClass, params: Sequence[tuple[nn.Module, str]], buffers: Sequence[Tensor], *,
+        recompute: bool,
+    ) -> None:
+        self._autopar_program = program
+        self._autopar_params = list(params)
+        self._autopar_buffers = list(buffers)
+        self._autopar_recompute = recompute
+
+    def _run(self, *inputs: Any) -> tuple[Any, ...]:
+        assert self._autopar_program is not None
+        params = [getattr(module, name) for module, name in self._autopar_params]
+        return self._autopar_program.code(*params, *self._autopar_buffers, *inputs)
+
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        if self._autopar_recompute and torch.is_grad_enabled():
+            outputs: tuple[Any, ...] = checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=True)
+            return outputs
+        return self._run(*inputs)
+
+
+class StageModule(nn.Module):
+    """The blocks of a stage in their order, and what the stage needs of the masks and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._autopar_chain: list[tuple[Block, BlockModule]] = []
+        self._autopar_free: list[BlockModule] = []  # blocks that are no module of the model
+
+    def forward(self, values: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """From batch inputs and received tensors by their global names to the tensors that leave the stage."""
+        env = dict(values)
+        if self._autopar_shared is not None:
+            names, outputs, program, buffers = self._autopar_shared
+            found = program.code(*buffers, *(env[name] for name in names))
+            env.update(zip(outputs, found, strict=True))
+        for (block, module), dead in zip(self._autopar_chain, self._autopar_dead, strict=True):
+            program = module._autopar_program
+            assert program is not None
+            extra = [factors[name] for name in program.factors]
+            env.update(zip(block.outputs, module(*(env[name] for name in block.inputs), *extra), strict=True))
+            for name in dead:
+                del env[name]
+        return {name: env[name] for name in self._autopar_leaving}
+
+    _autopar_shared: tuple[tuple[str, ...], tuple[str, ...], LoweredClass, list[Tensor]] | None
+    _autopar_dead: list[tuple[str, ...]]
+    _autopar_leaving: tuple[str, ...]
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor called `path`, made where it is missing, and the tensor's name in it."""
+    *parents, name = path.split(".")
+    module = root
+    for parent in parents:
+        if parent not in module._modules:
+            module.add_module(parent, nn.Module())
+        child = module._modules[parent]
+        assert child is not None
+        module = child
+    return module, name
+
+
+class StageBuilder:
+    """Makes the modules of a rank's stages; programs are made once a class and shared by all of them."""
+
+    def __init__(
+        self, graph: ModelGraph, plan: Plan, layout: Layout, terms: LossTerms, axis: Axis | None,
+        device: torch.device,
+    ) -> None:
+        self.graph, self.plan, self.layout, self.terms = graph, plan, layout, terms
+        self.axis, self.device = axis, device
+        self.programs: dict[str, LoweredClass] = {}
+
+    def program(self, name: str) -> LoweredClass:
+        """The program of a class, compiled by torch.compile where the plan says so."""
+        if name not in self.programs:
+            cls = self.graph.block_class[name]
+            terms = dict(self.terms.terms) if cls is self.terms.cls else {}
+            lowered = lower_class(cls, self.plan.sharding.get(name), self.axis, self.device, terms)
+            if self.plan.compile:
+                lowered = LoweredClass(
+                    name=name, code=torch.compile(lowered.code), source=lowered.source, factors=lowered.factors
+                )
+            self.programs[name] = lowered
+        return self.programs[name]
+
+    def stage(
+        self, index: int, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor], persistent: frozenset[str]
+    ) -> StageModule:
+        """The module of a stage, with this rank's parts of the parameters in `tensors` (full, by name).
+
+        `constants` holds the graph's buffers; those in `persistent` appear in the state dict under their names.
+        """
+        module = StageModule()
+        stage = self.plan.stages[index]
+        blocks = self.graph.blocks[stage.first : stage.last]
+        for block in blocks:
+            made = BlockModule()
+            if block.name in self.layout.units:
+                owner, name = _owner(module, block.name)
+                owner.add_module(name, made)
+            else:
+                module._autopar_free.append(made)
+            module._autopar_chain.append((block, made))
+        self._add_parameters(module, self.layout.of_stage(index), tensors)
+        buffers = self._add_buffers(module, blocks, constants, persistent)
+        for block, made in module._autopar_chain:
+            places = [_owner(module, name) for name in block.params]
+            states = self._buffer_states(block)
+            held = [local_part(buffers[n], state, self.axis) for n, state in zip(block.buffers, states, strict=True)]
+            made.bind(
+                self.program(block.cls), places, held,
+                recompute=stage.recompute is Recompute.FULL and block.name in self.layout.units,
+            )
+        module._autopar_shared = self._shared(blocks, buffers)
+        sent = self.graph.boundary(stage.last)
+        produced = {name for block in blocks for name in block.outputs}
+        leaving = tuple(name for name in sent if name in produced)
+        module._autopar_leaving = (*leaving, *((self.graph.loss,) if self.graph.loss in produced else ()))
+        module._autopar_dead = _last_uses(blocks, frozenset(module._autopar_leaving))
+        return module
+
+    def _buffer_states(self, block: Block) -> tuple[State, ...]:
+        sharding = self.plan.sharding.get(block.cls) if self.axis is not None else None
+        return sharding.buffers if sharding else (R,) * len(block.buffers)
+
+    def _add_parameters(
+        self, module: StageModule, params: Sequence[ParamLayout], tensors: Mapping[str, Tensor]
+    ) -> None:
+        for param in params:
+            full = tensors[param.name]
+            local = local_part(full.detach(), param.state, self.axis).to(self.device)
+            dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
+            made = nn.Parameter(local.to(dtype, copy=True), requires_grad=full.requires_grad)
+            for name in param.names:
+                owner, attribute = _owner(module, name)
+                owner.register_parameter(attribute, made)
+
+    def _add_buffers(
+        self, module: StageModule, blocks: Sequence[Block], constants: Mapping[str, Tensor],
+        persistent: frozenset[str],
+    ) -> dict[str, Tensor]:
+        wanted = {name for block in (*blocks, self.graph.shared) for name in block.buffers}
+        buffers = {name: constants[name].detach().to(self.device, copy=True) for name in sorted(wanted)}
+        for name, value in buffers.items():
+            if name in persistent:
+                owner, attribute = _owner(module, name)
+                owner.register_buffer(attribute, value)
+        return buffers
+
+    def _shared(
+        self, blocks: Sequence[Block], buffers: Mapping[str, Tensor]
+    ) -> tuple[tuple[str, ...], tuple[str, ...], LoweredClass, list[Tensor]] | None:
+        """The part of `graph.shared` that the blocks need."""
+        from dataclasses import replace
+
+        shared = self.graph.shared
+        needed = {name for block in blocks for name in block.inputs}
+        cls = self.graph.block_class[shared.cls]
+        kept = [i for i, name in enumerate(shared.outputs) if name in needed]
+        if not kept:
+            return None
+        outputs = tuple(cls.outputs[i] for i in kept)
+        ops, wanted = needed_ops(cls.ops, outputs)
+        inputs = tuple(name for name in cls.inputs if name in wanted)
+        held = tuple(name for name in cls.buffers if name in wanted)
+        part = replace(cls, ops=ops, outputs=outputs, inputs=inputs, buffers=held, params=())
+        program = lower_class(part, None, None, self.device)
+        name_of = dict(zip((*cls.inputs, *cls.buffers), (*shared.inputs, *shared.buffers), strict=True))
+        return (
+            tuple(name_of[name] for name in inputs), tuple(shared.outputs[i] for i in kept), program,
+            [buffers[name_of[name]] for name in held],
+        )
+
+    def run_ops(self, ops: tuple[Op, ...], values: dict[str, Tensor]) -> None:
+        run_ops(ops, values, self.device)
+
+
+def needed_ops(ops: Sequence[Op], outputs: Sequence[str]) -> tuple[tuple[Op, ...], frozenset[str]]:
+    """The ops that these tensors need, in order, and every tensor that those ops touch."""
+    wanted = set(outputs)
+    kept = []
+    for op in reversed(ops):
+        if wanted.intersection(op.outputs):
+            kept.append(op)
+            wanted.update(op.operands)
+    return tuple(reversed(kept)), frozenset(wanted)
+
+
+def _last_uses(blocks: Sequence[Block], leaving: frozenset[str]) -> list[tuple[str, ...]]:
+    """For each block, what no later block needs."""
+    seen: set[str] = set(leaving)
+    dead = []
+    for block in reversed(blocks):
+        names = tuple(name for name in dict.fromkeys((*block.inputs, *block.outputs)) if name not in seen)
+        seen.update(names)
+        dead.append(names)
+    return dead[::-1]
