@@ -7,18 +7,6 @@ from collections.abc import Iterable, Mapping
 from autopar.errors import InputError
 from autopar.graph.model_graph import Op, TensorInfo
 from autopar.sharding.factors import OpFactors, Refusal, Split, distinct, unsplit_strategies
-from autopar.sharding.rules import (  # noqa: F401  (each file registers its rules)
-    attention,
-    conv,
-    creation,
-    indexing,
-    losses,
-    matmul,
-    norms,
-    pointwise,
-    reductions,
-    views,
-)
 from autopar.sharding.rules.registry import Call, find_rule
 from autopar.sharding.strategy import Strategy
 
