@@ -92,6 +92,19 @@ class SimulateRequest(BaseModel):
         return replicate, shard
 
 
+    def zero_level(self, dp_shard: int) -> int:
+        """What was asked; else 3 where states are shared, as fully sharded data parallelism does, and 0 elsewhere."""
+        return self.zero if self.zero is not None else (3 if dp_shard > 1 else 0)
+
+
+def sequence_length(graph: ModelGraph) -> int | None:
+    """Tokens a row as the model was captured: the second dim of its first batch of integers; None without one."""
+    for info in graph.inputs:
+        if info.dtype in ("int64", "int32") and len(info.shape) == 2:
+            return info.shape[1]
+    return None
+
+
 class Cache:
     """The latest values made by key; a failure is kept as well, so that it costs once."""
 
@@ -155,8 +168,22 @@ class Simulations:
 
             plan = load_plan(request.plan)
             verify_plan(plan, graph, cluster)
+            if plan.global_batch != request.global_batch:
+                raise InputError(f"{request.plan}: the plan is for a global batch of {plan.global_batch}, not "
+                                 f"{request.global_batch}; plan again for that batch")
             return plan
-        raise NotImplementedError
+        from autopar.plan.plan import Recompute, Schedule
+        from autopar.search.degrees import Degrees, plan_from_degrees
+
+        replicate, shard = request.data_degrees(cluster.num_devices)
+        return plan_from_degrees(graph, cluster, Degrees(
+            global_batch=request.global_batch, seq_len=sequence_length(graph), dtype=dtype,
+            optimizer=request.optimizer, tp=request.tp, pp=request.pp, virtual_stages=request.virtual_stages,
+            cp=request.cp, ep=request.ep, dp_replicate=replicate, dp_shard=shard, zero=request.zero_level(shard),
+            micro_batch=request.micro_batch, recompute=Recompute(request.recompute),
+            schedule=Schedule(request.schedule) if request.schedule else None,
+            sequence_parallel=request.sequence_parallel, compile=request.compile,
+        ))
 
     def answers(self, path: Path) -> Iterator[dict[str, Any]]:
         """One answer for each line of the file that is not blank: the simulated report, or {"error": why}."""

@@ -1,0 +1,149 @@
+"""The commands' answers: tables for people, the promised keys in one JSON object for programs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SIMULATE_KEYS = {"step_time_s", "tokens_per_s_per_device", "mfu", "bubble_fraction", "feasible", "infeasible_reason",
+                 "breakdown_s", "devices"}
+PLAN_KEYS = SIMULATE_KEYS | {"micro_batch", "num_micro_batches", "schedule", "stages", "lower_bound_s", "gap",
+                             "search_seconds", "baselines"}
+DEGREES = ("--tp", 2, "--pp", 2, "--dp-shard", 2, "--zero", 3, "--micro-batch", 1, "--sequence-parallel")
+
+
+def test_plan_json_has_the_promised_keys(autopar, llama: Path) -> None:
+    value = autopar("plan", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--json").value
+    assert set(value) >= PLAN_KEYS
+    assert value["feasible"] is True
+    assert value["lower_bound_s"] <= value["step_time_s"]
+    ranks = sorted(rank for stage in value["stages"] for rank in stage["devices"])
+    assert ranks == [device["rank"] for device in value["devices"]] == [0, 1, 2, 3]
+    assert value["stages"][0]["layers"][0] == 0
+    assert value["stages"][-1]["layers"][1] == 4
+    for stage in value["stages"]:
+        assert set(stage) >= {"layers", "devices", "mesh", "zero", "recompute"}
+    fitting = [baseline["step_time_s"] for baseline in value["baselines"] if baseline["feasible"]]
+    assert fitting
+    assert value["step_time_s"] <= min(fitting) * (1 + 1e-9)
+
+
+def test_plan_is_the_same_whatever_the_hash_seed(llama: Path, tmp_path: Path) -> None:
+    texts = []
+    for seed in ("0", "1"):
+        path = tmp_path / f"plan-{seed}.json"
+        subprocess.run([sys.executable, "-m", "autopar", "plan", str(llama), "--cluster", "4xH100-80GB",
+                        "--global-batch", "8", "-o", str(path)], env={"PYTHONHASHSEED": seed, "PATH": ""}, check=True,
+                       capture_output=True)
+        plan = json.loads(path.read_text())
+        plan["certificate"].pop("search_seconds")
+        texts.append(json.dumps(plan))
+    assert texts[0] == texts[1]
+
+
+def test_plan_prints_a_table(autopar, llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    run = autopar("plan", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "-o", path)
+    assert run.code == 0
+    assert run.err == ""
+    for word in ("stage", "baseline", "gap", str(path)):
+        assert word in run.out
+    assert path.exists()
+
+
+def test_simulate_json_has_the_promised_keys(autopar, llama: Path) -> None:
+    run = autopar("simulate", llama, "--cluster", "8xH100-80GB", "--global-batch", 16, *DEGREES, "--json")
+    assert run.code == 0
+    value = run.value
+    assert set(value) >= SIMULATE_KEYS
+    assert set(value["breakdown_s"]) == {"compute", "tp_comm", "dp_comm", "pp_comm", "bubble", "optimizer"}
+    assert len(value["devices"]) == 8
+    for device in value["devices"]:
+        assert set(device) >= {"rank", "type", "stage", "peak_memory_gib", "memory_gib"}
+        assert set(device["memory_gib"]) >= {"parameters", "gradients", "optimizer", "activations", "buffers"}
+
+
+def test_simulate_a_plan_file_gives_the_planned_time(autopar, llama: Path, plan_file: Path) -> None:
+    words = (llama, "--cluster", "4xH100-80GB", "--global-batch", 8)
+    planned = autopar("plan", *words, "--json").value
+    simulated = autopar("simulate", *words, "--plan", plan_file, "--json").value
+    assert simulated["step_time_s"] == pytest.approx(planned["step_time_s"], rel=1e-12)
+
+
+def test_simulate_prints_a_table(autopar, llama: Path) -> None:
+    run = autopar("simulate", llama, "--cluster", "8xH100-80GB", "--global-batch", 16, *DEGREES)
+    assert run.code == 0
+    assert run.err == ""
+    assert "step time" in run.out
+    assert "stage 1" in run.out
+
+
+def test_simulate_writes_a_chrome_trace(autopar, llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    words = (llama, "--cluster", "8xH100-80GB", "--global-batch", 16, *DEGREES)
+    run = autopar("simulate", *words, "--trace", path, "--json")
+    assert run.code == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    end_s = max(event["ts"] + event["dur"] for event in events if event["ph"] == "X") * 1e-6
+    assert end_s == pytest.approx(run.value["step_time_s"], rel=1e-3)
+
+
+def test_requests_answer_line_by_line_in_order(autopar, llama: Path, tmp_path: Path) -> None:
+    good = dict(model=str(llama), cluster="8xH100-80GB", global_batch=16, tp=2, pp=2, dp_shard=2, dp_replicate=1,
+                zero=3, micro_batch=1, sequence_parallel=True, schedule="1f1b", recompute="none", dtype="bf16",
+                optimizer="adamw", attention="sdpa", virtual_stages=1, cp=1, ep=1, compile=False, seq_len=64)
+    lines = [json.dumps(good), "not json", json.dumps(good | {"bogus": 1}), json.dumps(good | {"cluster": "8xNoGPU"}),
+             "[]", json.dumps(good | {"tp": "two"}), json.dumps(good | {"micro_batch": 3}), json.dumps(good)]
+    path = tmp_path / "requests.jsonl"
+    path.write_text("\n".join(lines) + "\n\n")
+    run = autopar("simulate", "--requests", path, "--json")
+    assert run.code == 0
+    assert run.err == ""
+    answers = [json.loads(line) for line in run.out.splitlines()]
+    assert len(answers) == len(lines)
+    assert [sorted(answer) == ["error"] for answer in answers] == [False] + [True] * 6 + [False]
+    assert answers[0] == answers[-1]
+    assert "bogus" in answers[2]["error"]
+    assert "NoGPU" in answers[3]["error"]
+    assert "tp" in answers[5]["error"]
+
+
+def test_show_and_export_read_the_plan_file(autopar, plan_file: Path, tmp_path: Path) -> None:
+    assert "stage" in autopar("show", plan_file).out
+    assert autopar("show", plan_file, "--json").value == json.loads(plan_file.read_text())
+    settings = tmp_path / "settings.toml"
+    assert autopar("export", plan_file, "--to", "torchtitan", "-o", settings).code == 0
+    assert "[parallelism]" in settings.read_text()
+    exported = autopar("export", plan_file, "--to", "megatron", "--json").value
+    assert "--tensor-model-parallel-size" in exported["settings"]
+
+
+def test_json_is_alone_on_standard_output_whatever_the_model_prints(autopar, tmp_path: Path) -> None:
+    source = tmp_path / "chatty.py"
+    source.write_text(
+        "import os, torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.linear = torch.nn.Linear(8, 8)\n"
+        "    def forward(self, x):\n"
+        "        return self.linear(x).square().mean()\n"
+        "def factory():\n"
+        "    print('hello from Python')\n"
+        "    os.write(1, b'hello from below')\n"
+        "    return Net(), {'x': torch.ones(4, 8)}\n"
+    )
+    words = (f"{source}:factory", "--cluster", "2xH100-80GB", "--global-batch", 8)
+    run = autopar("plan", *words, "--dtype", "fp32", "--json")
+    assert run.code == 0
+    assert run.value["feasible"] is True
+    assert "hello from Python" in run.err
+    assert "hello from below" in run.err
+
+
+def test_help_needs_no_torch() -> None:
+    script = "import sys; from autopar.cli import main; main(['--help']); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"
