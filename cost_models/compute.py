@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from autopar.cluster.cluster import DeviceType
-from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
+from autopar.cost_models.op_kinds import CASTS, OpKind, base_name, op_kind
 from autopar.graph.model_graph import Op
 
 # Best matrix products measured over shapes, as a share of the dense bfloat16 peak (stas00/ml-engineering, "Maximum
@@ -118,20 +118,21 @@ def memory_time_s(device: DeviceType, size_bytes: float) -> float:
 
 def op_time_s(
     op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor], device: DeviceType, dtype: str, *,
-    flops: float, backward_flops: float, saved_bytes: float = 0.0, is_copy: bool = False,
+    flops: float, backward_flops: float, saved_bytes: float = 0.0, extra_bytes: float = 0.0, is_copy: bool = False,
 ) -> OpTime:
     """Seconds of one op on one device, forward and backward.
 
     `operands` follow `op.operands`, `outputs` follow `op.outputs` (unused ones left out), both local. `flops` and
-    `backward_flops` are this device's. `saved_bytes`: what the backward reads of the forward. `is_copy`: a view op
-    (reshape, contiguous) that has to copy here.
+    `backward_flops` are this device's. `saved_bytes`: the tensors of the forward that the backward reads;
+    `extra_bytes`: what the op keeps besides, written in the forward. `is_copy`: a view op (reshape, contiguous) that
+    has to copy here.
     """
     kind = op_kind(op.target)
     grads = [operand for operand in operands if operand.requires_grad]
     in_bytes = sum(operand.size_bytes for operand in operands)
     out_bytes = sum(output.size_bytes for output in outputs)
     grad_in_bytes = sum(operand.size_bytes for operand in grads)
-    if is_free(op, outputs) and not is_copy:
+    if (is_free(op, outputs) or is_identity_cast(op, operands, outputs)) and not is_copy:
         return OpTime(0.0, _view_backward_s(op, operands, outputs, device))
     if kind is OpKind.VIEW or (base_name(op.target) == "clone"):
         moved = memory_time_s(device, 2 * out_bytes)
@@ -166,15 +167,18 @@ def op_time_s(
         return OpTime(
             memory_time_s(device, 2 * out_bytes), memory_time_s(device, 3 * out_bytes + grad_in_bytes) if grads else 0.0
         )
-    forward = memory_time_s(device, in_bytes + out_bytes)
-    if not grads or not any(output.requires_grad for output in outputs):
-        return OpTime(forward, 0.0)
+    forward = memory_time_s(device, in_bytes + out_bytes + extra_bytes)
+    if not grads or not any(output.requires_grad for output in outputs) or base_name(op.target) in ("cat", "stack"):
+        return OpTime(forward, 0.0)  # the gradient of a concatenation is read in place
+    if base_name(op.target) == "cross_entropy_loss":
+        # log_softmax is kept; its gradient is filled with zeros and set, then read with it to give the input's.
+        return OpTime(forward, memory_time_s(device, 3 * extra_bytes + grad_in_bytes))
     if base_name(op.target) in ("add", "sub") and not saved_bytes:
         # The gradient passes unchanged to operands of the output's size, and is summed for smaller ones.
         out_numel = max((output.numel for output in outputs), default=0.0)
         summed = [operand for operand in grads if operand.numel < out_numel]
         return OpTime(forward, sum(memory_time_s(device, out_bytes + operand.size_bytes) for operand in summed))
-    return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + grad_in_bytes))
+    return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + extra_bytes + grad_in_bytes))
 
 
 def is_free(op: Op, outputs: Sequence[LocalTensor]) -> bool:
@@ -183,6 +187,14 @@ def is_free(op: Op, outputs: Sequence[LocalTensor]) -> bool:
     if name in ("dropout", "feature_dropout"):
         return len(op.args) > 1 and (op.args[1] == 0 or (len(op.args) > 2 and op.args[2] is False))
     return op_kind(op.target) is OpKind.VIEW or not outputs
+
+
+def is_identity_cast(op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor]) -> bool:
+    """Whether a cast finds its operand in the dtype already, so that it returns it."""
+    if base_name(op.target) not in CASTS or len(outputs) != 1 or not operands:
+        return False
+    given, got = operands[0], outputs[0]
+    return given.element_bytes == got.element_bytes and given.requires_grad == got.requires_grad
 
 
 def attention_efficiency(device: DeviceType, head_dim: float) -> tuple[float, float]:

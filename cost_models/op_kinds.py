@@ -30,7 +30,7 @@ _BY_KIND: dict[OpKind, str] = {
         tril triu square reciprocal erf hardtanh hardswish hardsigmoid leaky_relu elu celu selu mish softplus logsigmoid
         maximum minimum isnan isinf copy fill floor ceil round trunc sign remainder fmod floor_divide float bfloat16
         half float_power atan2 addcmul addcdiv lerp feature_dropout alpha_dropout relu6 glu threshold rand_like
-        bernoulli nan_to_num sigmoid_backward gelu_backward""",
+        bernoulli nan_to_num cat stack pad constant_pad_nd roll flip""",
     OpKind.REDUCTION: """sum mean amax amin max min var var_mean std softmax log_softmax _softmax _log_softmax
         layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm
         native_batch_norm _native_batch_norm_legit cudnn_batch_norm instance_norm cross_entropy_loss nll_loss
@@ -81,7 +81,7 @@ def dtype_literal(op: Op) -> str | None:
     return None
 
 
-_CASTS = {"to", "_to_copy", "float", "half", "bfloat16", "type_as"}
+CASTS = {"to", "_to_copy", "float", "half", "bfloat16", "type_as"}
 _FLOATS = {"float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"}
 
 
@@ -92,7 +92,9 @@ def element_bytes(cls: BlockClass, captured_dtype: str, compute_dtype: str) -> d
     in 2 bytes shows its own upcasts as float32-to-float32 casts, there and back alike. They are read so: a cast to
     float32 of a tensor in the compute dtype is an upcast, and of a 4-byte tensor is the way back. Between them
     pointwise ops and reductions keep the widest of their operands; products, attention and embeddings give the compute
-    dtype. A reduction that names a dtype (softmax(dtype=float32)) gives that dtype.
+    dtype. A reduction that names a dtype (softmax(dtype=float32)) gives that dtype. In such a capture an upcast is also
+    the same tensor as its source, so that a residual sum may name either: an upcast tensor that meets a tensor of equal
+    size in the compute dtype counts as its source. A capture in the compute dtype itself needs none of this.
     """
     own = {info.name: DTYPE_BYTES[info.dtype] for info in cls.tensors}
     if captured_dtype == compute_dtype:
@@ -103,14 +105,17 @@ def element_bytes(cls: BlockClass, captured_dtype: str, compute_dtype: str) -> d
     width = {name: narrow if of_capture[name] else size for name, size in own.items()}
     if captured_dtype != "float32" or narrow >= 4:
         return width
+    upcast: set[str] = set()
     for op in cls.ops:
         name, kind, literal = base_name(op.target), op_kind(op.target), dtype_literal(op)
         operands = [ref for ref in op.operands if floating.get(ref)]
-        widest = max((width[ref] for ref in operands), default=None)
+        full = max((cls.tensor[ref].numel for ref in operands), default=0)
+        meets = any(width[ref] <= narrow and cls.tensor[ref].numel == full for ref in operands)
+        widest = max((narrow if meets and ref in upcast else width[ref] for ref in operands), default=None)
         for output in op.outputs:
             if not output or not floating[output] or not of_capture[output]:
                 continue
-            if name in _CASTS:
+            if name in CASTS:
                 if name == "type_as" or (literal is None and len(op.args) > 1 and isinstance(op.args[1], Ref)):
                     width[output] = width[op.operands[1]]
                 elif widest is None:  # from integers
@@ -119,6 +124,8 @@ def element_bytes(cls: BlockClass, captured_dtype: str, compute_dtype: str) -> d
                     width[output] = widest
                 else:
                     width[output] = 4 if widest <= narrow else narrow
+                    if width[output] > widest:
+                        upcast.add(output)
             elif kind is OpKind.REDUCTION and literal == "float32":
                 width[output] = 4
             elif kind in (OpKind.MATMUL, OpKind.CONVOLUTION, OpKind.ATTENTION, OpKind.GATHER):

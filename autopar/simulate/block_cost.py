@@ -106,7 +106,9 @@ class _Summation:
                 recompute += time.forward_s
             op_extra = costs.saved_extra_bytes(op, strategy)
             extra += op_extra
-            selective_extra += 0.0 if op.name in region.recomputed else op_extra
+            # A product's own copies of queries, keys and values stay: recomputation starts from them.
+            dropped_extra = op.name in region.recomputed and op_kind(op.target) is not OpKind.MATMUL
+            selective_extra += 0.0 if dropped_extra else op_extra
             for name in op.saved:
                 key, size = self.saved_storage(op, strategy, name, reads)
                 if key is None:

@@ -10,15 +10,16 @@ from functools import cached_property
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.compute import LocalTensor, OpTime, op_time_s
+from autopar.cost_models.compute import LocalTensor, OpTime, is_identity_cast, op_time_s
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.reshard import Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
 
-# Views whose result is not contiguous, so that a later reshape or contiguous() has to copy.
-_REORDERS = {"transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "expand", "expand_as", "mT"}
+# Views that reorder memory, so that a later reshape or contiguous() has to copy. Swapping twice restores the order.
+_SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT"}
+_REORDERS = {"permute", "movedim", "expand", "expand_as"}
 _MAY_COPY = {"reshape", "contiguous", "flatten", "reshape_as"}
 
 
@@ -93,7 +94,8 @@ class ClassCosts:
         )
         found = op_time_s(
             op, operands, results, self.device, self.dtype, flops=op.flops * share,
-            backward_flops=op.backward_flops * share, saved_bytes=saved, is_copy=op.name in self.copies,
+            backward_flops=op.backward_flops * share, saved_bytes=saved,
+            extra_bytes=self.saved_extra_bytes(op, strategy), is_copy=op.name in self.copies,
         )
         self._times[key] = found
         return found
@@ -130,30 +132,43 @@ class ClassCosts:
 
     @cached_property
     def copies(self) -> frozenset[str]:
-        """Names of reshape-like ops whose operand is not contiguous, so that they copy."""
+        """Names of reshape-like ops whose operand is not contiguous, so that they copy.
+
+        Fused attention leaves its result as (batch, sequence, heads, features): out of order until it is transposed.
+        """
         reordered: set[str] = set()
         found = set()
         for op in self.cls.ops:
-            name = base_name(op.target)
-            if op_kind(op.target) is not OpKind.VIEW or not op.operands:
+            name, kind = base_name(op.target), op_kind(op.target)
+            if kind is OpKind.ATTENTION:
+                reordered.add(op.outputs[0])
+            if kind is not OpKind.VIEW or not op.operands:
                 continue
-            source = op.operands[0]
-            if name in _MAY_COPY and source in reordered:
+            is_reordered = op.operands[0] in reordered
+            if name in _MAY_COPY and is_reordered and self.shape_changes(op):
                 found.add(op.name)
-            elif name in _REORDERS or source in reordered:
-                # Reordering twice may restore the order; a later reshape is then counted as a copy that it is not.
+            elif name in _REORDERS or (name in _SWAPS) != is_reordered:
                 reordered.update(output for output in op.outputs if output)
         return frozenset(found)
 
+    def shape_changes(self, op: Op) -> bool:
+        """Whether a view op gives another shape than it takes (contiguous() always may copy)."""
+        given, got = self.cls.tensor[op.operands[0]].shape, self.cls.tensor[op.outputs[0]].shape
+        return given != got or base_name(op.target) == "contiguous"
+
     @cached_property
     def view_of(self) -> dict[str, str]:
-        """For each output of a view that does not copy: the tensor that it is a view of."""
+        """For each output of a view that does not copy, and of a cast that changes nothing: what it is a view of."""
         return {
             output: op.operands[0]
             for op in self.cls.ops
-            if op_kind(op.target) is OpKind.VIEW and op.operands and op.name not in self.copies
+            if op.operands and op.name not in self.copies and (op_kind(op.target) is OpKind.VIEW or self._is_same(op))
             for output in op.outputs if output
         }
+
+    def _is_same(self, op: Op) -> bool:
+        outputs = [self._whole[name] for name in op.outputs if name]
+        return is_identity_cast(op, [self._whole[name] for name in op.operands], outputs)
 
     def root(self, name: str) -> str:
         """The tensor whose storage holds this one."""
