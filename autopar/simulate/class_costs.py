@@ -10,10 +10,11 @@ from functools import cached_property
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.compute import LocalTensor, OpTime, is_identity_cast, op_time_s
+from autopar.cost_models.compute import LocalTensor, OpTime, is_identity_cast, memory_bandwidth, op_time_s
+from autopar.cost_models.memory import GRADIENT_BYTES, OPTIMIZER_STEP_BYTES
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
-from autopar.sharding.reshard import Conversion, conversion
+from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
 
@@ -113,12 +114,34 @@ class ClassCosts:
             for kind in (step.forward, step.backward)
         ))
 
+    def param_time_s(self, name: str, state: State, num_micro_batches: int = 8) -> float:
+        """Seconds that storing a parameter in a state costs a micro-batch: what a step does with it, shared out.
+
+        Its gradient is accumulated in float32 in every micro-batch; once a step it is summed over the tensor axis if
+        it is partial, reduced over data ranks (counted at the tensor axis's link, the fastest that this can be), and
+        the optimizer moves 28 bytes an element (AdamW). A step of 8 micro-batches is assumed.
+        """
+        local = self.local(name, state)
+        if not local.requires_grad:
+            return 0.0
+        bandwidth = memory_bandwidth(self.device)
+        gradient_bytes = GRADIENT_BYTES * local.numel
+        accumulate_s = (local.element_bytes + 2 * GRADIENT_BYTES) * local.numel / bandwidth
+        step_s = OPTIMIZER_STEP_BYTES["adamw"] * local.numel / bandwidth
+        if self.tp_group is not None:
+            step_s += 2 * gradient_bytes / self.tp_group.link.bandwidth_bytes_per_s
+            if state.kind is Kind.REPLICATED_PARTIAL_GRAD:
+                step_s += collective_time_s(
+                    Collective.ALL_REDUCE, gradient_bytes, self.tp_group, groups_per_node=self.tp_groups_per_node
+                )
+        return accumulate_s + step_s / num_micro_batches
+
     def fan_out_s(self, name: str, state: State) -> float:
         """Seconds of adding up a tensor's gradients from all its consumers."""
         tensor = self.local(name, state)
         if not tensor.requires_grad or self.num_consumers[name] < 2 or name in self._static:
             return 0.0
-        bandwidth = self.device.memory_bandwidth_bytes_per_s
+        bandwidth = memory_bandwidth(self.device)
         return (self.num_consumers[name] - 1) * 3 * tensor.size_bytes / bandwidth
 
     @cached_property

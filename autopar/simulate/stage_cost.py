@@ -108,6 +108,7 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
 
     forward = sum(cost.forward_compute_s for cost in costs)
     backward = sum(cost.backward_compute_s for cost in costs)
+    weights = sum(cost.weight_backward_s for cost in costs)
     forward_tp = sum(cost.forward_tp_comm_s for cost in costs) + cp_forward
     backward_tp = sum(cost.backward_tp_comm_s for cost in costs) + cp_backward
     again = [_recomputed(block, cost, stage.recompute) for block, cost in zip(blocks, costs, strict=True)]
@@ -122,14 +123,18 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
         numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, dtype=plan.dtype, param_dtype=plan.param_dtype,
         optimizer=plan.optimizer, unit_numel=unit, root_numel=root_numel,
     )
-    static = replace(static, buffers=static.buffers + sum({b.name: c.buffer_bytes for b, c in zip(
-        blocks, costs, strict=True)}.values()))
+    static = replace(static, buffers=static.buffers + sum(cost.buffer_bytes for cost in costs))
+    if stage.zero < 2 and plan.num_micro_batches > 1:
+        # Gradients are added up in float32: one is read, the sum is read and written.
+        adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * numel / memory_bandwidth(device)
+        backward += adding
+        weights += adding
     data = _data_parallel(cluster, plan, stage, blocks, costs, again, numels, root_numel, device)
     shards = mesh.dp_shard * mesh.cp if stage.zero else 1
     moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, optimizer=plan.optimizer)
     return StageCost(
         forward_compute_s=forward, backward_compute_s=backward,
-        weight_backward_s=sum(cost.weight_backward_s for cost in costs),
+        weight_backward_s=weights,
         forward_tp_s=forward_tp, backward_tp_s=backward_tp,
         forward_dp_s=data.forward_s, backward_dp_s=data.backward_s, step_start_s=data.start_s, step_end_s=data.end_s,
         step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
@@ -270,7 +275,6 @@ def _data_parallel(
     # Kernels that move gradients and gathered parameters about, beside the communication itself.
     copy_out_s = 2 * compute_bytes * numel / bandwidth
     copy_in_s = (compute_bytes + GRADIENT_BYTES) * numel / bandwidth
-    accumulate_s = (compute_bytes + 2 * GRADIENT_BYTES) * numel / bandwidth if plan.num_micro_batches > 1 else 0.0
     if zero == 3:
         in_layers = [0.0, *gathers[1:]]  # the root stays gathered
         every_forward = forward_exposed(forward_s, in_layers)
@@ -287,7 +291,7 @@ def _data_parallel(
             end_s=reducing.after_s,
         )
     return _DataTimes(
-        forward_s=0.0, backward_s=accumulate_s, start_s=once_forward.during_s + (copy_out_s if zero else 0.0),
+        forward_s=0.0, backward_s=0.0, start_s=once_forward.during_s + (copy_out_s if zero else 0.0),
         end_s=reducing.during_s + reducing.after_s + copy_in_s,
     )
 
