@@ -1,79 +1,69 @@
-"""Cutting the chain of blocks into stages: the smallest bottleneck under every stage's memory, and a bound below it.
+"""Cutting the chain of blocks into stages: the smallest bottleneck, by dynamic programming over all cuts.
 
-Stages differ in what a block costs them (device speed, micro-batches in flight), so each stage has its own running
-sums. Whether some cut has no stage above a given bottleneck is decided by giving every stage, last to first, as many
-blocks as fit; the smallest such bottleneck is then found by bisection.
+Stages differ in what a block costs them (device speed, micro-batches in flight, memory), so each stage has its own
+table of ranges: `table[first, last]` is the cost of blocks[first:last], infinity where the range is not allowed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-Sums = Sequence[float]  # sums[i]: the cost of blocks[:i]; starts with 0 and never falls
-_PRECISION = 1e-9  # relative; two bottlenecks closer than this are the same
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.search.elimination import Table
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Stage s has blocks[cuts[s]:cuts[s + 1]]. No cut at all has a bottleneck under `lower_bound`."""
+    """Stage s has blocks[cuts[s]:cuts[s + 1]]; `value` is what was minimized."""
 
     cuts: tuple[int, ...]
-    bottleneck: float
-    lower_bound: float
+    value: float
 
 
-def running_sums(costs: Sequence[float]) -> tuple[float, ...]:
-    """sums[i] is the sum of the first i costs."""
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    return tuple(sums)
+def range_sums(costs: Table) -> Table:
+    """table[i, j]: the sum of costs[i:j]; infinity where the range is empty."""
+    running = np.concatenate([[0.0], np.cumsum(costs)])
+    return _only_ranges(running[None, :] - running[:, None])
 
 
-def smallest_bottleneck(sums: Sequence[Sums], first_fit: Callable[[int, int], int] | None = None) -> Cut | None:
-    """The cut into len(sums) stages, none empty, whose costliest stage is cheapest; None where no cut fits.
+def range_maxima(costs: Table) -> Table:
+    """table[i, j]: the largest of costs[i:j]; infinity where the range is empty."""
+    n = len(costs)
+    table = np.zeros((n + 1, n + 1))
+    for first in range(n):
+        table[first, first + 1 :] = np.maximum.accumulate(costs[first:])
+    return _only_ranges(table)
 
-    `first_fit(stage, last)` is the smallest `first` such that blocks[first:last] fit into the stage's memory (`last`
-    where not even one does). A part of what fits must fit.
+
+def _only_ranges(table: Table) -> Table:
+    return np.where(np.tri(len(table), dtype=bool), np.inf, table)
+
+
+def smallest_bottleneck(tables: Sequence[Table], first_extra: Table | None = None) -> Cut | None:
+    """The cut with the smallest `max_s tables[s][range of s] + first_extra[end of stage 0]`; None if none is allowed.
+
+    No stage is empty. Among equals the first stages, which hold the most micro-batches, get the fewest blocks.
     """
-    num_stages, num_blocks = len(sums), len(sums[0]) - 1
-    if num_stages > num_blocks:
+    num_blocks = len(tables[0]) - 1
+    below = tables[-1][:, num_blocks]
+    choices: list[NDArray[np.intp]] = []
+    for table in reversed(tables[:-1]):
+        worst = np.maximum(table, below[None, :])
+        if len(choices) == len(tables) - 2 and first_extra is not None:
+            worst[0] += first_extra
+        choice = np.argmin(worst, axis=1)
+        choices.append(choice)
+        below = worst[np.arange(num_blocks + 1), choice]
+    value = float(below[0])
+    if len(tables) == 1 and first_extra is not None:
+        value += float(first_extra[num_blocks])
+    if math.isinf(value):
         return None
-
-    def attempt(limit: float) -> tuple[int, ...] | None:
-        cuts = [num_blocks]
-        for stage in range(num_stages - 1, -1, -1):
-            last, running = cuts[-1], sums[stage]
-            first = bisect_left(running, running[last] - limit)
-            if first_fit is not None:
-                first = max(first, first_fit(stage, last))
-            first = max(first, stage)
-            if first >= last or (stage == 0 and first > 0):
-                return None
-            cuts.append(first)
-        return tuple(reversed(cuts))
-
-    def bottleneck(cuts: Sequence[int]) -> float:
-        return max(s[b] - s[a] for s, a, b in zip(sums, cuts[:-1], cuts[1:], strict=True))
-
-    # Any cut has a stage of at least the average share, each block priced at its cheapest stage.
-    cheapest = [min(s[i + 1] - s[i] for s in sums) for i in range(num_blocks)]
-    low = max(sum(cheapest) / num_stages, max(cheapest)) * (1 - _PRECISION)
-    high = max(s[-1] for s in sums)
-    best = attempt(high * (1 + _PRECISION))
-    if best is None:
-        return None
-    high = bottleneck(best)
-    tried = attempt(low * (1 + 2 * _PRECISION))
-    if tried is not None:
-        return Cut(tried, bottleneck(tried), low)
-    while high - low > _PRECISION * high:
-        middle = (low + high) / 2
-        found = attempt(middle)
-        if found is None:
-            low = middle
-        else:
-            best, high = found, min(middle, bottleneck(found))
-    return Cut(best, bottleneck(best), low)
+    cuts = [0]
+    for choice in reversed(choices):
+        cuts.append(int(choice[cuts[-1]]))
+    return Cut((*cuts, num_blocks), value)

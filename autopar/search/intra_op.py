@@ -41,7 +41,7 @@ class _Wish:
 
 def is_hidden(info: TensorInfo) -> bool:
     """Whether a boundary tensor is a hidden state: it has a gradient and dims (batch, sequence, features)."""
-    return info.requires_grad and len(info.shape) >= 3
+    return info.requires_grad and len(info.shape) == 3
 
 
 def boundary_state(info: TensorInfo, boundary: State) -> State:
@@ -155,8 +155,8 @@ class Problem:
         for column, state in enumerate(columns):
             price = prices[:, column]
             if state == demanded:
-                self.factors.append(_joint(variables[:1] if producer is not None else [], prices[:, column : column + 1],
-                                 [state], producer is not None, [], demanded))
+                own = variables[:1] if producer is not None else []
+                self.factors.append(_joint(own, prices[:, [column]], [state], producer is not None, [], demanded))
                 continue
             made = len(self.sizes)
             self.sizes.append(2)

@@ -1,0 +1,84 @@
+"""The sharding of every block class for one size of the tensor axis and one boundary state, chosen once and kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
+from autopar.graph.model_graph import BlockClass, ModelGraph
+from autopar.search.intra_op import is_hidden, shard_class
+from autopar.sharding.propagate import ClassStrategies, class_strategies
+from autopar.sharding.state import Kind, R, shard
+from autopar.sharding.strategy import ClassSharding
+from autopar.simulate.class_costs import ClassCosts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """One sharding a class that occurs in the chain, in the chain's order, and what a reader should know of them."""
+
+    shardings: tuple[ClassSharding, ...]
+    notes: tuple[str, ...]
+
+
+class ShardingChooser:
+    """Chooses with the exact intra-op search, for the slowest device of the cluster and one row a micro-batch.
+
+    Shardings are weighed without recomputation; a block's cost under them is then taken at the true rows.
+    """
+
+    def __init__(self, graph: ModelGraph, cluster: Cluster, dtype: str) -> None:
+        self._graph, self._cluster, self._dtype = graph, cluster, dtype
+        self._kept: dict[tuple[int, bool], Choice | None] = {}
+        self._strategies: dict[tuple[str, int], ClassStrategies] = {}
+        self.classes: tuple[BlockClass, ...] = tuple(
+            graph.block_class[name] for name in dict.fromkeys(block.cls for block in graph.blocks)
+        )
+
+    @property
+    def has_hidden_states(self) -> bool:
+        """Whether anything passes between blocks that sequence parallelism could split."""
+        return any(is_hidden(cls.tensor[name]) for cls in self.classes for name in cls.outputs)
+
+    def choose(self, tp: int, *, sequence_parallel: bool) -> Choice | None:
+        """The shardings under an axis of `tp` ranks; None where a block allows no such boundary."""
+        key = (tp, sequence_parallel)
+        if key not in self._kept:
+            self._kept[key] = self._choose(tp, sequence_parallel) if tp > 1 else Choice(shardings=(), notes=())
+        return self._kept[key]
+
+    def _choose(self, tp: int, sequence_parallel: bool) -> Choice | None:
+        device, group = slowest_device(self._cluster), tp_group(self._cluster, tp)
+        rows = 1 if self._graph.rows_are_tagged else self._graph.rows
+        shardings, unruled, whole = [], set(), []
+        for cls in self.classes:
+            key = (cls.name, tp)
+            if key not in self._strategies:
+                self._strategies[key] = class_strategies(cls, tp)
+            strategies = self._strategies[key]
+            costs = ClassCosts(
+                self._graph, cls, tp=tp, rows=rows, device=device, tp_group=group, dtype=self._dtype
+            )
+            found = shard_class(cls, strategies, shard(1) if sequence_parallel else R, costs)
+            if found is None:
+                return None
+            shardings.append(found)
+            unruled |= {op.target for op in cls.ops if op.name in strategies.unruled}
+            if cls.params and not any(state.kind is Kind.SHARDED for state in found.params):
+                whole.append(cls.name)
+        notes = []
+        if unruled:
+            notes.append(f"ops without a sharding rule run whole on every tensor rank: {', '.join(sorted(unruled))}")
+        if whole:
+            notes.append(f"tp {tp} splits no parameter of {', '.join(whole)}: its tensor ranks repeat that work")
+        return Choice(shardings=tuple(shardings), notes=tuple(notes))
+
+
+def slowest_device(cluster: Cluster) -> DeviceType:
+    """The type with the smallest peak of the cluster's devices; the first of equals."""
+    return min((node.device for node in cluster.nodes), key=lambda device: device.peak("bfloat16"))
+
+
+def tp_group(cluster: Cluster, tp: int) -> GroupShape:
+    """The shape of the tensor group of the first `tp` ranks."""
+    return cluster.group(tuple(range(tp)))
