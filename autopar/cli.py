@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from autopar.cli_output import Answer, answer, check_writable, only_answers, print_json, progress, report_table
-from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, torch_dtype
+from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, sequence_length, torch_dtype
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 
@@ -49,8 +50,6 @@ class Target(StrEnum):
 
 
 class Measure(StrEnum):
-    OPS = "ops"
-    LINKS = "links"
     ALL = "all"
 
 
@@ -94,6 +93,14 @@ Requests = Annotated[Path | None, typer.Option(
 To = Annotated[Target, typer.Option("--to", help="The system to write settings for.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it to this file.")]
 DemoFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder for plan.json and trace.json.")]
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="The plan's model, as for `plan`.")]
+CheckedDtype = Annotated[str | None, typer.Option(
+    "--dtype", help="Compare in this dtype; the plan's own if left out, fp32 for a plan in two bytes.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps to compare.")]
+ProfileOption = Annotated[Path | None, typer.Option(
+    "--profile", metavar="FILE", help="Use the rates that `autopar profile -o` measured.")]
+What = Annotated[Measure, typer.Argument(metavar="all", help="What to measure: devices and links.")]
+NumProcesses = Annotated[int | None, typer.Option("--num-processes", min=1, help="Processes that work at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -104,13 +111,15 @@ def demo(output: DemoFolder = Path("autopar-demo"), json_: Json = False) -> None
 
     with answer(as_json=json_) as reply:
         reply.value = run_demo(output, show=reply.show)
+    _require_equal(reply.value["parity"])
 
 
 @app.command()
 def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
-    compile_: Compile = False, attention: AttentionKind = Attention.SDPA, output: Output = None, json_: Json = False,
+    compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
+    output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""
     from autopar.plan.file import save_plan
@@ -123,10 +132,12 @@ def plan(
     name = torch_dtype(dtype)
     with answer(as_json=json_) as reply:
         with progress("planning", as_json=json_) as news:
-            machine = simulations.cluster(cluster)
+            machine = simulations.cluster(cluster, profile)
             graph = simulations.graph(model, seq_len, name, attention)
-            request = PlanRequest(global_batch=global_batch, seq_len=seq_len, dtype=name, optimizer=optimizer,
-                                  micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_)
+            request = PlanRequest(
+                global_batch=global_batch, seq_len=sequence_length(graph), dtype=name, optimizer=optimizer,
+                micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
+            )
             found = find_plan(graph, machine, request, progress=news)
             report = simulate_plan(graph, machine, found).report()
         if output is not None:
@@ -145,8 +156,8 @@ def simulate(
     virtual_stages: VirtualStages = 1, cp: Cp = 1, ep: Ep = 1, dp_replicate: DpReplicate = None,
     dp_shard: DpShard = None, zero: Zero = None, micro_batch: MicroBatch = 1,
     recompute: RecomputeOption = RecomputeWord.NONE, schedule: ScheduleOption = None,
-    sequence_parallel: SequenceParallel = False, compile_: Compile = False, trace: Trace = None,
-    requests: Requests = None, json_: Json = False,
+    sequence_parallel: SequenceParallel = False, compile_: Compile = False, profile: ProfileOption = None,
+    trace: Trace = None, requests: Requests = None, json_: Json = False,
 ) -> None:
     """Predict time and memory of one training step, of a plan file or of degrees that you choose."""
     if requests is not None:
@@ -161,7 +172,7 @@ def simulate(
         attention=str(attention), plan=str(plan_) if plan_ else None, tp=tp, pp=pp, virtual_stages=virtual_stages,
         cp=cp, ep=ep, dp_replicate=dp_replicate, dp_shard=dp_shard, zero=zero, micro_batch=micro_batch,
         recompute=str(recompute), schedule=str(schedule) if schedule else None, sequence_parallel=sequence_parallel,
-        compile=compile_,
+        compile=compile_, profile=str(profile) if profile else None,
     ))
     with answer(as_json=json_) as reply:
         simulated, timeline = Simulations().simulate(request)
@@ -222,6 +233,70 @@ def export(path: PlanFile, to: To, output: Output = None, json_: Json = False) -
         if not json_:
             for gap in settings.not_expressed:
                 typer.echo(f"not expressed: {gap}", err=True)
+
+
+@app.command()
+def verify(
+    path: PlanFile, model: ModelOption, dtype: CheckedDtype = None, seq_len: SeqLen = None, steps: Steps = 1,
+    json_: Json = False,
+) -> None:
+    """Run a plan on local processes, and compare loss and every gradient with one process."""
+    from autopar.local_check import check_locally
+    from autopar.plan.file import load_plan
+
+    with answer(as_json=json_) as reply:
+        loaded = load_plan(path)
+        with progress("running", as_json=json_):
+            report = check_locally(loaded, model, dtype=torch_dtype(dtype) if dtype else None, steps=steps,
+                                   seq_len=seq_len)
+        reply.value = report.to_dict()
+        name, error = report.worst
+        reply.show(
+            f"plan: {report.plan_summary}",
+            f"{loaded.num_devices} processes against one, in {report.dtype}, steps: {steps}",
+            f"loss: largest relative error {report.loss_error:.1e}",
+            f"{len(report.gradient_errors)} gradients: largest relative error {error:.1e}, of {name}",
+            f"allowed: {report.tolerance:.0e}", *(f"note: {note}" for note in report.notes),
+        )
+    _require_equal(reply.value)
+
+
+def _require_equal(parity: dict[str, Any]) -> None:
+    """Ends the command with exit code 1 where a plan's numbers were not one process's."""
+    if not parity["passed"]:
+        typer.echo(f"autopar: the plan's numbers differ from one process's by {parity['worst_gradient_error']:.1e} in "
+                   f"the gradient of {parity['worst_gradient']}, {parity['tolerance']:.0e} is allowed", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def profile(
+    what: What = Measure.ALL, output: Output = None, num_processes: NumProcesses = None, json_: Json = False
+) -> None:
+    """Measure this machine's rates: of its devices, and of the links between local processes."""
+    from autopar.cluster.local import local_cluster
+    from autopar.profiler import profile_local, profile_to_json
+
+    check_writable(output)
+    with answer(as_json=json_) as reply:
+        count = num_processes or local_cluster().num_devices
+        with progress(f"measuring {count} processes", as_json=json_):
+            measured = profile_local(count, date=date.today().isoformat())
+        text = profile_to_json(measured)
+        if output is not None:
+            write_text(output, text)
+        reply.value = json.loads(text)
+        reply.show(f"{measured.machine}: {count} x {measured.device}, measured at once in {measured.measuring_s:.1f} s")
+        for dtype, flops in measured.peak_flops().items():
+            reply.show(f"  {dtype} matrix products  {flops / 1e9:,.1f} GFLOP/s each")
+        reply.show(f"  memory  {measured.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s each")
+        for name, link in (("send/receive", measured.send_recv), ("all-reduce", measured.all_reduce)):
+            if link is not None:
+                reply.show(f"  {name}  {link.bytes_per_s / 1e9:,.2f} GB/s, latency {link.latency_s * 1e6:,.0f} us")
+        for note in measured.notes:
+            reply.show(f"note: {note}")
+        if output is not None:
+            reply.show(f"written to {output}; use it with --profile {output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
     from autopar.graph.model_graph import ModelGraph
     from autopar.plan.plan import Plan
-    from autopar.simulate.simulator import Timeline
+    from autopar.simulate.timeline import Timeline
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 Degree = Annotated[int, Field(ge=1)]
@@ -57,6 +57,7 @@ class SimulateRequest(BaseModel):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb"] | None = None
     sequence_parallel: bool = False
     compile: bool = False
+    profile: str | None = None
 
     @staticmethod
     def parse(values: dict[str, Any]) -> SimulateRequest:
@@ -136,6 +137,7 @@ class Simulations:
         self._clusters = Cache(256)
 
     def graph(self, model: str, seq_len: int | None, dtype: str, attention: str) -> ModelGraph:
+        """The captured model that a text names."""
         def make() -> ModelGraph:
             from autopar.graph.source import capture_source, load_source
 
@@ -143,20 +145,26 @@ class Simulations:
 
         return self._graphs.get((model, seq_len, dtype, attention), make)
 
-    def cluster(self, text: str) -> Cluster:
+    def cluster(self, text: str, profile: str | Path | None = None) -> Cluster:
+        """The cluster of a text, with the rates of a profile file where one is given."""
         def make() -> Cluster:
             from autopar.cluster.parse import parse_cluster
 
-            return parse_cluster(text)
+            cluster = parse_cluster(text)
+            if profile is None:
+                return cluster
+            from autopar.profiler import load_profile
 
-        return self._clusters.get(text, make)
+            return load_profile(Path(profile)).apply(cluster)
+
+        return self._clusters.get((text, profile), make)
 
     def simulate(self, request: SimulateRequest) -> tuple[Plan, Timeline]:
         """The plan that the request describes or names, and its simulated step."""
         from autopar.simulate.simulator import simulate
 
         dtype = torch_dtype(request.dtype)
-        cluster = self.cluster(request.cluster)
+        cluster = self.cluster(request.cluster, request.profile)
         graph = self.graph(request.model, request.seq_len, dtype, request.attention)
         plan = self._plan(request, graph, cluster, dtype)
         return plan, simulate(graph, cluster, plan)

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("profiler",),
     ("runtime",),
     ("export", "viz"),
-    ("api",),
+    ("api", "local_check"),
     ("demo",),
     ("cli",),
     ("__init__", "__main__"),

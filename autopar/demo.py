@@ -1,0 +1,119 @@
+"""`autopar demo`: the whole path on this machine, with a small Llama and four processes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.cluster.local import local_cluster
+from autopar.errors import InputError
+from autopar.files import write_text
+from autopar.graph.capture import capture
+from autopar.graph.source import capture_source, load_source
+from autopar.local_check import RealModel, check_locally
+from autopar.plan.file import save_plan
+from autopar.plan.plan import Plan
+from autopar.plan.text import certificate_line, plan_json, plan_table, seconds
+from autopar.profiler.local import profile_local
+from autopar.runtime.engine import Trainer
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import make_batch
+from autopar.search.planner import PlanRequest, find_plan
+from autopar.simulate.simulator import simulate
+from autopar.viz.trace import chrome_trace
+
+NUM_PROCESSES = 4
+GLOBAL_BATCH = 16
+SEQ_LEN = 64
+CHECKED_STEPS = 3
+TRAINED_STEPS = 6
+PROFILE_BUDGET_S = 4.0
+MODEL: dict[str, Any] = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 6, "hidden_size": 256,
+    "intermediate_size": 688, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048,
+    "max_position_embeddings": 128, "tie_word_embeddings": False,
+}
+
+
+def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
+    """What the demo found, as `--json` prints it; `show` is told about it in words on the way.
+
+    Writes model.json (a Hugging Face config), plan.json and trace.json into `folder`.
+    """
+    start = time.perf_counter()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise InputError(f"{folder}: no folder can be made there ({failure.strerror}); name another with -o") from None
+    model_path, plan_path, trace_path = folder / "model.json", folder / "plan.json", folder / "trace.json"
+    write_text(model_path, json.dumps(MODEL, indent=1) + "\n")
+
+    graph = capture_source(load_source(str(model_path), seq_len=SEQ_LEN, dtype="float32"))
+    show(f"1. Captured a Llama with {graph.num_params / 1e6:.1f} M parameters: {len(graph.blocks)} blocks of "
+         f"{len({block.cls for block in graph.blocks})} kinds, without making a weight.")
+    profile = profile_local(NUM_PROCESSES, budget_s=PROFILE_BUDGET_S, dtypes=("float32",), device="cpu",
+                            date=date.today().isoformat())
+    cluster = profile.apply(local_cluster(NUM_PROCESSES, device="cpu"))
+    device = cluster.device(0)
+    show(f"2. Profiled this machine with {NUM_PROCESSES} processes at once: each computes at "
+         f"{device.peak('float32') / 1e9:.1f} GFLOP/s, memory {device.memory_bandwidth_bytes_per_s / 1e9:.1f} GB/s, "
+         f"link {cluster.nodes[0].link.bandwidth_bytes_per_s / 1e9:.2f} GB/s.")
+    plan = find_plan(graph, cluster, PlanRequest(global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN, dtype="float32"))
+    timeline = simulate(graph, cluster, plan)
+    save_plan(plan, plan_path)
+    write_text(trace_path, json.dumps(chrome_trace(timeline)))
+    show(f"3. Planned the training on {NUM_PROCESSES} processes, {GLOBAL_BATCH} rows of {SEQ_LEN} tokens a step:", "")
+    show(plan_table(plan, timeline.report()), "")
+
+    with LocalPool(NUM_PROCESSES) as pool:
+        parity = check_locally(plan, str(model_path), dtype="float32", steps=CHECKED_STEPS, pool=pool)
+        name, error = parity.worst
+        show(f"4. Ran {CHECKED_STEPS} steps on {NUM_PROCESSES} processes and on one, from the same weights:")
+        show(f"   loss     {_list(parity.losses)}", f"   expected {_list(parity.expected_losses)}",
+             f"   largest relative error: loss {parity.loss_error:.1e}, of {len(parity.gradient_errors)} gradients "
+             f"{error:.1e} ({name}); allowed {parity.tolerance:.0e}: {'equal' if parity.passed else 'NOT EQUAL'}")
+        factory = RealModel(spec=str(model_path), seq_len=SEQ_LEN, dtype="float32")
+        losses, times_s = pool.run(train, factory, plan, TRAINED_STEPS)[0]
+    measured_s = median(times_s[1:])
+    show(f"5. Trained {TRAINED_STEPS} steps with AdamW: loss {losses[0]:.4f} -> {losses[-1]:.4f}; a step took "
+         f"{seconds(measured_s)}, predicted {seconds(timeline.step_time_s)}.")
+    if plan.certificate is not None:
+        show(f"6. What was proved: {certificate_line(plan.certificate)}.")
+    show(f"Wrote {plan_path} (autopar show {plan_path}) and {trace_path} (open it in ui.perfetto.dev), in "
+         f"{time.perf_counter() - start:.0f} s.")
+    return {
+        "plan": plan_json(plan, timeline.report()),
+        "parity": parity.to_dict(),
+        "training": {"losses": losses, "step_times_s": times_s, "median_step_time_s": measured_s,
+                     "predicted_step_time_s": timeline.step_time_s},
+        "files": {"model": str(model_path), "plan": str(plan_path), "trace": str(trace_path)},
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def train(factory: RealModel, plan: Plan, steps: int) -> tuple[list[float], list[float]]:
+    """This rank's losses and step times under the plan, with AdamW. Runs under a process group."""
+    torch.manual_seed(0)
+    model, example, loss_fn = factory()
+    captured = capture(model, make_batch(example, plan.micro_batch, 0), loss_fn=loss_fn)
+    trainer = Trainer(model, plan, captured, lambda params: torch.optim.AdamW(params, lr=1e-3))
+    batch: dict[str, Tensor] = make_batch(example, plan.global_batch, 0)
+    losses, times_s = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(trainer.step(batch).item())
+        times_s.append(time.perf_counter() - start)
+    trainer.close()
+    return losses, times_s
+
+
+def _list(losses: tuple[float, ...]) -> str:
+    return ", ".join(f"{loss:.6f}" for loss in losses)

@@ -1,0 +1,85 @@
+"""A plan's arithmetic checked on this machine: local gloo processes against one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from autopar.cluster.local import total_memory_bytes
+from autopar.errors import InputError
+from autopar.graph.model_graph import DTYPE_BYTES
+from autopar.graph.source import capture_source, load_source
+from autopar.plan.plan import Plan
+from autopar.plan.verify import verify_plan
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import TOLERANCE, ParityReport, compare
+
+MAX_PROCESSES = 16
+COPIES = 4  # the weights, their gradients, the gathered full gradients, and as much again for activations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RealModel:
+    """A picklable factory of the model that `spec` names, with real weights and its dropout switched off.
+
+    Random numbers differ between one process and several, so that a model with dropout can only be compared without.
+    """
+
+    spec: str
+    seq_len: int | None
+    dtype: str
+    attention: str = "sdpa"
+
+    def __call__(self) -> tuple[nn.Module, Any, Any]:
+        source = load_source(self.spec, seq_len=self.seq_len, dtype=self.dtype, attention=self.attention)
+        model, batch, loss_fn = source.build()
+        if not isinstance(batch, dict):
+            raise InputError(f"{self.spec}: its batch is a tuple; return a dict of keyword arguments to compare it")
+        switch_off_dropout(model)
+        return model, batch, loss_fn
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability of the model to zero, and keeps it in training mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_locally(
+    plan: Plan, model: str, *, dtype: str | None = None, steps: int = 1, seq_len: int | None = None,
+    pool: LocalPool | None = None,
+) -> ParityReport:
+    """Losses and gradients of some steps under the plan, held against one process's.
+
+    In `dtype`, or the plan's own; a plan that computes in two bytes is compared in float32, where an error shows.
+    InputError where the plan is another model's, or has more devices than processes can be started here.
+    """
+    chosen = dtype or (plan.dtype if plan.dtype in ("float32", "float64") else "float32")
+    if chosen not in TOLERANCE:
+        raise InputError(f"dtype {chosen} cannot be compared; use one of {', '.join(TOLERANCE)}")
+    if plan.num_devices > MAX_PROCESSES:
+        raise InputError(
+            f"the plan has {plan.num_devices} devices, and one local process runs for each, at most {MAX_PROCESSES}: "
+            "verify a plan of the same shape on fewer devices"
+        )
+    length = seq_len or plan.seq_len
+    factory = RealModel(spec=model, seq_len=None if ".py:" in model else length, dtype=chosen)
+    graph = capture_source(load_source(model, seq_len=factory.seq_len, dtype=chosen))
+    verify_plan(plan, graph)
+    _check_memory(graph.num_params * DTYPE_BYTES[chosen] * COPIES * (plan.num_devices + 1), graph.name)
+    return compare(factory, replace(plan, dtype=chosen, param_dtype=chosen), dtype=chosen, steps=steps, pool=pool)
+
+
+def _check_memory(needed_bytes: float, name: str) -> None:
+    installed = total_memory_bytes()
+    if needed_bytes > installed:
+        raise InputError(
+            f"running {name} here takes about {needed_bytes / 2**30:.0f} GiB of memory, and this machine has "
+            f"{installed / 2**30:.0f}: verify the same plan for a smaller model of the family"
+        )
