@@ -62,9 +62,7 @@ def build_class(name: str, ops: Iterable[Op], leaves: Mapping[str, tuple[str, st
     for old, (_, local) in leaves.items():
         if old in read:
             names[old] = local
-    renamed: list[Op] = []
-    for op in kept:
-        renamed.append(_rename(op, names, taken))
+    renamed = [_rename(op, names, taken) for op in kept]
     final: list[str] = []
     for number, out in enumerate(outputs):
         if out in leaves or names[out] in final:
@@ -166,8 +164,7 @@ def assemble(outer: Lifted, bound: list[BoundBlock]) -> Chain:
             call = items[0]
             block = bound[call.index]
             outputs = tuple(f"{block.name}/{local}" for local in block.program.cls.outputs)
-            for old, new in zip(call.outputs, outputs, strict=True):
-                global_name[old] = new
+            global_name.update(zip(call.outputs, outputs, strict=True))
             blocks.append(Block(
                 name=block.name, cls=block.program.cls.name, params=block.params, buffers=block.buffers,
                 inputs=tuple(global_name[operand] for operand in call.operands), outputs=outputs))

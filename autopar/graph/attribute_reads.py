@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -12,11 +11,13 @@ from torch import nn
 from autopar.graph.module_blocks import AttributeKey
 
 _watched: dict[int, tuple[str, frozenset[str], set[AttributeKey]]] = {}
+_made: dict[Any, Any] = {}
 
 
-@cache
-def _watching(cls: type[nn.Module]) -> type[nn.Module]:
+def _watching(cls: Any) -> Any:
     """A subclass of `cls`, equal in all but that reads of watched attributes are noted."""
+    if cls in _made:
+        return _made[cls]
 
     def read(self: nn.Module, name: str) -> Any:
         watched = _watched.get(id(self))
@@ -25,8 +26,8 @@ def _watching(cls: type[nn.Module]) -> type[nn.Module]:
         return cls.__getattribute__(self, name)
 
     members = {"__getattribute__": read, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    made: type[nn.Module] = type(cls)(cls.__name__, (cls,), members)
-    return made
+    _made[cls] = type(cls)(cls.__name__, (cls,), members)
+    return _made[cls]
 
 
 @contextlib.contextmanager

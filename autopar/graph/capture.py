@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
@@ -18,7 +19,7 @@ from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_cla
 from autopar.graph.fake import fake_like, faked, new_fake_mode
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
-from autopar.graph.model_graph import BlockClass, ModelGraph, TensorInfo
+from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
 from autopar.graph.record import BlockCall, Recording, record
 from autopar.graph.trace import trace_block, trace_outer
@@ -40,22 +41,28 @@ class Captured:
 
 
 def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...], *, loss_fn: LossFn | None = None,
-            tag_rows: bool = False, name: str = "") -> Captured:
+            tag_rows: bool = False, name: str = "", dtype: str | None = None) -> Captured:
     """The ModelGraph of one training forward of `model` on `example_batch`, with its loss.
 
     `example_batch` is a dict of keyword arguments or a tuple of positional ones. The loss is `loss_fn(output, batch)`
     if given, else the model's scalar output or its `.loss`. Model and batch may be real, fake or on the meta device;
     the model is left as it was. `tag_rows` replaces the batch size by a prime that divides no other size, so that the
-    graph can be scaled to any number of rows. Raises CaptureError with the module and line that cannot be captured.
+    graph can be scaled to any number of rows. `dtype` ("bfloat16") captures the model as if its floating-point
+    parameters and inputs were of that dtype, as mixed precision runs it (buffers keep theirs).
+    Raises CaptureError with the module and line that cannot be captured.
     """
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise InputError(f"unknown dtype {dtype!r}")
+    float_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     batch = _Batch(example_batch)
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
     build = _Builder(model, mode)
     with traceable(model) as notes:
         candidates = find_candidates(model)
-        with faked(model, mode):
-            fakes = batch.fakes(mode, rows)
+        with faked(model, mode, float_dtype):
+            fakes = batch.fakes(mode, rows, float_dtype)
+            params = tuple(_info(fqn, param) for fqn, param in model.named_parameters())
 
             def loss(*tensors: Tensor) -> Tensor:
                 return _loss(model, batch.fill(list(tensors)), loss_fn)
@@ -71,7 +78,7 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     graph = ModelGraph(
         name=name or type(model).__name__, rows=rows, rows_are_tagged=tag_rows,
         inputs=tuple(_info(key, fake) for key, fake in zip(batch.names, fakes, strict=True)),
-        params=tuple(_info(fqn, param) for fqn, param in model.named_parameters()),
+        params=params,
         buffers=(), aliases=build.aliases, classes=chain.classes, blocks=chain.blocks, shared=chain.shared,
         loss=chain.loss, notes=tuple(notes),
     )
@@ -120,9 +127,9 @@ class _Batch:
         self.rows = next(tensor.shape[0] for tensor in self.tensors.values()
                          if tensor.dim() > 0 and sizes[tensor.shape[0]] == max(sizes.values()))
 
-    def fakes(self, mode: FakeTensorMode, rows: int) -> list[Tensor]:
+    def fakes(self, mode: FakeTensorMode, rows: int, float_dtype: torch.dtype | None) -> list[Tensor]:
         """One distinct fake tensor for each batch tensor, with `rows` rows."""
-        return [fake_like(mode, tensor, (rows, *tensor.shape[1:]) if self._has_rows(tensor) else None)
+        return [fake_like(mode, tensor, (rows, *tensor.shape[1:]) if self._has_rows(tensor) else None, float_dtype)
                 for tensor in self.tensors.values()]
 
     def _has_rows(self, tensor: Tensor) -> bool:
@@ -151,13 +158,14 @@ def _prime(model: nn.Module, batch: _Batch) -> int:
 
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    loss: Any
     output = model(**batch) if isinstance(batch, dict) else model(*batch)
     if loss_fn is not None:
         loss = loss_fn(output, batch)
     elif isinstance(output, Tensor):
         loss = output
     else:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
         raise CaptureError(f"{type(model).__name__}: the model returns {what} and no scalar loss; "
@@ -202,7 +210,8 @@ class _Builder:
                 found.append(Leaf(kind="input", name=inputs[count], requires_grad=bool(grads) and grads[count]))
                 count += 1
             else:
-                raise CaptureError(f"{fqn or 'the model'}: it holds a {spec.kind.name.lower()}, which cannot be captured")
+                raise CaptureError(f"{fqn or 'the model'}: it holds a {spec.kind.name.lower()}, "
+                                   "which cannot be captured")
         return found
 
     def program(self, call: BlockCall) -> BlockProgram:
@@ -221,8 +230,8 @@ class _Builder:
                     readable = f"input_{readable}"
                 taken.add(readable)
                 bindings[old] = (kind, readable)
-        cls, names = build_class(type(call.candidate.module).__name__, [op for op in lifted.items], bindings,
-                                 lifted.info, lifted.outputs)
+        ops = [op for op in lifted.items if isinstance(op, Op)]
+        cls, names = build_class(type(call.candidate.module).__name__, ops, bindings, lifted.info, lifted.outputs)
         used = tuple(positions.index(lifted.leaves[old].name) for old, (kind, _) in bindings.items()
                      if kind == "input" and old in names)
         return BlockProgram(cls=cls, used_inputs=used)

@@ -49,9 +49,9 @@ def _is_data_dependent(error: BaseException | None) -> bool:
 def is_users_file(path: str) -> bool:
     """Whether a source file is neither torch's nor autopar's own."""
     path = os.path.abspath(path)
-    return not (path.startswith((_TORCH + os.sep, _AUTOPAR + os.sep)) or path.startswith("<")
-                or os.path.basename(path) == "_python_dispatch.py" or path.startswith(_STDLIB + os.sep)
-                and "site-packages" not in path)
+    if path.startswith((_TORCH + os.sep, _AUTOPAR + os.sep)):
+        return False
+    return "site-packages" in path or not path.startswith(_STDLIB + os.sep)
 
 
 _STDLIB = os.path.dirname(os.__file__)

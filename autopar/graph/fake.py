@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +36,19 @@ def fake_device(tensor: Tensor) -> torch.device:
     return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
 
 
-def fake_like(mode: FakeTensorMode, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A fake tensor of the same dtype, layout and requires_grad; `shape` replaces the shape (then contiguous)."""
+def fake_like(mode: FakeTensorMode, tensor: Tensor, shape: tuple[int, ...] | None = None,
+              float_dtype: torch.dtype | None = None) -> Tensor:
+    """A fake tensor of the same dtype, layout and requires_grad.
+
+    `shape` replaces the shape (then contiguous); `float_dtype` replaces the dtype of floating-point tensors.
+    """
     device = fake_device(tensor)
+    dtype = float_dtype if float_dtype is not None and tensor.is_floating_point() else tensor.dtype
     with mode:
         if shape is None or shape == tuple(tensor.shape):
-            fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
+            fake = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=dtype, device=device)
         else:
-            fake = torch.empty(shape, dtype=tensor.dtype, device=device)
+            fake = torch.empty(shape, dtype=dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake.requires_grad_(tensor.requires_grad)
@@ -52,10 +58,10 @@ class FakedModel:
     """Puts fake tensors in the place of a model's parameters and buffers, and everything back on `restore`.
 
     `restore` also undoes whatever the forward left on the modules: caches, patched methods, swapped classes, flags.
-    No weight is copied. `fakes` maps the id of each fake to the canonical (first) FQN of its tensor.
+    No weight is copied. `float_dtype` is the dtype that floating-point parameters (not buffers) claim.
     """
 
-    def __init__(self, model: nn.Module, mode: FakeTensorMode):
+    def __init__(self, model: nn.Module, mode: FakeTensorMode, float_dtype: torch.dtype | None = None):
         self._saved = [
             (module, type(module), dict(module.__dict__), dict(module._parameters), dict(module._buffers),
              dict(module._modules), set(module._non_persistent_buffers_set))
@@ -63,11 +69,11 @@ class FakedModel:
         ]
         stand_in: dict[int, Tensor] = {}
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            for table, dtype in ((module._parameters, float_dtype), (module._buffers, None)):
                 for name, tensor in table.items():
                     if tensor is not None:
                         if id(tensor) not in stand_in:
-                            stand_in[id(tensor)] = fake_like(mode, tensor)
+                            stand_in[id(tensor)] = fake_like(mode, tensor, float_dtype=dtype)
                         table[name] = stand_in[id(tensor)]  # type: ignore[assignment]
 
     def restore(self) -> None:
@@ -75,19 +81,36 @@ class FakedModel:
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            for table, saved in ((module._parameters, parameters), (module._buffers, buffers),
-                                 (module._modules, modules)):
-                table.clear()  # type: ignore[attr-defined]
-                table.update(saved)  # type: ignore[attr-defined]
+            tables: list[tuple[Any, Any]] = [(module._parameters, parameters), (module._buffers, buffers),
+                                             (module._modules, modules)]
+            for table, saved in tables:
+                table.clear()
+                table.update(saved)
             module._non_persistent_buffers_set.clear()
             module._non_persistent_buffers_set.update(non_persistent)
 
 
 @contextlib.contextmanager
-def faked(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+def faked(model: nn.Module, mode: FakeTensorMode, float_dtype: torch.dtype | None = None) -> Iterator[None]:
     """While inside, the model's parameters and buffers are fake; afterwards the model is as it was."""
-    state = FakedModel(model, mode)
+    state = FakedModel(model, mode, float_dtype)
     try:
         yield
     finally:
         state.restore()
+
+
+@contextlib.contextmanager
+def values_not_needed() -> Iterator[None]:
+    """While inside, under a fake mode, weight initialization does not ask for values (trunc_normal_ resamples)."""
+    from torch.nn import init
+
+    original = getattr(init, "_no_grad_trunc_normal_", None)
+    if original is None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+        yield
+        return
+    setattr(init, "_no_grad_trunc_normal_", lambda tensor, *args, **kwargs: tensor)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(init, "_no_grad_trunc_normal_", original)  # noqa: B010

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,7 +42,11 @@ def traceable(model: nn.Module) -> Iterator[list[str]]:
             _set(stack, module, "gradient_checkpointing", False)
         if checkpointing:
             notes.append("the model's own gradient checkpointing is ignored: the plan decides what is recomputed")
+        logger = logging.getLogger("transformers")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         _plain_masks(stack, model, modules, notes)
+        _one_product_for_experts(stack, model, notes)
         yield notes
 
 
@@ -85,6 +90,24 @@ def _plain_masks(stack: contextlib.ExitStack, model: nn.Module, modules: list[An
     original = registered["sdpa"]
     register("sdpa", _plain_or(original))
     stack.callback(register, "sdpa", original)
+
+
+def _one_product_for_experts(stack: contextlib.ExitStack, model: nn.Module, notes: list[str]) -> None:
+    """Lets experts trace to transformers' own grouped product op for every dtype, and refuses the loop over experts."""
+    from transformers.integrations import moe
+
+    experts = [module for module in model.modules() if hasattr(type(module), "_apply_gate")]
+    if not experts:
+        return
+    configs: dict[int, Any] = {id(module.config): module.config for module in experts if hasattr(module, "config")}
+    for config in configs.values():
+        if getattr(config, "_experts_implementation", None) == "eager":
+            config._experts_implementation = "grouped_mm"
+            stack.callback(setattr, config, "_experts_implementation", "eager")
+    if hasattr(moe, "_can_use_grouped_mm"):
+        stack.callback(setattr, moe, "_can_use_grouped_mm", moe._can_use_grouped_mm)
+        moe._can_use_grouped_mm = lambda *args: False
+    notes.append("experts run as one product an expert (transformers' grouped_mm_fallback)")
 
 
 def _plain_or(original: Callable[..., Any]) -> Callable[..., Any]:

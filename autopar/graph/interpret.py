@@ -38,9 +38,7 @@ def run_block(cls: BlockClass, block: Block, values: dict[str, Tensor], params: 
         kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
         result = overload_of(op.target)(*args, **kwargs)
         results = result if isinstance(result, (tuple, list)) else (result,)
-        for name, out in zip(op.outputs, results, strict=True):
-            if name:
-                local[name] = out
+        local.update((name, out) for name, out in zip(op.outputs, results, strict=True) if name)
     values.update(zip(block.outputs, (local[name] for name in cls.outputs), strict=True))
 
 

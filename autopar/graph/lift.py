@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -161,8 +161,8 @@ class _Lifter:
             if step.node.op != "output" or step.node.graph is not region.graph:
                 yield step
                 continue
-            results = tuple(step.node.args[0])  # type: ignore[arg-type]
-            yield _Step(node, bind=results, packs=True, uses=list(results))  # type: ignore[arg-type]
+            results = tuple(cast("tuple[fx.Node, ...]", step.node.args[0]))
+            yield _Step(node, bind=results, packs=True, uses=list(results))
 
     def _bind(self, step: _Step) -> None:
         assert step.bind is not None
@@ -197,8 +197,8 @@ class _Lifter:
     def _node(self, node: fx.Node) -> None:
         target = node.target
         if target is operator.getitem:
-            container, index = node.args
-            self.env[node] = self.env[container][index]  # type: ignore[index]
+            container, index = cast("tuple[fx.Node, int]", node.args)
+            self.env[node] = self.env[container][index]
             return
         if not isinstance(target, torch._ops.OpOverload):
             raise CaptureError(f"{self._place(node)}: {getattr(target, '__name__', target)} cannot be captured; "
@@ -211,9 +211,7 @@ class _Lifter:
             return
         args = self._resolve(node.args)
         kwargs = self._resolve(dict(node.kwargs))
-        if name in _ALIASES and not (name.startswith("aten.detach") and args[0].fake.requires_grad):
-            self.env[node] = args[0]
-        elif name == "aten.dropout.default" and (not args[2] or args[1] == 0):
+        if self._does_nothing(name, args):
             self.env[node] = args[0]
         elif target._schema.is_mutable:
             self._in_place(node, target, args, kwargs)
@@ -223,6 +221,12 @@ class _Lifter:
                 self.items.pop()
                 value = args[0]
             self.env[node] = value
+
+    @staticmethod
+    def _does_nothing(name: str, args: tuple[Any, ...]) -> bool:
+        if name == "aten.dropout.default":
+            return not args[2] or args[1] == 0
+        return name in _ALIASES and not (name.startswith("aten.detach") and args[0].fake.requires_grad)
 
     def _resolve(self, tree: Any) -> Any:
         if isinstance(tree, fx.Node):

@@ -2,8 +2,8 @@
 
 The call runs on fake tensors with gradients on. FLOPs are counted by torch's own formulas (torch.utils.flop_counter)
 for the matrix products and convolutions that the call turns into, the backward's by running the backward. What
-autograd keeps is what it hands to `saved_tensors_hooks`. Three calls whose CPU program is not what an accelerator
-runs are described by hand: attention, dropout and rms_norm.
+autograd keeps is what it hands to `saved_tensors_hooks`. Calls whose CPU program is not what an accelerator
+runs are described by hand: attention, dropout, rms_norm; so is the experts' product, which torch does not count.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Measured:
     extra_bytes: int = 0  # besides `saved`, where `saved` is listed by hand
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the FLOPs of the ops that it sees."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0.0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: float = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -88,7 +88,7 @@ def _backward_flops(target: Callable[..., Any], args: tuple[Any, ...], kwargs: d
         return 0.0
     with _Counter() as counter:
         torch.autograd.grad(outputs, leaves, [torch.empty_like(out) for out in outputs], allow_unused=True)
-    return counter.flops
+    return float(counter.flops)
 
 
 def _differentiable(result: Tensor, *inputs: Tensor | None) -> Tensor:
@@ -120,27 +120,38 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     return Measured(result=out, flops=flops, backward_flops=2.5 * flops, saved=kept, extra_bytes=4 * rows * num_queries)
 
 
-def _dropout(input: Tensor, p: float, train: bool) -> Measured:
+def _dropout(data: Tensor, p: float, train: bool) -> Measured:
     """Keeps a mask of one byte an element, as the fused kernels do."""
-    out = _differentiable(torch.empty_like(input, requires_grad=False), input)
-    return Measured(result=out, extra_bytes=input.numel() if train and p > 0 and out.requires_grad else 0)
+    out = _differentiable(torch.empty_like(data, requires_grad=False), data)
+    return Measured(result=out, extra_bytes=data.numel() if train and p > 0 and out.requires_grad else 0)
 
 
-def _rms_norm(input: Tensor, normalized_shape: list[int], weight: Tensor | None = None,
+def _rms_norm(data: Tensor, normalized_shape: list[int], weight: Tensor | None = None,
               eps: float | None = None) -> Measured:
     """A fused kernel: keeps the input, the weight and one float32 reciprocal a row."""
-    out = _differentiable(torch.empty_like(input, requires_grad=False), input, weight)
+    out = _differentiable(torch.empty_like(data, requires_grad=False), data, weight)
     if not out.requires_grad:
         return Measured(result=out)
-    rows = input.numel()
+    rows = data.numel()
     for size in normalized_shape:
         rows //= size
-    kept = (input,) if weight is None else (input, weight)
+    kept = (data,) if weight is None else (data, weight)
     return Measured(result=out, saved=kept, extra_bytes=4 * rows)
+
+
+def _grouped_product(data: Tensor, weight: Tensor, offs: Tensor) -> Measured:
+    """Experts: each row of `data` (rows, k) meets one of the matrices in `weight` (experts, k, n)."""
+    out = _differentiable(data.new_empty((data.shape[0], weight.shape[-1])), data, weight)
+    flops = 2.0 * data.shape[0] * data.shape[1] * weight.shape[-1]
+    if not out.requires_grad:
+        return Measured(result=out, flops=flops)
+    return Measured(result=out, flops=flops, backward_flops=flops * (data.requires_grad + weight.requires_grad),
+                    saved=(data, weight, offs))
 
 
 _BY_HAND: dict[str, Callable[..., Measured]] = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.dropout.default": _dropout,
     "aten.rms_norm.default": _rms_norm,
+    "transformers.grouped_mm_fallback.default": _grouped_product,
 }

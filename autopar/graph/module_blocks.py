@@ -148,8 +148,11 @@ def comparable(value: object) -> Hashable:
         return type(value).__name__, frozenset(comparable(item) for item in value)
     if isinstance(value, dict):
         return type(value).__name__, tuple((comparable(key), comparable(item)) for key, item in value.items())
-    if isinstance(value, Tensor) and not is_fake(value) and value.device.type != "meta":
-        if value.numel() <= _MAX_HASHED_NUMEL:
-            data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            return "tensor", tuple(value.shape), str(value.dtype), hashlib.sha256(data).hexdigest()
+    if isinstance(value, Tensor) and _is_small_and_real(value):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return "tensor", tuple(value.shape), str(value.dtype), hashlib.sha256(data).hexdigest()
     return "object", id(value)
+
+
+def _is_small_and_real(tensor: Tensor) -> bool:
+    return not is_fake(tensor) and tensor.device.type != "meta" and tensor.numel() <= _MAX_HASHED_NUMEL

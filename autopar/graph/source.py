@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.errors import AutoparError, InputError
 from autopar.graph.capture import LossFn, capture
+from autopar.graph.fake import values_not_needed
 from autopar.graph.model_graph import ModelGraph
 
 Built = tuple[nn.Module, dict[str, Any] | tuple[Any, ...], LossFn | None]
@@ -131,7 +132,8 @@ def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype:
         if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
             options["experts_implementation"] = "grouped_mm"
         model_class = _model_class(transformers, config)
-        model = model_class._from_config(config, **options)
+        with values_not_needed():
+            model = model_class._from_config(config, **options)
     model.train()
     return model, _example_batch(spec, model, config, seq_len), None
 
@@ -155,7 +157,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
 def _example_batch(spec: str, model: nn.Module, config: Any, seq_len: int | None) -> dict[str, Tensor]:
     """Two rows of random ids or pixels and labels, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values":  # type: ignore[attr-defined]
+    if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 224
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn((_ROWS, config.num_channels, height, width), generator=generator),
@@ -178,7 +180,8 @@ def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:
         raise InputError(f"no file {str(path)!r} (from {path}:{factory})")
     module_name = f"_autopar_user_{abs(hash(str(path.resolve())))}"
     found = importlib.util.spec_from_file_location(module_name, path)
-    assert found is not None and found.loader is not None
+    assert found is not None
+    assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[module_name] = module
     folder = str(path.resolve().parent)
@@ -203,7 +206,8 @@ def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype:
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[dtype])
     try:
-        made = function()
+        with values_not_needed():
+            made = function()
     except AutoparError:
         raise
     except Exception as error:

@@ -20,6 +20,7 @@ CASES = {
     "bert": lambda: (*models.bert(), None),
     "resnet": lambda: (*models.resnet(), None),
     "vit": lambda: (*models.vit(), None),
+    "mixtral": lambda: (*models.mixtral(), None),
 
     "mlp": lambda: (*models.mlp(), models.square_loss),
 }
