@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar.graph.model_graph import Block, ModelGraph, Op
 from autopar.plan.plan import Plan, Recompute
-from autopar.runtime.collectives import Axis
+from autopar.runtime.collectives import Axis, Fn, converter
 from autopar.runtime.layout import Layout, ParamLayout, local_part
 from autopar.runtime.loss import LossTerms
 from autopar.runtime.lower import LoweredClass, lower_class, run_ops
@@ -26,9 +26,10 @@ class BlockModule(nn.Module):
         self._autopar_program: LoweredClass | None = None
 
     def bind(
-        self, program: LoweredClass, params: Sequence[tuple[nn.Module, str]], buffers: Sequence[Tensor], *,
+        self, program: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]], buffers: Sequence[Tensor], *,
         recompute: bool,
     ) -> None:
+        """`params` says where each parameter is and how it comes from its stored state to the one that is wanted."""
         self._autopar_program = program
         self._autopar_params = list(params)
         self._autopar_buffers = list(buffers)
@@ -36,7 +37,10 @@ class BlockModule(nn.Module):
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
         assert self._autopar_program is not None
-        params = [getattr(module, name) for module, name in self._autopar_params]
+        params = [
+            getattr(module, name) if convert is None else convert(getattr(module, name))
+            for module, name, convert in self._autopar_params
+        ]
         return self._autopar_program.code(*params, *self._autopar_buffers, *inputs)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
@@ -97,6 +101,7 @@ class StageBuilder:
     ) -> None:
         self.graph, self.plan, self.layout, self.terms = graph, plan, layout, terms
         self.axis, self.device = axis, device
+        self.stored = {param.name: param.state for param in layout.params}
         self.programs: dict[str, LoweredClass] = {}
 
     def program(self, name: str) -> LoweredClass:
@@ -133,11 +138,15 @@ class StageBuilder:
         self._add_parameters(module, self.layout.of_stage(index), tensors)
         buffers = self._add_buffers(module, blocks, constants, persistent)
         for block, made in module._autopar_chain:
-            places = [_owner(module, name) for name in block.params]
-            states = self._buffer_states(block)
+            sharding = self.plan.sharding.get(block.cls) if self.axis is not None else None
+            params = [
+                (*_owner(module, name), self._from_storage(name, sharding.params[i] if sharding else R))
+                for i, name in enumerate(block.params)
+            ]
+            states = sharding.buffers if sharding else (R,) * len(block.buffers)
             held = [local_part(buffers[n], state, self.axis) for n, state in zip(block.buffers, states, strict=True)]
             made.bind(
-                self.program(block.cls), places, held,
+                self.program(block.cls), params, held,
                 recompute=stage.recompute is Recompute.FULL and block.name in self.layout.units,
             )
         module._autopar_shared = self._shared(blocks, buffers)
@@ -148,9 +157,11 @@ class StageBuilder:
         module._autopar_dead = _last_uses(blocks, frozenset(module._autopar_leaving))
         return module
 
-    def _buffer_states(self, block: Block) -> tuple[State, ...]:
-        sharding = self.plan.sharding.get(block.cls) if self.axis is not None else None
-        return sharding.buffers if sharding else (R,) * len(block.buffers)
+    def _from_storage(self, name: str, wanted: State) -> Fn | None:
+        stored = self.stored[name]
+        if self.axis is None or stored == wanted:
+            return None
+        return converter(stored, wanted, self.axis, differentiable=self.graph.param[name].requires_grad)
 
     def _add_parameters(
         self, module: StageModule, params: Sequence[ParamLayout], tensors: Mapping[str, Tensor]

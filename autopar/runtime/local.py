@@ -1,0 +1,192 @@
+"""Functions on local gloo processes: one pool, started once, that runs one function after another.
+
+Every call makes a new default process group over the first `num_ranks` workers and destroys it afterwards. A worker that
+dies, raises or takes too long ends the whole pool, with one line that names its rank.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from autopar.errors import AutoparError
+
+
+_ECHOES = ("Connection closed", "Connection reset", "Broken pipe")  # what survivors say when another rank is gone
+
+
+class LocalRunError(AutoparError, RuntimeError):
+    """A local process failed; the message names its rank."""
+
+
+class LocalPool:
+    """`num_ranks` spawned processes. Use it in a `with`: leaving it ends them all.
+
+    The functions that `run` takes must be importable (module level), their arguments and results picklable.
+    """
+
+    def __init__(self, num_ranks: int, *, num_threads: int = 1) -> None:
+        self.num_ranks = num_ranks
+        self._folder = tempfile.TemporaryDirectory(prefix="autopar-local-")
+        self._round = 0
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._workers: list[Any] = []
+        before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        os.environ.update(dict.fromkeys(before, str(num_threads)))  # read by the children when they import torch
+        try:
+            for rank in range(num_ranks):
+                ours, theirs = context.Pipe()
+                worker = context.Process(target=_work, args=(theirs, rank), name=f"autopar-rank-{rank}", daemon=True)
+                worker.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._workers.append(worker)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def __enter__(self) -> LocalPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(
+        self, function: Callable[..., Any], *args: Any, num_ranks: int | None = None, timeout_s: float = 300.0
+    ) -> list[Any]:
+        """The results of `function(*args)` on ranks 0 to num_ranks - 1, in order of rank.
+
+        An AutoparError that a rank raised is raised here as it is; anything else becomes a LocalRunError.
+        """
+        count = self.num_ranks if num_ranks is None else num_ranks
+        if not 1 <= count <= len(self._workers):
+            raise LocalRunError(f"{count} processes were asked of a pool that has {len(self._workers)}")
+        self._round += 1
+        store = str(Path(self._folder.name) / f"store-{self._round}")
+        task = pickle.dumps((function, args, count, store, timeout_s))
+        try:
+            for rank in range(count):
+                self._pipes[rank].send_bytes(task)
+            return self._collect(count, timeout_s, getattr(function, "__name__", "a function"))
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self, count: int, timeout_s: float, what: str) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, tuple[BaseException | None, str]] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(results) + len(failures) < count:
+            left = deadline - time.monotonic()
+            missing = [rank for rank in range(count) if rank not in results and rank not in failures]
+            if left <= 0:
+                if failures:
+                    break
+                named = ", ".join(map(str, missing))
+                raise LocalRunError(f"rank {named} of {count} did not finish {what} within {timeout_s:.0f} s")
+            sources: dict[Any, int] = {self._pipes[rank]: rank for rank in missing}
+            for ready in wait(list(sources), timeout=left):
+                rank = sources[ready]
+                try:
+                    kind, value, text = pickle.loads(self._pipes[rank].recv_bytes())
+                except (EOFError, OSError):
+                    self._workers[rank].join(5)
+                    failures[rank] = (None, f"died with exit code {self._workers[rank].exitcode}")
+                    kind = None
+                if kind == "result":
+                    results[rank] = value
+                elif kind == "error":
+                    failures[rank] = (value, text)
+                if rank in failures:  # the others now wait for it: give them a moment to say what they know
+                    deadline = min(deadline, time.monotonic() + 2.0)
+        if not failures:
+            return [results[rank] for rank in range(count)]
+        raise _first_cause(failures, what)
+
+    def close(self) -> None:
+        """End all processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for worker in self._workers:
+            worker.join(0.5)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self._pipes, self._workers = [], []
+        self._folder.cleanup()
+
+
+def _first_cause(failures: dict[int, tuple[BaseException | None, str]], what: str) -> BaseException:
+    """The error to raise: a user's mistake first, then a death, then an error that is no lost connection."""
+
+    def weight(rank: int) -> tuple[int, int]:
+        error, text = failures[rank]
+        if isinstance(error, AutoparError):
+            return 0, rank
+        if error is None and text.startswith("died"):
+            return 1, rank
+        return (3 if any(word in text for word in _ECHOES) else 2), rank
+
+    rank = min(failures, key=weight)
+    error, text = failures[rank]
+    if isinstance(error, AutoparError):
+        return error
+    made = LocalRunError(f"rank {rank}, running {what}: {text.splitlines()[-1]}")
+    made.add_note(text)
+    return made
+
+
+def run_local(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    """The results of `function(*args)` on `num_ranks` new local processes joined by gloo, in order of rank."""
+    with LocalPool(num_ranks) as pool:
+        return pool.run(function, *args, timeout_s=timeout_s)
+
+
+def _work(pipe: Connection, rank: int) -> None:
+    """A worker's life: take a task, run it in a process group of its own, answer; end when the pipe closes."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    while True:
+        try:
+            task = pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = pickle.dumps(("result", _run_task(task, rank), ""))
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error)).rstrip()
+            answer = pickle.dumps(("error", error if isinstance(error, AutoparError) else None, text))
+        try:
+            pipe.send_bytes(answer)
+        except (BrokenPipeError, OSError):
+            return
+
+
+def _run_task(task: bytes, rank: int) -> Any:
+    import torch.distributed as dist
+
+    function, args, count, store, timeout_s = pickle.loads(task)
+    # Ranks that wait for a dead one must not outlive the pool's own patience.
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, count), rank=rank, world_size=count,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        return function(*args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,211 @@
+"""A plan's numbers against one process's: the loss and every gradient of every parameter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from autopar.graph.capture import Captured, capture
+from autopar.plan.plan import Plan
+from autopar.runtime.engine import Trainer
+from autopar.runtime.local import LocalPool
+
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+
+ModelFactory = Callable[[], tuple[nn.Module, Mapping[str, Tensor], Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """Relative errors against one process; of a tensor: max|a - b| / max|b|.
+
+    `gradient_errors` is by parameter and holds the worst of all steps; `losses` and `expected_losses` are by step.
+    """
+
+    plan_summary: str
+    dtype: str
+    losses: tuple[float, ...]
+    expected_losses: tuple[float, ...]
+    loss_error: float
+    gradient_errors: tuple[tuple[str, float], ...]
+    tolerance: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The parameter with the largest gradient error."""
+        return max(self.gradient_errors, key=lambda item: item[1])
+
+    @property
+    def passed(self) -> bool:
+        return self.loss_error <= self.tolerance and self.worst[1] <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        name, error = self.worst
+        return {
+            "passed": self.passed, "plan": self.plan_summary, "dtype": self.dtype, "tolerance": self.tolerance,
+            "losses": list(self.losses), "expected_losses": list(self.expected_losses), "loss_error": self.loss_error,
+            "num_gradients": len(self.gradient_errors), "worst_gradient": name, "worst_gradient_error": error,
+            "notes": list(self.notes),
+        }
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """max|a - b| / max|b|; the plain difference where b is zero; infinity for another shape or a NaN."""
+    if found.shape != expected.shape:
+        return float("inf")
+    difference = (found.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+    scale = expected.double().abs().max().item() if expected.numel() else 0.0
+    error = difference / scale if scale else difference
+    return error if error == error else float("inf")
+
+
+def summary(plan: Plan) -> str:
+    """The plan in one line: "pp 2 x dp 1x2 (zero 3) x tp 2, 4 micro-batches of 1, 1f1b, recompute full"."""
+    stage = plan.stages[0]
+    mesh = stage.mesh
+    sequence = " with sequence parallelism" if plan.sequence_parallel else ""
+    return (
+        f"pp {plan.num_stages} x dp {mesh.dp_replicate}x{mesh.dp_shard} (zero {stage.zero}) x tp {mesh.tp}{sequence}, "
+        f"{plan.num_micro_batches} micro-batches of {plan.micro_batch}, {plan.schedule}, recompute {stage.recompute}"
+    )
+
+
+def compare(
+    factory: ModelFactory, plan: Plan, *, dtype: str | None = None, steps: int = 1, seed: int = 0,
+    pool: LocalPool | None = None, timeout_s: float = 600.0,
+) -> ParityReport:
+    """Run a plan on local processes and in one process with the same weights and batches.
+
+    `factory` is importable and returns (model, example batch of any number of rows, loss function or None), all real;
+    its random weights follow `seed`. Both sides run plain SGD steps between gradients, so that errors don't hide
+    behind an optimizer's normalization.
+    """
+    chosen = plan.dtype if dtype is None else dtype
+    if pool is None:
+        with LocalPool(plan.num_devices) as own:
+            results = own.run(distributed_numbers, factory, plan, chosen, steps, seed, timeout_s=timeout_s)
+    else:
+        results = pool.run(
+            distributed_numbers, factory, plan, chosen, steps, seed, num_ranks=plan.num_devices, timeout_s=timeout_s
+        )
+    expected = reference_numbers(factory, plan, chosen, steps, seed)
+    return report(plan, chosen, results, expected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """Losses and gradients of some steps."""
+
+    losses: tuple[float, ...]
+    gradients: tuple[dict[str, Tensor], ...]
+    notes: tuple[str, ...] = ()
+
+
+def report(plan: Plan, dtype: str, results: list[Numbers], expected: Numbers) -> ParityReport:
+    """What the ranks found, held against one process."""
+    first = results[0]
+    worst: dict[str, float] = {}
+    for found, right in zip(first.gradients, expected.gradients, strict=True):
+        for name in sorted({*found, *right}):
+            missing = name not in found or name not in right
+            error = float("inf") if missing else relative_error(found[name], right[name])
+            worst[name] = max(worst.get(name, 0.0), error)
+    loss_error = max(
+        relative_error(torch.tensor(loss, dtype=torch.float64), torch.tensor(right, dtype=torch.float64))
+        for numbers in results for loss, right in zip(numbers.losses, expected.losses, strict=True)
+    )
+    return ParityReport(
+        plan_summary=summary(plan), dtype=dtype, losses=first.losses, expected_losses=expected.losses,
+        loss_error=loss_error, gradient_errors=tuple(worst.items()), tolerance=TOLERANCE[dtype], notes=first.notes,
+    )
+
+
+def _make(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapping[str, Tensor], Any]:
+    torch.manual_seed(seed)
+    model, batch, loss_fn = factory()
+    for param in model.parameters():
+        param.data = param.data.to(getattr(torch, dtype))
+    return model, batch, loss_fn
+
+
+class _Widened(TorchFunctionMode):
+    """Whatever a model casts to float32 becomes float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+
+        def widen(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        return func(*(widen(arg) for arg in args), **{key: widen(value) for key, value in (kwargs or {}).items()})
+
+
+def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """The context to run a model in so that float64 means float64 throughout.
+
+    Models cast norms and logits to float32 by themselves, which would drown a float64 comparison in rounding.
+    """
+    return _Widened() if dtype == "float64" else contextlib.nullcontext()
+
+
+def capture_for(factory: ModelFactory, dtype: str, *, rows: int | None = None, seed: int = 0) -> Captured:
+    """The factory's model captured in a dtype: with tagged rows, as for planning, or with `rows` rows."""
+    model, example, loss_fn = _make(factory, dtype, seed)
+    return _capture(model, example, loss_fn, dtype, rows)
+
+
+def _capture(model: nn.Module, example: Mapping[str, Tensor], loss_fn: Any, dtype: str, rows: int | None) -> Captured:
+    with precision(dtype):
+        batch = dict(example) if rows is None else make_batch(example, rows, 0)
+        return capture(model, batch, loss_fn=loss_fn, tag_rows=rows is None)
+
+
+def make_batch(example: Mapping[str, Tensor], rows: int, step: int) -> dict[str, Tensor]:
+    """A global batch of `rows` rows made of the example's rows, other ones at each step."""
+    size = max(tensor.shape[0] for tensor in example.values() if tensor.dim())
+    index = (torch.arange(rows) + step) % size
+    return {
+        name: tensor[index] if tensor.dim() and tensor.shape[0] == size else tensor for name, tensor in example.items()
+    }
+
+
+def distributed_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int) -> Numbers:
+    """This rank's view of the plan's numbers: gradients on rank 0 alone. Runs under a process group."""
+    model, example, loss_fn = _make(factory, dtype, seed)
+    captured = _capture(model, example, loss_fn, dtype, plan.micro_batch)
+    trainer = Trainer(model, plan, captured, lambda params: torch.optim.SGD(params, lr=0.1))
+    losses, gradients = [], []
+    for step in range(steps):
+        losses.append(trainer.forward_backward(make_batch(example, plan.global_batch, step)).item())
+        gradients.append(trainer.full_gradients())
+        trainer.optimizer.step()
+    trainer.close()
+    return Numbers(losses=tuple(losses), gradients=tuple(gradients), notes=trainer.notes)
+
+
+def reference_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int) -> Numbers:
+    """One process's losses and gradients for the same global batches."""
+    model, example, loss_fn = _make(factory, dtype, seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, gradients = [], []
+    for step in range(steps):
+        batch = make_batch(example, plan.global_batch, step)
+        with precision(dtype):
+            output = model(**batch)
+            loss = loss_fn(output, batch) if loss_fn is not None else getattr(output, "loss", output)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None})
+        optimizer.step()
+    return Numbers(losses=tuple(losses), gradients=tuple(gradients))

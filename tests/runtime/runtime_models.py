@@ -1,0 +1,49 @@
+"""Tiny real models for the parity tests: (model, example batch, loss function), weights from torch's seed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS, LENGTH, VOCABULARY = 8, 16, 64
+
+
+def causal_batch() -> dict[str, Tensor]:
+    """Ids and labels; rows ignore very different numbers of targets."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    labels = ids.clone()
+    for row in range(ROWS):
+        labels[row, : (5 * row) % 13] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def gpt2() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """GPT-2: fused QKV, biases, tied embeddings."""
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=32, n_head=4, vocab_size=VOCABULARY, n_positions=LENGTH, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config), causal_batch(), None
+
+
+def llama(tied: bool = True) -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Llama with grouped-query attention."""
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config), causal_batch(), None
+
+
+def llama_untied() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    return llama(tied=False)
