@@ -157,9 +157,10 @@ def _groups(
                 parameters=sum(cost.static.parameters for cost in own),
                 gradients=sum(cost.static.gradients for cost in own),
                 optimizer=sum(cost.static.optimizer for cost in own),
-                # Activations are gone when the optimizer step's temporaries come.
-                activations=max(activations[r], sum(cost.optimizer_step_bytes for cost in own)),
-                buffers=sum(cost.static.buffers for cost in own),
+                activations=activations[r],
+                # The optimizer step's temporaries come when activations are gone: what exceeds those counts.
+                buffers=sum(cost.static.buffers for cost in own)
+                + max(0.0, sum(cost.optimizer_step_bytes for cost in own) - activations[r]),
             ),
             start_s=run.starts[r][0] - starts[r] if run.starts[r] else 0.0, end_s=ends[r], busy_s=run.busy_s[r],
         ))

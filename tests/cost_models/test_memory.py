@@ -1,0 +1,56 @@
+"""Bytes a parameter under ZeRO, mixed precision and each optimizer."""
+
+from __future__ import annotations
+
+import pytest
+
+from autopar.cost_models.memory import check_optimizer, optimizer_step_bytes, static_bytes
+from autopar.errors import InputError
+
+N = 1000.0
+
+
+def per_parameter(zero: int, shards: int, dtype: str = "bfloat16", optimizer: str = "adamw") -> tuple[float, ...]:
+    held = static_bytes(
+        N, zero=zero, num_shards=shards, dtype=dtype, param_dtype="float32", optimizer=optimizer, unit_numel=0,
+        root_numel=0,
+    )
+    return held.parameters / N, held.gradients / N, held.optimizer / N
+
+
+@pytest.mark.parametrize(
+    ("zero", "shards", "expected"),
+    [
+        (0, 1, (6, 4, 8)),  # master 4 and compute copy 2, gradient 4, two moments
+        (1, 8, (2 + 4 / 8, 4, 1)),
+        (2, 8, (2 + 4 / 8, 4 / 8, 1)),
+        (3, 8, (4 / 8, 4 / 8, 1)),
+        (3, 1, (4, 4, 8)),
+    ],
+)
+def test_adamw_in_bfloat16(zero: int, shards: int, expected: tuple[float, ...]) -> None:
+    assert per_parameter(zero, shards) == expected
+
+
+def test_float32_keeps_a_compute_copy_too() -> None:
+    assert per_parameter(0, 1, "float32") == (8, 4, 8)
+
+
+def test_units_in_flight() -> None:
+    held = static_bytes(
+        N, zero=3, num_shards=4, dtype="bfloat16", param_dtype="float32", optimizer="sgd", unit_numel=100,
+        root_numel=200,
+    )
+    assert held.parameters == 4 * N / 4 + 2 * 200  # the root stays gathered
+    # The unit in use, the next and its copy; a unit's gradients twice, and the root's.
+    assert held.buffers == 2 * 3 * 100 + (2 + 4) * 100 + 2 * 200
+    assert held.optimizer == 0
+
+
+def test_optimizers() -> None:
+    assert per_parameter(0, 1, optimizer="sgd_momentum")[2] == 4
+    assert optimizer_step_bytes(N, zero=1, num_shards=4, optimizer="adamw") == 28 * N / 4
+    assert optimizer_step_bytes(N, zero=0, num_shards=4, optimizer="sgd") == 12 * N
+    assert check_optimizer("AdamW") == "adamw"
+    with pytest.raises(InputError, match="did you mean adam or adamw"):
+        check_optimizer("adamv")
