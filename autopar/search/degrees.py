@@ -57,7 +57,7 @@ def plan_from_degrees(
     schedule = d.schedule or (Schedule.INTERLEAVED if d.virtual_stages > 1 else Schedule.ONE_F_ONE_B)
     if d.virtual_stages > 1 and schedule is not Schedule.INTERLEAVED:
         raise InputError(f"virtual stages need the interleaved schedule, not {schedule}; leave --schedule out")
-    chooser = chooser or ShardingChooser(graph, cluster, d.dtype)
+    chooser = chooser or ShardingChooser(graph, cluster, d.dtype, rows=d.micro_batch)
     sequence_parallel = d.sequence_parallel and d.tp > 1
     choice = chooser.choose(d.tp, sequence_parallel=sequence_parallel)
     if choice is None:

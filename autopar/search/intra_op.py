@@ -15,11 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost_models.compute import OpTime
+from autopar.cost_models.collectives import collective_time_s
+from autopar.cost_models.compute import OpTime, memory_bandwidth
+from autopar.cost_models.memory import GRADIENT_BYTES, optimizer_step_bytes
 from autopar.graph.model_graph import BlockClass, TensorInfo
 from autopar.search.elimination import Factor, FactorGraph, Table
 from autopar.search.mathopt import minimize
-from autopar.sharding.reshard import divides
+from autopar.sharding.reshard import Collective, divides
 from autopar.sharding.state import RP, Kind, R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.class_costs import ClassCosts
@@ -27,7 +29,7 @@ from autopar.simulate.class_costs import ClassCosts
 JOINT_TABLE = 20_000  # entries; above, a tensor's conversions get variables of their own
 # Among equally fast choices the one that stores fewer parameter bytes a device, and then the plainer states, wins.
 # Both weights are far below any modelled time (a kernel launch is 1e-6 s) and above float64 rounding of a block's time.
-_TIE_S_PER_BYTE = 1e-20
+_TIE_S_PER_ELEMENT = 1e-19
 _TIE_S = 1e-15
 
 
@@ -50,13 +52,17 @@ def boundary_state(info: TensorInfo, boundary: State) -> State:
 
 
 def shard_class(
-    cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts
+    cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts, *,
+    parameter_weight: float = 1.0,
 ) -> ClassSharding | None:
     """The fastest sharding of the class with hidden states crossing its borders in state `boundary`.
 
+    A micro-batch's time counts once, and what each parameter costs a rank once a step counts `parameter_weight` times:
+    the optimizer's work on what the rank stores, and the sum of a partial gradient. At 1, splitting the weights pays as
+    in a step of one micro-batch; at 0, weights are stored whole wherever that is a little faster.
     None where no choice of strategies allows that boundary (a sequence that does not divide, say).
     """
-    problem = Problem(cls, strategies, boundary, costs)
+    problem = Problem(cls, strategies, boundary, costs, parameter_weight=parameter_weight)
     if problem.impossible:
         return None
     found = minimize(problem.graph)
@@ -67,9 +73,10 @@ class Problem:
     """The factor graph of one class, and the way back from its values to a ClassSharding."""
 
     def __init__(
-        self, cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts
+        self, cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts, *,
+        parameter_weight: float = 1.0,
     ) -> None:
-        self.cls, self.boundary, self.costs = cls, boundary, costs
+        self.cls, self.boundary, self.costs, self.parameter_weight = cls, boundary, costs, parameter_weight
         self.strategies = [tuple(strategies[op.name]) for op in cls.ops]
         self.sizes: list[int] = [len(options) for options in self.strategies]
         self.factors: list[Factor] = []
@@ -82,6 +89,7 @@ class Problem:
             self._param_variable[name] = len(self.sizes)
             self.sizes.append(len(self._param_states[name]))
         crossing = [cls.tensor[name] for name in (*cls.inputs, *cls.outputs)]
+        self._hidden_shapes = {info.shape for info in crossing if is_hidden(info)}
         size = costs.tp
         self.impossible |= any(not divides(info.shape, boundary_state(info, boundary), size) for info in crossing)
         if not self.impossible:
@@ -127,13 +135,21 @@ class Problem:
             table = np.array([_sum(self.costs.op_time(op, s)) + _tie_break(s) for s in options], dtype=np.float64)
             self.factors.append(Factor((index,), table))
         for name, variable in self._param_variable.items():
-            info, states = self.cls.tensor[name], self._param_states[name]
-            rows = [
-                info.size_bytes / (self.costs.tp if state.kind is Kind.SHARDED else 1) * _TIE_S_PER_BYTE
-                + (_TIE_S if state == RP else 0.0)
-                for state in states
-            ]
-            self.factors.append(Factor((variable,), np.array(rows, dtype=np.float64)))
+            prices = [self.parameter_s(name, state) for state in self._param_states[name]]
+            self.factors.append(Factor((variable,), np.array(prices, dtype=np.float64)))
+
+    def parameter_s(self, name: str, state: State) -> float:
+        """What storing a parameter in a state is charged with."""
+        info, costs = self.cls.tensor[name], self.costs
+        stored = info.numel / (costs.tp if state.kind is Kind.SHARDED else 1)
+        tie = stored * _TIE_S_PER_ELEMENT + (_TIE_S if state == RP else 0.0)
+        if not info.requires_grad:
+            return tie
+        moved = optimizer_step_bytes(stored, zero=0, num_shards=1, optimizer="adamw")
+        time_s = moved / memory_bandwidth(costs.device)
+        if state == RP:
+            time_s += collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * info.numel, costs.tp_group)
+        return tie + self.parameter_weight * time_s
 
     def _tensor_costs(self, info: TensorInfo) -> None:
         """The conversions of one tensor, as one table or, where that is large, as pairs with 0/1 variables."""
@@ -202,8 +218,12 @@ class Problem:
         size = self.costs.tp
         if not divides(info.shape, src, size) or not divides(info.shape, dst, size):
             return math.inf
+        if dst.kind is Kind.SHARDED and self.boundary == R and info.shape in self._hidden_shapes:
+            return math.inf  # without sequence parallelism the stream of hidden states stays whole inside a block too
         found = self.costs.conversion_time(info.name, src, dst)
-        return math.inf if found is None else _TIE_S + _sum(found)
+        if found is None or (info.name in self._param_variable and _sum(found) > 0):
+            return math.inf  # weights are used where they are stored; gathering them is the data axes' affair
+        return _TIE_S + _sum(found)
 
 
 def _joint(

@@ -22,15 +22,17 @@ class Choice:
 
 
 class ShardingChooser:
-    """Chooses with the exact intra-op search, for the slowest device of the cluster and one row a micro-batch.
+    """Chooses with the exact intra-op search, for the slowest device of the cluster and `rows` rows a micro-batch.
 
     Shardings are weighed without recomputation; a block's cost under them is then taken at the true rows.
     """
 
-    def __init__(self, graph: ModelGraph, cluster: Cluster, dtype: str) -> None:
+    def __init__(self, graph: ModelGraph, cluster: Cluster, dtype: str, *, rows: float = 1) -> None:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
-        self._kept: dict[tuple[int, bool], Choice | None] = {}
+        self._rows = rows if graph.rows_are_tagged else graph.rows
+        self._kept: dict[tuple[int, bool, bool], Choice | None] = {}
         self._strategies: dict[tuple[str, int], ClassStrategies] = {}
+        self._costs: dict[tuple[str, int], ClassCosts] = {}
         self.classes: tuple[BlockClass, ...] = tuple(
             graph.block_class[name] for name in dict.fromkeys(block.cls for block in graph.blocks)
         )
@@ -40,26 +42,25 @@ class ShardingChooser:
         """Whether anything passes between blocks that sequence parallelism could split."""
         return any(is_hidden(cls.tensor[name]) for cls in self.classes for name in cls.outputs)
 
-    def choose(self, tp: int, *, sequence_parallel: bool) -> Choice | None:
-        """The shardings under an axis of `tp` ranks; None where a block allows no such boundary."""
-        key = (tp, sequence_parallel)
+    def choose(self, tp: int, *, sequence_parallel: bool, split_weights: bool = True) -> Choice | None:
+        """The shardings under an axis of `tp` ranks; None where a block allows no such boundary.
+
+        `split_weights`: what a rank stores is charged as in a step of one micro-batch; else it is free.
+        """
+        key = (tp, sequence_parallel, split_weights)
         if key not in self._kept:
-            self._kept[key] = self._choose(tp, sequence_parallel) if tp > 1 else Choice(shardings=(), notes=())
+            self._kept[key] = self._choose(*key) if tp > 1 else Choice(shardings=(), notes=())
         return self._kept[key]
 
-    def _choose(self, tp: int, sequence_parallel: bool) -> Choice | None:
-        device, group = slowest_device(self._cluster), tp_group(self._cluster, tp)
-        rows = 1 if self._graph.rows_are_tagged else self._graph.rows
-        shardings, unruled, whole = [], set(), []
+    def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool) -> Choice | None:
+        shardings: list[ClassSharding] = []
+        unruled: set[str] = set()
+        whole: list[str] = []
         for cls in self.classes:
-            key = (cls.name, tp)
-            if key not in self._strategies:
-                self._strategies[key] = class_strategies(cls, tp)
-            strategies = self._strategies[key]
-            costs = ClassCosts(
-                self._graph, cls, tp=tp, rows=rows, device=device, tp_group=group, dtype=self._dtype
+            strategies, costs = self._of_class(cls, tp)
+            found = shard_class(
+                cls, strategies, shard(1) if sequence_parallel else R, costs, parameter_weight=float(split_weights)
             )
-            found = shard_class(cls, strategies, shard(1) if sequence_parallel else R, costs)
             if found is None:
                 return None
             shardings.append(found)
@@ -70,8 +71,18 @@ class ShardingChooser:
         if unruled:
             notes.append(f"ops without a sharding rule run whole on every tensor rank: {', '.join(sorted(unruled))}")
         if whole:
-            notes.append(f"tp {tp} splits no parameter of {', '.join(whole)}: its tensor ranks repeat that work")
+            notes.append(f"tp {tp} splits no parameter of {', '.join(whole)}: each tensor rank stores all of them")
         return Choice(shardings=tuple(shardings), notes=tuple(notes))
+
+    def _of_class(self, cls: BlockClass, tp: int) -> tuple[ClassStrategies, ClassCosts]:
+        key = (cls.name, tp)
+        if key not in self._strategies:
+            self._strategies[key] = class_strategies(cls, tp)
+            self._costs[key] = ClassCosts(
+                self._graph, cls, tp=tp, rows=self._rows, device=slowest_device(self._cluster),
+                tp_group=tp_group(self._cluster, tp), dtype=self._dtype,
+            )
+        return self._strategies[key], self._costs[key]
 
 
 def slowest_device(cluster: Cluster) -> DeviceType:
