@@ -1,6 +1,6 @@
 """Seconds that a collective takes, from the shape of its group: alpha-beta, hierarchical over nodes.
 
-time = launch + hops * latency + bytes / rate * ramp(message).
+time = launch + hops * latency + t + sqrt(t * ramp), with t = bytes / rate.
 
 *Bytes* are those of the bandwidth-optimal algorithms (rings and pairwise exchange; Thakur et al. 2005), counted for the
 busiest device inside a node and for the busiest node on the network; the two levels work at the same time, so that the
@@ -17,19 +17,28 @@ from autopar.cluster.cluster import GroupShape, Link
 from autopar.sharding.reshard import Collective
 
 # Share of a link's peak that a large collective reaches. NVLink: ring all-gather 361 of 450 GB/s on H200, all-reduce
-# 235 of 300 on A100, 682 of 900 on B200 (stas00/ml-engineering, network/README.md). Network: 0.84-0.86 of the node's
-# rate on 8 H100 nodes of InfiniBand and 2 nodes of EFA. Infinity Fabric: 312 of 448 GB/s on MI300X; PCIe assumed the
-# same (range 0.4-0.8).
-LINK_EFFICIENCY = {"NVLink": 0.80, "xGMI": 0.70, "PCIe": 0.70}
+# 235 of 300 on A100, 682 of 900 on B200 (stas00/ml-engineering, network/README.md), 133-140 of 150 on V100 (vTrain).
+# Network: 0.84-0.86 of the node's rate on 8 H100 nodes of InfiniBand and 2 nodes of EFA. Infinity Fabric: 312 of 448
+# GB/s on MI300X; PCIe assumed the same (range 0.4-0.8).
+LINK_EFFICIENCY = {"NVLink2": 0.95, "NVLink": 0.80, "xGMI": 0.70, "PCIe": 0.70}
 NETWORK_EFFICIENCY = 0.85
-# NVLink switches that add (NVLS: 4 with more than 4 devices, 5 likewise): 473-480 where a ring reaches 366.
-NVLS_SPEEDUP = 1.28
+# NVLink switches that add (NVLS: 4 with more than 4 devices, 5 likewise): 473-480 on H200 where a ring reaches 366,
+# 838 on B200 for 682.
+NVLS_SPEEDUP = 1.30
 # Launch of a collective's kernel and its synchronization, beside its hops: 13 us for 8 bytes among 8 H100, of which
 # 6 tree hops of 1.9 us; assumed for other devices (range 2-10 us).
 LAUNCH_S = 4e-6
-# Pipelining needs large messages: time is multiplied by 1 + sqrt(RAMP_BYTES / size). 8 MiB follows all-reduce on 8 H100
-# and 8 A100 from 1 MiB to 16 GiB within about 10%.
-RAMP_BYTES = 8 * 2**20
+# Between nodes a proxy thread on the CPU drives the NIC: 70 us for 8 bytes on 2 nodes of H100 over EFA, 161 us on EFA's
+# first version, of which hops explain 19 us; InfiniBand is faster (assumed 15 us, range 5-100 us).
+NETWORK_LAUNCH_S = 15e-6
+# A transfer of t seconds at full rate takes t + sqrt(t * ramp): its pipeline has to fill, more deeply for a longer
+# message. 30 us inside a node follows all-reduce on A100, V100 and H100 from 16 MiB up within 10% on the mean (smaller
+# messages are up to a third slower than modelled on A100); 100 us between nodes lies between EFA and InfiniBand.
+RAMP_S = 30e-6
+NETWORK_RAMP_S = 100e-6
+# Links without a switch. Infinity Fabric: a device has one of its 7 links to each other device. NVLink2: the hybrid
+# cube mesh of a DGX-1V, by devices in the group (vTrain's all-reduce curves: 22 GB/s on 2, 85 on 4, 133 on 8).
+CUBE_MESH_SHARE = {2: 0.16, 3: 0.32, 4: 0.60, 5: 0.26, 6: 0.32, 7: 0.60}
 # One NIC is at most 400 Gb/s, and one device's share of a collective passes through one NIC.
 NIC_BYTES_PER_S = 50e9
 
@@ -47,6 +56,17 @@ def link_efficiency(link: Link) -> float:
         if link.name.startswith(prefix):
             return value
     return 1.0
+
+
+def link_rate(group: GroupShape) -> float:
+    """Bytes a second that one device of the group moves to and from the others on its node."""
+    link, members = group.link, group.per_node
+    rate = link.bandwidth_bytes_per_s * link_efficiency(link)
+    if link.name.startswith("xGMI"):
+        rate *= min(1.0, max(1, members - 1) / 7)
+    elif link.name.startswith("NVLink2"):
+        rate *= CUBE_MESH_SHARE.get(members, 1.0)
+    return rate
 
 
 def network_rate(group: GroupShape, groups_per_node: int = 1) -> float:
@@ -77,33 +97,34 @@ def collective_time_s(
     else:
         device_bytes = rounds * size_bytes * ((n - 1) / n if inner > 1 else 0.0)
         node_bytes = rounds * size_bytes * (nodes - 1) / nodes
-    rate = group.link.bandwidth_bytes_per_s * link_efficiency(group.link)
+    rate = link_rate(group)
     if kind is Collective.ALL_REDUCE and inner > 4 and group.link.name.startswith(("NVLink4", "NVLink5")):
         rate *= NVLS_SPEEDUP
     inner_s = device_bytes / rate
     network_s = node_bytes / network_rate(group, groups_per_node) if nodes > 1 else 0.0
-    message = size_bytes / n if kind is Collective.ALL_TO_ALL else size_bytes
-    return latency_s(kind, group) + max(inner_s, network_s) * _ramp(group, message)
+    full_s = max(inner_s, network_s)
+    return latency_s(kind, group) + full_s + math.sqrt(full_s * _ramp_s(group))
 
 
-def _ramp(group: GroupShape, message_bytes: float) -> float:
-    """The factor that small messages cost; links whose rate was measured have it in their latency."""
-    if link_efficiency(group.link) == 1.0 and group.num_nodes == 1:
-        return 1.0
-    return 1.0 + math.sqrt(RAMP_BYTES / message_bytes)
+def _ramp_s(group: GroupShape) -> float:
+    """What filling the pipeline takes; links whose rate was measured have it in their latency."""
+    if is_measured(group.link if group.num_nodes == 1 else group.network):
+        return 0.0
+    return RAMP_S if group.num_nodes == 1 else NETWORK_RAMP_S
 
 
 def latency_s(kind: Collective, group: GroupShape) -> float:
     """Seconds that an empty collective takes: hops inside and between nodes."""
     n, nodes = group.size, group.num_nodes
+    launch = LAUNCH_S + (NETWORK_LAUNCH_S if nodes > 1 and not is_measured(group.network) else 0.0)
     ring = (n - nodes) * group.link.latency_s + (nodes - 1) * group.network.latency_s
     if nodes > 1:
         ring += group.network.latency_s  # the ring's way back to the first node
     if kind is Collective.ALL_REDUCE:
         depth = math.ceil(math.log2(group.per_node)) if group.per_node > 1 else 0
         tree = depth * group.link.latency_s + math.ceil(math.log2(nodes)) * group.network.latency_s
-        return LAUNCH_S + 2 * min(ring, tree)
-    return LAUNCH_S + ring
+        return launch + 2 * min(ring, tree)
+    return launch + ring
 
 
 def send_recv_time_s(size_bytes: float, group: GroupShape, *, flows_per_node: int = 1) -> float:
@@ -111,8 +132,7 @@ def send_recv_time_s(size_bytes: float, group: GroupShape, *, flows_per_node: in
     if size_bytes <= 0:
         return 0.0
     if group.num_nodes == 1:
-        rate = group.link.bandwidth_bytes_per_s * link_efficiency(group.link)
-        return group.link.latency_s + size_bytes / rate
+        return group.link.latency_s + size_bytes / link_rate(group)
     share = group.network.bandwidth_bytes_per_s / max(1, flows_per_node)
     rate = min(share, NIC_BYTES_PER_S) * (1.0 if is_measured(group.network) else NETWORK_EFFICIENCY)
     return group.network.latency_s + size_bytes / rate

@@ -12,7 +12,8 @@ from autopar.cluster.cluster import GroupShape, Link
 from autopar.cost_models.collectives import (
     LAUNCH_S,
     NETWORK_EFFICIENCY,
-    RAMP_BYTES,
+    NETWORK_LAUNCH_S,
+    NETWORK_RAMP_S,
     collective_time_s,
     send_recv_time_s,
 )
@@ -46,15 +47,15 @@ def test_ring_inside_a_node() -> None:
 
 
 def test_two_nodes_are_bound_by_the_network() -> None:
-    ramp = 1 + math.sqrt(RAMP_BYTES / GIB)
-    expected = LAUNCH_S + 6 * 1e-6 + 2 * 5e-6 + GIB / 2 / (50e9 * NETWORK_EFFICIENCY) * ramp
+    full = GIB / 2 / (50e9 * NETWORK_EFFICIENCY)
+    expected = LAUNCH_S + NETWORK_LAUNCH_S + 6 * 1e-6 + 2 * 5e-6 + full + math.sqrt(full * NETWORK_RAMP_S)
     assert collective_time_s(Collective.ALL_GATHER, GIB, group(8, 2)) == pytest.approx(expected)
 
 
 def test_groups_on_a_node_share_its_network() -> None:
     shape = group(2, 2, 1)
     alone = collective_time_s(Collective.ALL_GATHER, GIB, shape)
-    assert collective_time_s(Collective.ALL_GATHER, GIB, shape, groups_per_node=8) == pytest.approx(8 * alone, rel=1e-3)
+    assert collective_time_s(Collective.ALL_GATHER, GIB, shape, groups_per_node=8) == pytest.approx(8 * alone, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", list(Collective))
