@@ -301,6 +301,11 @@ class _Lifter:
         if leaf is not None:
             raise CaptureError(f"{self._place(node)}: {target} writes into the {leaf.kind} {leaf.name!r}; "
                                "write into a copy (clone) of it")
+        if target._schema.name == "aten::copy_":
+            value = self._copied(node, written, args[1])
+            self._replace(node, written, value)
+            self.env[node] = value
+            return
         twin = _functional(target)
         if twin is None:
             raise CaptureError(f"{self._place(node)}: the in-place {target} has no functional twin; rewrite the line")
@@ -311,6 +316,15 @@ class _Lifter:
                 raise CaptureError(f"{self._place(node)}: the in-place {target} changes its target's shape")
         self._replace(node, written, value)
         self.env[node] = value
+
+    def _copied(self, node: fx.Node, written: _Value, source: _Value) -> _Value:
+        """What `written` holds after `written.copy_(source)` (aten.copy itself has no derivative)."""
+        value: _Value = source
+        if value.fake.dtype != written.fake.dtype:
+            value = self._emit(node, torch.ops.aten.to.dtype, (value, written.fake.dtype), {})
+        if value.fake.shape != written.fake.shape:
+            value = self._emit(node, torch.ops.aten.expand.default, (value, list(written.fake.shape)), {})
+        return self._emit(node, torch.ops.aten.clone.default, (value,), {}) if value is source else value
 
     def _replace(self, node: fx.Node, written: _Value, value: _Value) -> None:
         """Lets every later reader of `written` see `value`, and every slice's base the written slice."""

@@ -197,7 +197,7 @@ def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:
     function = getattr(module, factory, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        near = difflib.get_close_matches(factory, names, n=3)
+        near = difflib.get_close_matches(factory, names, n=3, cutoff=0.4)
         raise InputError(f"{path} has no function {factory!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     return ModelSource(name=factory, build=partial(_build_factory, path, factory, function, dtype))
 

@@ -1,0 +1,162 @@
+"""What cannot be captured is named: the module, the line, what to do; one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autopar.errors import CaptureError, InputError
+from autopar.graph.capture import capture
+from autopar.graph.source import capture_source, load_source, preset_names
+
+
+class Branching(nn.Module):
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        if self.index == 2 and x.sum() > 0:  # BRANCH
+            x = x + 1
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Branching(index) for index in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean()
+
+
+def message_of(function, *args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_branch_on_a_value_inside_a_block() -> None:
+    line = next(number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# BRANCH" in text)
+    text = message_of(capture, Model(), (torch.randn(3, 8),))
+    assert text.startswith(f"layers.2 (test_capture_errors.py:{line}): the code branches on a tensor's value")
+
+
+def test_shape_that_depends_on_a_value() -> None:
+    class Picking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            return y[y > 0].mean()
+
+    text = message_of(capture, Picking(), (torch.randn(3, 8),))
+    assert text.startswith("Picking (test_capture_errors.py:")
+
+
+def test_item() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            return y.mean() * y.max().item()
+
+    assert "tensor's value" in message_of(capture, Reading(), (torch.randn(3, 8),))
+
+
+def test_no_loss() -> None:
+    text = message_of(capture, nn.Linear(8, 8), (torch.randn(3, 8),))
+    assert "no scalar loss" in text
+
+
+def test_users_own_error_is_shown_with_its_place() -> None:
+    text = message_of(capture, Model(), (torch.randn(3, 9),))
+    assert "layers.0" in text
+    assert "test_capture_errors.py:" in text
+
+
+def test_unsafe_in_place_write() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            z = y.view(-1)
+            y.add_(1)
+            return z.sum() + y.sum()
+
+    assert "in-place write" in message_of(capture, Overwriting(), (torch.randn(3, 8),))
+
+
+def test_write_into_the_batch() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.mul_(2)
+            return self.linear(x).sum()
+
+    assert "writes into the input" in message_of(capture, Overwriting(), (torch.randn(3, 8),))
+
+
+@pytest.mark.parametrize("batch", [(), {}, [torch.zeros(())], {"x": object()}, "x"])
+def test_bad_batches(batch) -> None:
+    message_of(capture, Model(), batch)
+
+
+def test_unknown_model_gets_near_names() -> None:
+    assert "llama-3.1-8b" in message_of(load_source, "lama-3.1-8b")
+    assert "presets:" in message_of(load_source, "zzzzzzzzz")
+
+
+def test_missing_files_and_functions(tmp_path: Path) -> None:
+    assert "no file" in message_of(load_source, str(tmp_path / "no.py:make"))
+    path = tmp_path / "model.py"
+    path.write_text("def make_model():\n    return 3\n")
+    assert "make_model" in message_of(load_source, f"{path}:make")
+    assert "must return" in message_of(load_source(f"{path}:make_model").build)
+    assert "name the factory" in message_of(load_source, str(path))
+    path.write_text("def make_model(:\n")
+    assert "SyntaxError" in message_of(load_source, f"{path}:make_model")
+    path.write_text("def make_model():\n    return {}['x']\n")
+    assert "KeyError" in message_of(load_source(f"{path}:make_model").build)
+
+
+def test_bad_configs(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{")
+    assert "not a readable JSON" in message_of(load_source, str(tmp_path))
+    path.write_text("{}")
+    assert "model_type" in message_of(load_source, str(path))
+    path.write_text('{"model_type": "no_such_model"}')
+    assert "does not know" in message_of(load_source(str(path)).build)
+
+
+def test_bad_options() -> None:
+    assert "positions" in message_of(capture_source, load_source("gpt2", seq_len=4096))
+    assert "float3" in message_of(load_source, "gpt2", dtype="float3")
+    assert "attention" in message_of(load_source, "gpt2", attention="flash")
+    message_of(load_source, "gpt2", seq_len=0)
+
+
+def test_capture_errors_are_input_errors() -> None:
+    assert issubclass(CaptureError, InputError)
+    assert "llama-3.1-405b" in preset_names()

@@ -1,0 +1,72 @@
+"""Presets, config files and factories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autopar.graph.fake import new_fake_mode
+from autopar.graph.source import capture_source, load_source, preset_names
+
+PARAMS = {  # millions of parameters, from the models' cards and papers
+    "gpt2": 124, "gpt2-medium": 355, "gpt2-large": 774, "gpt2-xl": 1558, "gpt3-175b": 174_604, "llama-3.1-8b": 8030,
+    "llama-3.1-70b": 70_554, "llama-3.1-405b": 405_853, "mixtral-8x7b": 46_703, "bert-large": 335, "vit-l": 304,
+}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+def test_presets_have_their_published_sizes(name: str) -> None:
+    assert set(PARAMS) == set(preset_names())
+    with new_fake_mode():
+        module, batch, loss_fn = load_source(name, seq_len=None if name in ("vit-l",) else 64).build()
+    assert loss_fn is None
+    assert sum(param.numel() for param in module.parameters()) / 1e6 == pytest.approx(PARAMS[name], abs=1)
+    assert all(value.shape[0] == 2 for value in batch.values())
+
+
+def test_405b_layers_fold() -> None:
+    graph = capture_source(load_source("llama-3.1-405b", seq_len=8192))
+    assert len(graph.blocks) == 128
+    assert len(graph.classes) == 4
+    layer = graph.block_class["LlamaDecoderLayer"]
+    tokens = graph.rows * 8192
+    weights = sum(layer.tensor[name].numel for name in layer.params if len(layer.tensor[name].shape) == 2)
+    attention = 4 * tokens * 8192 * 16384 / 2
+    assert sum(op.flops for op in layer.ops) == pytest.approx(2 * tokens * weights + attention)
+
+
+def test_config_file_and_folder(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64}
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    source = load_source(str(folder))
+    assert source.name == "tiny"
+    graph = capture_source(source)
+    assert graph.inputs[0].shape == (graph.rows, 64)
+    assert capture_source(load_source(str(folder / "config.json"))) == graph
+    module, batch, _ = load_source(str(folder), seq_len=8, dtype="float64").build()
+    assert {param.dtype for param in module.parameters()} == {torch.float64}
+    assert module.training
+    assert module(**batch).loss.item() > 0
+
+
+def test_factory(tmp_path: Path) -> None:
+    (tmp_path / "sizes.py").write_text("WIDTH = 8\n")
+    path = tmp_path / "my_model.py"
+    path.write_text(
+        "import torch\nfrom sizes import WIDTH\nfrom torch import nn\n\n\n"
+        "def make():\n"
+        "    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))\n"
+        "    nn.init.trunc_normal_(model[0].weight)\n"
+        "    return model, (torch.randn(4, WIDTH),), lambda output, batch: output.mean()\n")
+    source = load_source(f"{path}:make")
+    assert len(capture_source(source).blocks) == 3
+    module, batch, loss_fn = source.build()
+    assert isinstance(module, nn.Sequential)
+    assert loss_fn(module(*batch), batch).item() != 0
