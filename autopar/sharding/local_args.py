@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -147,23 +146,17 @@ def _group_norm(local: _Local) -> Op:
 
 _REWRITES: dict[str, Callable[[_Local], Op]] = {
     **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "squeeze", "view_copy",
-         "squeeze_copy"), _reshape,
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze"), _reshape
     ),
     **dict.fromkeys(("view_as", "reshape_as"), _like_other),
-    **dict.fromkeys(("expand", "broadcast_to", "expand_copy"), _expand),
+    **dict.fromkeys(("expand", "broadcast_to"), _expand),
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
-    **dict.fromkeys(("slice", "slice_copy"), _slice),
+    "slice": _slice,
     "narrow": _narrow,
     **dict.fromkeys(
-        ("split", "split_with_sizes", "chunk", "tensor_split", "split_copy", "unsafe_split", "unsafe_chunk"), _split
+        ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split
     ),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     "group_norm": _group_norm,
 }  # fmt: skip
-
-
-def local_numel(shape: Shape, state: State, size: int) -> int:
-    """Elements of one rank's part of a tensor."""
-    return math.prod(local_shape(shape, state, size))

@@ -1,4 +1,4 @@
-"""Calls of every ruled op on small random tensors; sizes are picked so that some divide by 2, some by 3, some by neither."""
+"""Calls of every ruled op on small random tensors; some sizes divide by 2, some by 3, some by neither."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ class Pick:
 
 
 Maker = Callable[[Pick], Sample]
-SAMPLES: list[tuple[str, Maker]] = []
+SAMPLES: list[tuple[str, Maker, int]] = []  # target, maker, how many draws
 
 
-def sample(*targets: str) -> Callable[[Callable[[Pick, str], Sample]], Callable[[Pick, str], Sample]]:
+def sample(*targets: str, draws: int = 12) -> Callable[[Callable[[Pick, str], Sample]], Callable[[Pick, str], Sample]]:
     def register(make: Callable[[Pick, str], Sample]) -> Callable[[Pick, str], Sample]:
         for target in targets:
             name = f"aten.{target}"
-            SAMPLES.append((name, lambda pick, name=name: make(pick, name)))
+            SAMPLES.append((name, lambda pick, name=name: make(pick, name), draws))
         return make
 
     return register
@@ -63,20 +63,26 @@ def sample(*targets: str) -> Callable[[Callable[[Pick, str], Sample]], Callable[
 
 # --- pointwise ---------------------------------------------------------------------------------------------------
 
-_UNARY = """abs acos acosh angle asin asinh atan atanh ceil celu clamp_min-0.1 clamp_max-0.3 cos cosh deg2rad digamma elu
-erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan
+_UNARY = """abs acos acosh angle asin asinh atan atanh ceil celu clamp_min-0.1 clamp_max-0.3 cos cosh deg2rad digamma
+elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan
 leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg positive rad2deg reciprocal
 relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink sqrt square tan tanh trunc
 i0 ones_like zeros_like alias clone contiguous detach relu_ neg_ exp_ tanh_ sigmoid_ silu_ sqrt_ fix absolute negative
-clamp-0.1 clamp_-0.1 threshold-0.2-0.4 threshold_-0.2-0.4 full_like-2.0 leaky_relu_ hardtanh_ elu_ hardswish_ zero_ones"""
+clamp-0.1 clamp_-0.1 clip-0.1 lift_fresh lift_fresh_copy threshold-0.2-0.4 threshold_-0.2-0.4 full_like-2.0
+leaky_relu_ hardtanh_ elu_ hardswish_"""
 
 
-@sample(*(f"{name.split('-')[0]}.default" for name in _UNARY.split() if name not in ("zero_ones",)))
+@sample(*(f"{name.split('-')[0]}.default" for name in _UNARY.split()), draws=3)
 def unary(pick: Pick, target: str) -> Sample:
     packet = target.split(".")[1]
     numbers = next((w.split("-")[1:] for w in _UNARY.split() if w.split("-")[0] == packet), [])
     shape = pick.shape(pick.one_of(1, 2, 3))
     return Sample(target, (pick.positive(*shape) * 0.9, *map(float, numbers)))
+
+
+@sample("polygamma.default")
+def polygamma(pick: Pick, target: str) -> Sample:
+    return Sample(target, (1, pick.positive(*pick.shape(2))))
 
 
 @sample("bitwise_not.default")
@@ -91,7 +97,7 @@ true_divide.Tensor rsub.Tensor max.other min.other subtract.Tensor multiply.Tens
 less.Tensor not_equal.Tensor greater_equal.Tensor less_equal.Tensor isclose.default ldexp.Tensor"""
 
 
-@sample(*_BINARY.split())
+@sample(*_BINARY.split(), draws=5)
 def binary(pick: Pick, target: str) -> Sample:
     shape = pick.shape(3)
     one, two = pick.positive(*pick.broadcast(shape)), pick.positive(*pick.broadcast(shape))
@@ -99,7 +105,7 @@ def binary(pick: Pick, target: str) -> Sample:
     return Sample(target, (one, two), frozen=frozen)
 
 
-@sample("add_.Tensor", "mul_.Tensor", "sub_.Tensor", "div_.Tensor")
+@sample("add_.Tensor", "mul_.Tensor", "sub_.Tensor", "div_.Tensor", draws=5)
 def binary_in_place(pick: Pick, target: str) -> Sample:
     shape = pick.shape(3)
     return Sample(target, (pick.positive(*shape), pick.positive(*pick.broadcast(shape))))
@@ -109,7 +115,7 @@ _SCALAR = """add.Scalar sub.Scalar mul.Scalar div.Scalar eq.Scalar ne.Scalar lt.
 pow.Tensor_Scalar fmod.Scalar remainder.Scalar rsub.Scalar mul.Tensor add.Tensor div.Tensor sub.Tensor"""
 
 
-@sample(*_SCALAR.split())
+@sample(*_SCALAR.split(), draws=3)
 def with_number(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.positive(*pick.shape(2)), 2.0))
 
@@ -131,9 +137,12 @@ def number_first(pick: Pick, target: str) -> Sample:
     return Sample(target, (2.0, pick.x(*pick.shape(2))))
 
 
-@sample("bitwise_and.Tensor", "bitwise_or.Tensor", "bitwise_xor.Tensor", "__and__.Tensor", "__or__.Tensor", "__xor__.Tensor",
-        "bitwise_left_shift.Tensor", "logical_and.default", "logical_or.default", "logical_xor.default", "__lshift__.Tensor",
-        "bitwise_right_shift.Tensor", "__rshift__.Tensor")  # fmt: skip
+_INTEGER = """bitwise_and.Tensor bitwise_or.Tensor bitwise_xor.Tensor __and__.Tensor __or__.Tensor __xor__.Tensor
+bitwise_left_shift.Tensor bitwise_right_shift.Tensor __lshift__.Tensor __rshift__.Tensor logical_and.default
+logical_or.default logical_xor.default"""
+
+
+@sample(*_INTEGER.split(), draws=4)
 def integer_binary(pick: Pick, target: str) -> Sample:
     shape = pick.shape(3)
     return Sample(target, (pick.ids(4, *pick.broadcast(shape)), pick.ids(4, *pick.broadcast(shape))))
@@ -177,6 +186,11 @@ def to_dtype(pick: Pick, target: str) -> Sample:
     return Sample(target, (x, dtype)) if target.startswith("aten.to") else Sample(target, (x,), {"dtype": dtype})
 
 
+@sample("to.device")
+def to_device(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(*pick.shape(2)), torch.device("cpu"), torch.float64))
+
+
 @sample("to.dtype_layout")
 def to_layout(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(*pick.shape(2)),), {"dtype": torch.float64})
@@ -192,6 +206,13 @@ def dropout(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(*pick.shape(3)), 0.3, pick.one_of(True, True, False)))
 
 
+@sample("copy.default", "copy_.default")
+def copy(pick: Pick, target: str) -> Sample:
+    shape = pick.shape(2)
+    frozen = () if "copy_" in target else (0, 1)
+    return Sample(target, (pick.x(*shape), pick.x(*pick.broadcast(shape))), frozen=frozen)
+
+
 @sample("fill.Scalar")
 def fill(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(*pick.shape(2)), 0.5))
@@ -202,7 +223,8 @@ def fill(pick: Pick, target: str) -> Sample:
 _RESHAPES = [
     ((4, 6, 12), (24, 12)), ((24, 12), (4, 6, 12)), ((4, 6, 12), (4, 6, 3, 4)), ((4, 6, 12), (4, 6, -1, 2)),
     ((2, 6, 1, 4), (12, 4)), ((6, 4), (4, 6)), ((12, 6), (8, 9)), ((36,), (6, 6)), ((6, 2, 6), (4, 3, 6)),
-    ((3, 4), (12, 1)), ((1, 6), (6,)), ((6, 6, 6), (36, 6)), ((2, 3, 4, 6), (6, 24)), ((6, 1), (6,)), ((12, 10), (6, 20)),
+    ((3, 4), (12, 1)), ((1, 6), (6,)), ((6, 6, 6), (36, 6)), ((2, 3, 4, 6), (6, 24)), ((6, 1), (6,)),
+    ((12, 10), (6, 20)),
 ]  # fmt: skip
 
 
@@ -210,6 +232,11 @@ _RESHAPES = [
 def reshape(pick: Pick, target: str) -> Sample:
     before, after = pick.one_of(*_RESHAPES)
     return Sample(target, (pick.x(*before), list(after)))
+
+
+@sample("view.dtype")
+def view_dtype(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(*pick.shape(2)), torch.int32))
 
 
 @sample("view_as.default", "reshape_as.default")
@@ -331,7 +358,7 @@ def select(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6, 3), *pick.one_of((0, 1), (1, -1), (2, 0))))
 
 
-@sample("split.Tensor")
+@sample("split.Tensor", "unsafe_split.Tensor")
 def split(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 12, 18), *pick.one_of((6, 1), (6, -1), (4, 2), (12, 1), (2,), (5, 1))))
 
@@ -356,7 +383,7 @@ def unbind(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(3, 6, 4), pick.one_of(0, 1, -1)))
 
 
-@sample("cat.default", "concat.default")
+@sample("cat.default", "concat.default", "concatenate.default")
 def cat(pick: Pick, target: str) -> Sample:
     lengths = pick.one_of((6, 6), (4, 8, 12), (3, 5), (6, 12))
     dim = pick.one_of(0, 1, -1)
@@ -421,7 +448,7 @@ def variance(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6, 3), pick.one_of([1], [0, 2]), True, pick.flag()))
 
 
-@sample("var_mean.correction")
+@sample("var_mean.correction", "std_mean.correction")
 def var_mean(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6, 3), [1]), {"correction": 0, "keepdim": pick.flag()})
 
@@ -435,6 +462,8 @@ def var_mean(pick: Pick, target: str) -> Sample:
     "var.default",
     "std.default",
     "nansum.default",
+    "var_mean.default",
+    "std_mean.default",
 )
 def reduce_all(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6, 3),))
@@ -594,8 +623,8 @@ def scatter_value(pick: Pick, target: str) -> Sample:
 def index(pick: Pick, target: str) -> Sample:
     x = pick.x(4, 6, 12)
     indices = pick.one_of(
-        [pick.ids(4, 6, 1), pick.ids(6, 1, 3)], [None, pick.ids(6, 12)], [pick.ids(4, 2, 6)], [None, None, pick.ids(12, 6, 2)],
-        [pick.ids(4, 6), None, pick.ids(12, 6)],
+        [pick.ids(4, 6, 1), pick.ids(6, 1, 3)], [None, pick.ids(6, 12)], [pick.ids(4, 2, 6)],
+        [None, None, pick.ids(12, 6, 2)], [pick.ids(4, 6), None, pick.ids(12, 6)],
     )  # fmt: skip
     return Sample(target, (x, indices))
 
@@ -652,6 +681,11 @@ def native_layer_norm(pick: Pick, target: str) -> Sample:
 @sample("rms_norm.default")
 def rms_norm(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(*pick.shape(2), 6), [6], *((pick.x(6),) if pick.flag() else ())))
+
+
+@sample("_fused_rms_norm.default")
+def fused_rms_norm(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(*pick.shape(2), 6), [6], pick.x(6), 1e-5))
 
 
 @sample("group_norm.default")
@@ -728,6 +762,11 @@ def adaptive_1d(pick: Pick, target: str) -> Sample:
 @sample("adaptive_avg_pool3d.default")
 def adaptive_3d(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(2, 6, 4, 4, 4), [2, 2, 2]))
+
+
+@sample("upsample_nearest1d.vec")
+def upsample_1d(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(2, 6, 4), [8], None))
 
 
 @sample("upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec")

@@ -53,6 +53,8 @@ def _refs(value: Any, operands: list[T]) -> Arg:
         return tuple(_refs(item, operands) for item in value)
     if isinstance(value, torch.dtype):
         return Literal("dtype", str(value).removeprefix("torch."))
+    if isinstance(value, torch.device):
+        return Literal("device", str(value))
     return value
 
 
@@ -62,7 +64,7 @@ def _values(arg: Arg, operands: Any) -> Any:
     if isinstance(arg, tuple):
         return [_values(item, operands) for item in arg]
     if isinstance(arg, Literal):
-        return getattr(torch, arg.value)
+        return torch.device(arg.value) if arg.kind == "device" else getattr(torch, arg.value)
     return arg
 
 

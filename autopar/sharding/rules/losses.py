@@ -47,7 +47,7 @@ def cross_entropy(call: Call) -> OpFactors:
     )
 
 
-@rule("aten.nll_loss", "aten.nll_loss_nd", "aten.nll_loss2d", signature="self target weight reduction ignore_index")
+@rule("aten.nll_loss", "aten.nll_loss_nd", signature="self target weight reduction ignore_index")
 def nll_loss(call: Call) -> OpFactors:
     """As cross entropy, without a split of the classes; a mean over split rows is left out."""
     dims, rows, (c,) = _classes_first(call)

@@ -64,9 +64,7 @@ def _batch_norm(call: Call, *, training: bool) -> OpFactors:
 
 
 @rule("aten.batch_norm", signature="input weight bias running_mean running_var training")
-@rule(
-    "aten.cudnn_batch_norm", "aten.native_batch_norm", signature="input weight bias running_mean running_var training"
-)
+@rule("aten.native_batch_norm", signature="input weight bias running_mean running_var training")
 @rule("aten._native_batch_norm_legit_functional", signature="input weight bias running_mean running_var training")
 def batch_norm(call: Call) -> OpFactors:
     """Channels split, with the running statistics; the batch too where the stored statistics are used."""

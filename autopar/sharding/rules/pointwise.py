@@ -11,8 +11,8 @@ _UNARY = """
 abs absolute acos acosh asin asinh atan atanh angle bitwise_not ceil celu clamp clamp_max clamp_min clip cos cosh
 deg2rad digamma elu erf erfc erfinv exp exp2 expm1 fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh
 isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num positive
-rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
-sqrt square tan tanh tanhshrink threshold trunc i0 polygamma
+rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
+sqrt square tan tanh threshold trunc i0 polygamma
 ones_like zeros_like full_like empty_like fill
 """
 _BINARY_AND_MORE = """

@@ -98,9 +98,7 @@ def _along(call: Call, reason: str, linear: bool = False) -> OpFactors:
     return call.build({"self": dims}, (dims,) * len(call.op.outputs), linear=_FIRST if linear else ())
 
 
-@rule(
-    "aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten._safe_softmax", signature="self dim"
-)
+@rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", signature="self dim")
 def softmax(call: Call) -> OpFactors:
     return _along(call, "a softmax over the dim")
 

@@ -160,7 +160,7 @@ def split_lengths(call: Call, shape: Shape, dim: int) -> list[int]:
         return []
     if name == "tensor_split":
         return [size // how + (i < size % how) for i in range(how)]
-    step = how if name in ("split", "split_copy", "unsafe_split") else -(-size // how)
+    step = how if name in ("split", "unsafe_split") else -(-size // how)
     return [min(step, size - start) for start in range(0, size, step)] if step else []
 
 
@@ -183,6 +183,11 @@ def rule(*targets: str, signature: str = "") -> Callable[[Rule], Rule]:
 def find_rule(target: str) -> tuple[Rule, tuple[str, ...]] | None:
     """The rule of the overload, or else of all overloads."""
     return _RULES.get(target) or _RULES.get(target.rpartition(".")[0])
+
+
+def registered_targets() -> tuple[str, ...]:
+    """Every target that has a rule, an op's name standing for all of its overloads."""
+    return tuple(sorted(_RULES))
 
 
 def register_rule(target: str, equation: str) -> None:

@@ -14,9 +14,8 @@ _MANY_DIM = "a part of the dim is taken"
 
 
 @rule(
-    "aten.view.default", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias", "aten.flatten", "aten.unflatten",
-    "aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as", "aten.squeeze_copy", "aten.unsqueeze_copy",
-    "aten.view_copy", signature="self",
+    "aten.view.default", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten",
+    "aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as", signature="self",
 )  # fmt: skip
 def reshape(call: Call) -> OpFactors:
     """Any reshape is a refinement of both shapes into common factors."""
@@ -34,13 +33,13 @@ def view_dtype(call: Call) -> OpFactors:
 
 
 @rule(
-    "aten.transpose", "aten.permute", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.transpose_copy",
-    "aten.permute_copy", "aten.numpy_T", "aten.mT", signature="self a b",
+    "aten.transpose", "aten.permute", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.mT",
+    signature="self a b",
 )  # fmt: skip
 def permutation(call: Call) -> OpFactors:
     shape = call.shape("self")
     dims = call.factors("i", shape)
-    name = call.op.target.split(".")[1].removesuffix("_copy")
+    name = call.op.target.split(".")[1]
     return call.build({"self": dims}, (tuple(dims[i] for i in _order(call, name, len(shape))),), linear=_FIRST)
 
 
@@ -49,10 +48,8 @@ def _order(call: Call, name: str, rank: int) -> list[int]:
     order = list(range(rank))
     if name == "permute":
         return [normal_dim(dim, rank) for dim in call.ints("a" if call.has("a") else "dims")]
-    if name in ("t", "numpy_T", "mT"):
-        if name == "numpy_T" or rank < 2:
-            return order[::-1]
-        return [*order[:-2], rank - 1, rank - 2]
+    if name in ("t", "mT"):
+        return order if rank < 2 else [*order[:-2], rank - 1, rank - 2]
     first = [normal_dim(dim, rank) for dim in call.ints("a")]
     second = [normal_dim(dim, rank) for dim in call.ints("b")]
     if name == "movedim":
@@ -63,7 +60,7 @@ def _order(call: Call, name: str, rank: int) -> list[int]:
     return order
 
 
-@rule("aten.expand", "aten.broadcast_to", "aten.expand_copy", signature="self size")
+@rule("aten.expand", "aten.broadcast_to", signature="self size")
 def expand(call: Call) -> OpFactors:
     shape, out = call.shape("self"), call.output_shape()
     dims = call.factors("i", out)
@@ -117,7 +114,7 @@ def _cut(call: Call, dim: int, cuts: Sequence[int], lengths: Sequence[int]) -> O
     return call.build({"self": (*rest[:dim], whole, *rest[dim + 1 :])}, outputs, linear=_FIRST)
 
 
-@rule("aten.slice", "aten.slice_copy", signature="self dim start end step")
+@rule("aten.slice", signature="self dim start end step")
 def slice_(call: Call) -> OpFactors:
     """A slice that starts and ends on block borders leaves the inside of the blocks free to split."""
     shape, out = call.shape("self"), call.output_shape()
@@ -140,7 +137,7 @@ def narrow(call: Call) -> OpFactors:
 
 
 @rule(
-    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.split_copy",
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split",
     "aten.unsafe_split", "aten.unsafe_chunk", signature="self how dim",
 )  # fmt: skip
 def split(call: Call) -> OpFactors:
@@ -153,7 +150,7 @@ def split(call: Call) -> OpFactors:
     return _cut(call, dim, cuts, lengths)
 
 
-@rule("aten.select", "aten.select_copy", signature="self dim index")
+@rule("aten.select", signature="self dim index")
 def select(call: Call) -> OpFactors:
     shape = call.shape("self")
     dim = normal_dim(call.number("dim", 0), len(shape))
