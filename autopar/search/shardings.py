@@ -20,6 +20,11 @@ class Choice:
     shardings: tuple[ClassSharding, ...]
     notes: tuple[str, ...]
 
+    @property
+    def splits(self) -> bool:
+        """Whether any op is split at all; else the axis only repeats work."""
+        return any(strategy.factor for choice in self.shardings for _, strategy in choice.ops)
+
 
 class ShardingChooser:
     """Chooses with the exact intra-op search, for the slowest device of the cluster and `rows` rows a micro-batch.

@@ -1,0 +1,177 @@
+"""Best-first branch and bound over candidates: the one with the smallest bound is refined, and simulated last."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from autopar.cluster.cluster import Cluster
+from autopar.cluster.fingerprint import cluster_fingerprint
+from autopar.errors import InputError
+from autopar.graph.fingerprint import model_fingerprint
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan, Schedule, Stage
+from autopar.search.bounds import Bounds
+from autopar.search.candidates import Candidate, PlanRequest
+from autopar.search.degrees import even_cuts, stage_devices
+from autopar.search.shardings import ShardingChooser
+from autopar.search.stage_kinds import StageLayout
+from autopar.simulate.simulator import simulate
+
+Cuts = tuple[int, ...]
+Progress = Callable[[int, int, float | None], None]  # candidates settled, of how many, best step time so far
+# A limit in work, not in time, so that the same input gives the same plan on every machine.
+MAX_SIMULATED_ACTIONS = 1_500_000
+MAX_SIMULATIONS = 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Found:
+    """A candidate with a cut, simulated and found to fit. The order breaks ties by settings."""
+
+    step_time_s: float
+    candidate: Candidate
+    cuts: Cuts
+    peak_bytes: tuple[float, ...] = field(compare=False)  # of each stage
+    limit_bytes: tuple[float, ...] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The best found (None: nothing fits) and what no candidate can beat. `complete`: all candidates are settled."""
+
+    best: Found | None
+    lower_bound_s: float
+    num_simulated: int
+    complete: bool
+    timed_out: bool = False
+
+
+class Engine:
+    """Bounds and simulates candidates of one request; a candidate with a cut is simulated once."""
+
+    def __init__(self, graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> None:
+        self.graph, self.cluster, self.request = graph, cluster, request
+        self.chooser = ShardingChooser(graph, cluster, request.dtype, rows=request.micro_batch or 1)
+        self.layout = StageLayout(cluster, request.dtype)
+        self.bounds = Bounds(graph, self.layout, request, self.chooser)
+        self._model, self._machine = model_fingerprint(graph), cluster_fingerprint(cluster)
+        self._simulated: dict[tuple[Candidate, Cuts], Found | None] = {}
+        self._quick: dict[Candidate, float] = {}
+        self._even: dict[int, Cuts | None] = {}
+
+    def search(
+        self, candidates: Sequence[Candidate], *, even: bool = False, incumbent: Found | None = None,
+        deadline: float | None = None, progress: Progress | None = None,
+    ) -> Outcome:
+        """The best of the candidates over all cuts, or over even ones alone; never worse than the incumbent."""
+        best = incumbent
+        # (bound, refined, candidate, the cuts to simulate); a bound is infinite where the candidate cannot fit.
+        queue: list[tuple[float, bool, Candidate, tuple[Cuts, ...]]] = [
+            (bound, False, candidate, ()) for candidate in candidates
+            if (bound := self._quick_bound(candidate)) < math.inf
+        ]
+        heapq.heapify(queue)
+        lower, simulations, actions = math.inf, 0, 0
+        timed_out = stopped = False
+        while queue:
+            bound, refined, candidate, cuts = queue[0]
+            if best is not None and bound >= best.step_time_s:
+                break
+            timed_out = deadline is not None and time.monotonic() > deadline
+            stopped = timed_out or simulations >= MAX_SIMULATIONS or actions >= MAX_SIMULATED_ACTIONS
+            if stopped and (best is not None or timed_out):
+                break
+            heapq.heappop(queue)
+            if progress is not None and (len(candidates) - len(queue)) % 50 == 0:
+                progress(len(candidates) - len(queue), len(candidates), best.step_time_s if best else None)
+            if not refined:
+                entry = self._refine(candidate, even)
+                if entry is not None:
+                    heapq.heappush(queue, (max(bound, entry[0]), True, candidate, entry[1]))
+                continue
+            for cut in cuts:
+                if (candidate, cut) not in self._simulated:
+                    simulations += 1
+                    actions += 2 * candidate.pp * candidate.num_micro_batches
+                found = self.simulate(candidate, cut)
+                if found is not None and (best is None or found < best):
+                    best = found
+            if not even and candidate.pp > 1 and len(self.graph.blocks) > candidate.pp:
+                lower = min(lower, bound)  # its other cuts
+        if queue:
+            lower = min(lower, queue[0][0])
+        if best is not None:
+            lower = min(lower, best.step_time_s)
+        if progress is not None:
+            progress(len(candidates), len(candidates), best.step_time_s if best else None)
+        return Outcome(
+            best=best, lower_bound_s=lower, num_simulated=simulations, complete=not stopped, timed_out=timed_out,
+        )
+
+    def _quick_bound(self, candidate: Candidate) -> float:
+        if candidate not in self._quick:
+            self._quick[candidate] = self.bounds.quick(candidate)
+        return self._quick[candidate]
+
+    def _refine(self, candidate: Candidate, even: bool) -> tuple[float, tuple[Cuts, ...]] | None:
+        """A better bound, and the cuts to simulate."""
+        regular = self.even_cuts(candidate.pp)
+        if even:
+            if regular is None or math.isinf(bound := self.bounds.of_cut(candidate, regular)):
+                return None
+            return bound, (regular,)
+        found = self.bounds.best_cut(candidate)
+        if found is None:
+            return None
+        if regular is None or regular == found.cuts or math.isinf(self.bounds.of_cut(candidate, regular)):
+            return found.value, (found.cuts,)
+        return found.value, (found.cuts, regular)
+
+    def even_cuts(self, num_stages: int) -> Cuts | None:
+        """Equally many layers a stage; None where there are fewer layers than stages."""
+        if num_stages not in self._even:
+            try:
+                self._even[num_stages] = even_cuts(self.graph, num_stages) if num_stages > 1 else (
+                    0, len(self.graph.blocks))
+            except InputError:
+                self._even[num_stages] = None
+        return self._even[num_stages]
+
+    def simulate(self, candidate: Candidate, cuts: Cuts) -> Found | None:
+        """The candidate under this cut as the simulator sees it; None where it does not fit."""
+        key = (candidate, cuts)
+        if key not in self._simulated:
+            timeline = simulate(self.graph, self.cluster, self.plan(candidate, cuts))
+            limits = tuple(kind.memory_limit_bytes for kind in self.layout.kinds(candidate))
+            self._simulated[key] = Found(
+                step_time_s=timeline.step_time_s, candidate=candidate, cuts=cuts, limit_bytes=limits,
+                peak_bytes=tuple(group.memory.total for group in timeline.groups),
+            ) if timeline.feasible else None
+        return self._simulated[key]
+
+    def plan(self, c: Candidate, cuts: Cuts) -> Plan:
+        """The candidate as a plan, with no certificate yet."""
+        choice = self.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights)
+        assert choice is not None, "candidates have shardings"
+        request = self.request
+        return Plan(
+            model_name=self.graph.name, model_fingerprint=self._model, cluster_name=self.cluster.name,
+            cluster_fingerprint=self._machine, num_devices=self.cluster.num_devices,
+            global_batch=request.global_batch, seq_len=request.seq_len, dtype=request.dtype,
+            param_dtype=request.param_dtype, optimizer=request.optimizer, micro_batch=c.micro_batch,
+            num_micro_batches=c.num_micro_batches, schedule=Schedule.ONE_F_ONE_B,
+            sequence_parallel=c.sequence_parallel, shardings=choice.shardings, compile=request.compile,
+            notes=choice.notes, blocks=tuple(block.name for block in self.graph.blocks),
+            stages=tuple(
+                Stage(
+                    first=first, last=last, devices=stage_devices(stage, c.mesh.size), mesh=c.mesh, zero=c.zero,
+                    recompute=c.recompute,
+                )
+                for stage, (first, last) in enumerate(pairwise(cuts))
+            ),
+        )

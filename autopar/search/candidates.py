@@ -1,0 +1,151 @@
+"""What the planner searches over: the request, and every setting of degrees that a cluster and a batch allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from autopar.cluster.cluster import Cluster
+from autopar.errors import InfeasibleError
+from autopar.plan.plan import Mesh, Recompute
+from autopar.search.shardings import ShardingChooser
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What a plan is for. `micro_batch` fixes the rows of a micro-batch of one replica; None searches it."""
+
+    global_batch: int
+    seq_len: int | None = None
+    dtype: str = "bfloat16"
+    param_dtype: str = "float32"
+    optimizer: str = "adamw"
+    micro_batch: int | None = None
+    max_search_seconds: float | None = None
+    compile: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Candidate:
+    """One setting of everything but where the chain is cut. Their order breaks ties between equally fast plans.
+
+    `split_weights`: the shardings that split weights over the tensor axis; else those that may keep them whole.
+    """
+
+    pp: int
+    tp: int
+    dp_replicate: int
+    dp_shard: int
+    zero: int
+    sequence_parallel: bool
+    recompute: Recompute
+    micro_batch: int
+    num_micro_batches: int
+    split_weights: bool = True
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp)
+
+    @property
+    def summary(self) -> str:
+        """The settings in a few words."""
+        words = [f"pp {self.pp}"] if self.pp > 1 else []
+        words += [f"tp {self.tp}{' + sequence' if self.sequence_parallel else ''}"] if self.tp > 1 else []
+        both = self.dp_replicate > 1 < self.dp_shard
+        words += [f"dp {self.dp_replicate}x{self.dp_shard}" if both else f"dp {self.dp}"]
+        words += [f"zero {self.zero}", f"micro-batch {self.micro_batch} x {self.num_micro_batches}"]
+        words += ["recompute"] if self.recompute is Recompute.FULL else []
+        return ", ".join(words)
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, ascending."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def node_size(cluster: Cluster) -> int:
+    """The largest number of ranks that every aligned tensor group can have inside a node."""
+    return min(node.num_devices for node in cluster.nodes)
+
+
+def meshes(cluster: Cluster, num_blocks: int, *, tp_across_nodes: bool = False) -> Iterator[tuple[int, int, int]]:
+    """(pp, tp, dp) that use every device once, with no more stages than blocks; tp inside nodes unless told."""
+    inside = node_size(cluster)
+    for tp in divisors(cluster.num_devices):
+        if tp > 1 and not tp_across_nodes and (tp > inside or any(node.num_devices % tp for node in cluster.nodes)):
+            continue
+        for pp in divisors(cluster.num_devices // tp):
+            if pp <= num_blocks:
+                yield pp, tp, cluster.num_devices // tp // pp
+
+
+def data_settings(cluster: Cluster, tp: int, dp: int) -> list[tuple[int, int, int]]:
+    """(zero, dp_replicate, dp_shard): replicas, and each ZeRO level over all data ranks or over those of a node."""
+    found = [(0, dp, 1)]
+    if dp == 1:
+        return found
+    shards = [dp]
+    inside = node_size(cluster) // tp
+    if 1 < inside < dp and dp % inside == 0:
+        shards.append(inside)
+    return found + [(zero, dp // shard, shard) for zero in (1, 2, 3) for shard in shards]
+
+
+def candidates(
+    cluster: Cluster, request: PlanRequest, chooser: ShardingChooser, num_blocks: int, *, tp_across_nodes: bool = False
+) -> list[Candidate]:
+    """Every candidate, in their order. InfeasibleError, naming near batches, where no mesh divides the batch."""
+    found: list[Candidate] = []
+    row_counts: set[int] = set()
+    for pp, tp, dp in meshes(cluster, num_blocks, tp_across_nodes=tp_across_nodes):
+        row_counts.add(dp * (request.micro_batch or 1))
+        if request.global_batch % (dp * (request.micro_batch or 1)):
+            continue
+        rows = request.global_batch // dp
+        sizes = [request.micro_batch] if request.micro_batch else divisors(rows)
+        for sequence_parallel, split_weights in axis_variants(chooser, tp):
+            for zero, replicate, shard in data_settings(cluster, tp, dp):
+                found += [
+                    Candidate(
+                        pp=pp, tp=tp, dp_replicate=replicate, dp_shard=shard, zero=zero, recompute=recompute,
+                        sequence_parallel=sequence_parallel, split_weights=split_weights, micro_batch=size,
+                        num_micro_batches=rows // size,
+                    )
+                    for size in sizes for recompute in (Recompute.NONE, Recompute.FULL)
+                ]
+    if not found:
+        raise InfeasibleError(_no_batch(cluster, request, row_counts))
+    return sorted(found)
+
+
+def axis_variants(chooser: ShardingChooser, tp: int) -> list[tuple[bool, bool]]:
+    """(sequence_parallel, split_weights) that give different shardings on an axis of `tp` ranks."""
+    if tp == 1:
+        return [(False, True)]
+    found: list[tuple[bool, bool]] = []
+    seen = []
+    for sequence_parallel in (False, True) if chooser.has_hidden_states else (False,):
+        for split_weights in (True, False):
+            choice = chooser.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights)
+            if choice is not None and choice.splits and choice.shardings not in seen:
+                seen.append(choice.shardings)
+                found.append((sequence_parallel, split_weights))
+    return found
+
+
+def _no_batch(cluster: Cluster, request: PlanRequest, row_counts: set[int]) -> str:
+    batch = request.global_batch
+    below = max((batch // rows * rows for rows in row_counts if rows <= batch), default=0)
+    above = min(-(-batch // rows) * rows for rows in row_counts)
+    near = f"{below} or {above}" if below else str(above)
+    fixed = f" in micro-batches of {request.micro_batch}" if request.micro_batch else ""
+    return (
+        f"no plan on the {cluster.num_devices} devices of {cluster.name} divides a global batch of {batch}{fixed} over "
+        f"its data-parallel replicas; the nearest that do: {near}"
+    )

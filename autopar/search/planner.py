@@ -1,0 +1,77 @@
+"""find_plan: the fastest plan that fits, with what was proved about it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+from autopar.cluster.cluster import Cluster
+from autopar.errors import InfeasibleError
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Certificate, Plan
+from autopar.plan.verify import verify_plan
+from autopar.search.baselines import run_baselines
+from autopar.search.best_first import Engine, Progress
+from autopar.search.candidates import PlanRequest, candidates
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.search.need import smallest_need
+
+__all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
+
+log = logging.getLogger(__name__)
+NOT_SEARCHED = (
+    "stages with different meshes, ZeRO levels or recomputation",
+    "selective recomputation and offload",
+    "interleaved, zero-bubble and other schedules than 1F1B",
+    "context and expert parallelism",
+    "devices in another order than the cluster's",
+    "op strategies other than each block's own fastest at the smallest micro-batch",
+)
+
+
+def find_plan(
+    graph: ModelGraph, cluster: Cluster, request: PlanRequest, progress: Progress | None = None
+) -> Plan:
+    """The fastest plan of the searched space in the cost model, with its certificate and baselines.
+
+    The same input gives the same plan, unless `request.max_search_seconds` cuts the search short. InfeasibleError where
+    nothing fits, with the smallest change that would make something fit.
+    """
+    began = time.monotonic()
+    deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
+    engine = Engine(graph, cluster, request)
+    space = candidates(cluster, request, engine.chooser, len(graph.blocks))
+    baselines, incumbent = run_baselines(engine, space, deadline)
+    outcome = engine.search(space, incumbent=incumbent, deadline=deadline, progress=progress)
+    if outcome.best is None and not outcome.timed_out:
+        wider = candidates(cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes=True)
+        if len(wider) > len(space):
+            space = wider
+            outcome = engine.search(space, deadline=deadline, progress=progress)
+    best = outcome.best
+    if best is None:
+        if outcome.timed_out:
+            raise InfeasibleError(
+                f"no plan was found within {request.max_search_seconds:g} s; give --max-search-seconds more time"
+            )
+        raise InfeasibleError(smallest_need(engine, space))
+    searched_s = time.monotonic() - began
+    log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
+    early = "" if outcome.complete else f"; the limit of {outcome.num_simulated} simulations came first"
+    certificate = Certificate(
+        upper_bound_s=best.step_time_s, lower_bound_s=outcome.lower_bound_s,
+        searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO, recomputation and micro-batch, "
+                 f"each over all cuts of {len(graph.blocks)} blocks{early}",
+        not_searched=NOT_SEARCHED, search_seconds=searched_s, stopped_early=not outcome.complete,
+    )
+    plan = engine.plan(best.candidate, best.cuts)
+    plan = replace(
+        plan, certificate=certificate, baselines=baselines,
+        stages=tuple(
+            replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
+            for stage, peak, limit in zip(plan.stages, best.peak_bytes, best.limit_bytes, strict=True)
+        ),
+    )
+    verify_plan(plan, graph, cluster)
+    return plan

@@ -1,0 +1,80 @@
+"""Where a candidate's stages lie on the cluster: contiguous devices in cluster order, and what kind each stage is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
+from autopar.cost_models.collectives import collective_time_s
+from autopar.search.candidates import Candidate
+from autopar.sharding.reshard import Collective
+from autopar.simulate.stage_cost import slowest_device
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that communicate, and how many such groups share a node's network."""
+
+    shape: GroupShape
+    per_node: int
+
+    def time_s(self, kind: Collective, size_bytes: float) -> float:
+        return collective_time_s(kind, size_bytes, self.shape, groups_per_node=self.per_node)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageKind:
+    """What a stage's devices are to the cost model; stages of one kind cost the same."""
+
+    device: DeviceType  # the slowest
+    memory_limit_bytes: float  # of the smallest
+    tp_group: GroupShape | None
+    shard: Group
+    copies: Group
+    whole: Group
+
+
+class StageLayout:
+    """Finds the kinds of the stages of candidates; keeps what it found."""
+
+    def __init__(self, cluster: Cluster, dtype: str) -> None:
+        self._cluster, self._dtype = cluster, dtype
+        self._kinds: dict[tuple[int, int, int, int, int], StageKind] = {}
+
+    def kinds(self, candidate: Candidate) -> tuple[StageKind, ...]:
+        """The kind of each stage, first to last."""
+        return tuple(self._kind(candidate, stage) for stage in range(candidate.pp))
+
+    def _kind(self, c: Candidate, stage: int) -> StageKind:
+        size = c.mesh.size
+        first = stage * size
+        if self._cluster.is_uniform:
+            first %= self._cluster.nodes[0].num_devices
+            if first + size > self._cluster.num_devices:  # only where stages straddle nodes
+                first = stage * size
+        key = (first, size, c.tp, c.dp_shard, c.dp_replicate)
+        if key not in self._kinds:
+            self._kinds[key] = self._make(c, tuple(range(first, first + size)))
+        return self._kinds[key]
+
+    def _make(self, c: Candidate, ranks: tuple[int, ...]) -> StageKind:
+        cluster, tp = self._cluster, c.tp
+        return StageKind(
+            device=slowest_device(cluster, ranks, self._dtype),
+            memory_limit_bytes=memory_limit(cluster, ranks),
+            tp_group=cluster.group(ranks[:tp]) if tp > 1 else None,
+            shard=self._group(tuple(ranks[i * tp] for i in range(c.dp_shard))),
+            copies=self._group(tuple(ranks[i * c.dp_shard * tp] for i in range(c.dp_replicate))),
+            whole=self._group(tuple(ranks[i * tp] for i in range(c.dp))),
+        )
+
+    def _group(self, ranks: tuple[int, ...]) -> Group:
+        shape = self._cluster.group(ranks)
+        used = max(self._cluster.nodes[self._cluster.node_of[rank]].num_devices for rank in ranks)
+        return Group(shape, max(1, used // shape.per_node))
+
+
+def memory_limit(cluster: Cluster, ranks: tuple[int, ...]) -> float:
+    """What the smallest of these devices can give."""
+    nodes = dict.fromkeys(cluster.node_of[rank] for rank in ranks)
+    return min(cluster.nodes[i].device.usable_memory_bytes for i in nodes)
