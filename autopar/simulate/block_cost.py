@@ -51,8 +51,8 @@ def block_cost(
     tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
 ) -> BlockCost:
     """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached."""
-    kept = (graph, cls, sharding, device, tp_group)
-    key = (*map(id, kept), tp, rows, dtype, compile)
+    kept = (graph, cls, sharding, device)
+    key = (*map(id, kept), tp_group, tp, rows, dtype, compile)
     found = _cache.get(key)
     if found is None:
         if len(_cache) >= _CACHE_SIZE:
