@@ -48,6 +48,15 @@ TILE = 128
 # 1.28 us in a replayed graph against 4.2 us from Python on an H100 (assumed for others, range 0.15-0.5).
 GAP_SHARE = 0.3
 
+# What the host needs to issue an op eagerly: Python and the dispatcher in the forward, less for views, C++ in the
+# backward, and a collective of a process group. A block takes at least the sum of these, however fast the device is; a
+# device's queue hides it where kernels are longer (assumed, from common traces of PyTorch 2: 5-20 us an op). Compiled
+# blocks are not bound by it.
+FORWARD_DISPATCH_S = 10e-6
+VIEW_DISPATCH_S = 4e-6
+BACKWARD_DISPATCH_S = 7e-6
+COLLECTIVE_DISPATCH_S = 30e-6
+
 Value = TypeVar("Value")
 
 
@@ -179,6 +188,14 @@ def op_time_s(
         summed = [operand for operand in grads if operand.numel < out_numel]
         return OpTime(forward, sum(memory_time_s(device, out_bytes + operand.size_bytes) for operand in summed))
     return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + extra_bytes + grad_in_bytes))
+
+
+def dispatch_s(op: Op, device: DeviceType, differentiable: bool) -> OpTime:
+    """Seconds that the host needs to issue an op; none on a CPU, which computes where it issues."""
+    if device.name.startswith("CPU"):
+        return FREE
+    forward = VIEW_DISPATCH_S if op_kind(op.target) is OpKind.VIEW else FORWARD_DISPATCH_S
+    return OpTime(forward, BACKWARD_DISPATCH_S if differentiable else 0.0)
 
 
 def is_free(op: Op, outputs: Sequence[LocalTensor]) -> bool:

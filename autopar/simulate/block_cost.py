@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
-from autopar.cost_models.compute import kernel_time_s, memory_bandwidth
+from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, dispatch_s, kernel_time_s, memory_bandwidth
 from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.reshard import Conversion, LocalAction, conversion
@@ -72,6 +72,7 @@ class _Summation:
         self.storage: dict[str, str] = {}  # where the tensor as produced lies
         self.converted: dict[tuple[str, State], str] = {}
         self.comm = [0.0, 0.0]
+        self.host = [0.0, 0.0]  # what the host needs to issue the ops and the collectives
 
     def total(self) -> BlockCost:
         costs, cls, sharding = self.costs, self.cls, self.sharding
@@ -100,6 +101,9 @@ class _Summation:
             if fused is None or op.name not in fused.group_of:
                 forward += time.forward_s
                 backward += time.backward_s
+            issue = dispatch_s(op, costs.device, any(costs.whole(o).requires_grad for o in op.outputs if o))
+            self.host[0] += issue.forward_s
+            self.host[1] += issue.backward_s
             weights += _weight_share(costs, op) * time.backward_s
             flops += op.flops * costs.scale(op)
             if op.name in region.recomputed:
@@ -136,6 +140,9 @@ class _Summation:
             for name in fused.kept_inputs():
                 if name not in cls.params and name not in cls.buffers:
                     saved.setdefault((name, self.storage[name]), costs.local(name, self.state[name]).size_bytes)
+        if not self.compile and not costs.device.name.startswith("CPU"):
+            forward = max(forward, self.host[0] - self.comm[0])
+            backward = max(backward, self.host[1] - self.comm[1])
         saved_bytes = sum(saved.values()) + extra
         local_params = [costs.local(name, self.state[name]).numel for name in cls.params]
         return BlockCost(
@@ -172,6 +179,8 @@ class _Summation:
         assert time is not None
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
+        self.host[0] += COLLECTIVE_DISPATCH_S if step.forward else 0.0
+        self.host[1] += COLLECTIVE_DISPATCH_S if step.backward else 0.0
         storage = f"{name}|{wanted}" if _moves(step) else self.storage[name]
         self.converted[name, wanted] = storage
         return storage

@@ -158,8 +158,9 @@ def _groups(
                 gradients=sum(cost.static.gradients for cost in own),
                 optimizer=sum(cost.static.optimizer for cost in own),
                 activations=activations[r],
-                # The optimizer step's temporaries come when activations are gone: what exceeds those counts.
-                buffers=sum(cost.static.buffers for cost in own)
+                # Chunks take turns with their buffers. The optimizer step's temporaries come when activations are
+                # gone: what exceeds those counts.
+                buffers=max(cost.static.buffers for cost in own)
                 + max(0.0, sum(cost.optimizer_step_bytes for cost in own) - activations[r]),
             ),
             start_s=run.starts[r][0] - starts[r] if run.starts[r] else 0.0, end_s=ends[r], busy_s=run.busy_s[r],
