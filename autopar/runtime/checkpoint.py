@@ -35,7 +35,7 @@ def own_parameters(trainer: Trainer) -> Iterator[tuple[int, ParamLayout, nn.Para
 
 
 def _gathered(trainer: Trainer, value: Tensor, param: ParamLayout) -> Tensor:
-    return full_tensor(whole_tensor(value.detach()), param.state, trainer.groups.tensor_axis)
+    return full_tensor(whole_tensor(value.detach(), trainer.groups.data_mesh), param.state, trainer.groups.tensor_axis)
 
 
 def _speaks(trainer: Trainer, stage: int, param: ParamLayout) -> bool:
@@ -156,7 +156,7 @@ def _is_laid_out(value: Any, parameter: Tensor) -> bool:
 def _laid_out(trainer: Trainer, full: Tensor, param: ParamLayout, parameter: Tensor) -> Tensor:
     """A full tensor as this rank holds it: its part on the tensor axis, then as the data axes shard the parameter."""
     part = local_part(full.to(parameter.device), param.state, trainer.groups.tensor_axis)
-    return like_parameter(part.contiguous(), parameter)
+    return like_parameter(part.contiguous(), parameter, trainer.groups.data_mesh)
 
 
 def _group_options(trainer: Trainer) -> dict[Tensor, dict[str, Any]]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from autopar.runtime.stage import StageModule
 
@@ -54,15 +55,31 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """The tensor gathered over the data axes; all their ranks must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_tensor(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """The tensor gathered over the data axes; all their ranks must call it.
+
+    FSDP2 cuts dim 0 into equal chunks, the last of them shorter or empty. The tensor's own mesh is not asked: DTensor's
+    caches may have put an equal one of a destroyed process group there.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    assert mesh is not None
+    own = tensor.to_local()
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            assert placement.dim == 0, "FSDP2 shards dim 0"
+            group = mesh.get_group(axis)
+            size = dist.get_world_size(group)
+            padded = own.new_zeros((-(-tensor.shape[0] // size), *tensor.shape[1:]))
+            padded[: own.shape[0]] = own
+            parts = [torch.empty_like(padded) for _ in range(size)]
+            dist.all_gather(parts, padded, group=group)
+            own = torch.cat(parts)[: tensor.shape[0]]
+    return own
 
 
-def like_parameter(value: Tensor, param: Tensor) -> Tensor:
+def like_parameter(value: Tensor, param: Tensor, mesh: DeviceMesh | None) -> Tensor:
     """A whole tensor laid out over the data axes as a parameter is; `value` must be equal on all their ranks."""
     if not isinstance(param, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, param.device_mesh, param.placements, src_data_rank=None)
+    return distribute_tensor(value, mesh, param.placements, src_data_rank=None)

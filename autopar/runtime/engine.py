@@ -26,6 +26,7 @@ from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_
 from autopar.runtime.groups import Groups, check_runnable, make_groups, place_of
 from autopar.runtime.layout import Layout, parameter_layout
 from autopar.runtime.loss import LossTerms, Term, count_function, loss_terms, target_ops
+from autopar.runtime.rows import at_rows
 from autopar.runtime.stage import StageBuilder, StageModule, needed_ops
 from autopar.sharding.reshard import local_shape
 from autopar.sharding.state import RP, R
@@ -50,17 +51,15 @@ class Trainer:
     ) -> None:
         """Compile the plan for this rank.
 
-        `captured` is the model at `plan.micro_batch` rows. `same_weights` sends rank 0's parameters to all ranks first.
+        `captured` is the model with tagged rows, or at `plan.micro_batch` rows. `same_weights` sends rank 0's parameters to all ranks first.
         The global random generator is seeded: alike on the ranks of a tensor axis, differently elsewhere.
         """
-        graph = captured.graph
+        graph = at_rows(captured.graph, plan.micro_batch)
         self.plan, self.graph, self.device = plan, graph, torch.device(device)
         timeout = timedelta(seconds=timeout_s)
         world = dist.get_world_size() if dist.is_initialized() else 1
         check_runnable(plan, world)
         verify_plan(plan, graph)
-        if graph.rows != plan.micro_batch:
-            raise InputError(f"the model was captured with {graph.rows} rows; the plan's micro_batch is {plan.micro_batch}")
         self._owns_group = False
         mixed = plan.dtype != plan.param_dtype
         needs_mesh = mixed or plan.stages[0].mesh.dp > 1
@@ -91,7 +90,8 @@ class Trainer:
         self.executor = Executor(self.stages, mine, self.device)
         self._count = self._count_function(builder, captured)
         self.optimizer = optimizer(list(self.named_parameters().values()))
-        if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if p not in self._own()]:
+        own = {id(param) for param in self.named_parameters().values()}
+        if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
             raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")
 
     # -- what users call
@@ -152,9 +152,6 @@ class Trainer:
             for param in self.layout.of_stage(stage.index):
                 found.setdefault(param.name if param.name not in found else f"{param.name}@{stage.index}", own[param.name])
         return found
-
-    def _own(self) -> set[Tensor]:
-        return set(self.named_parameters().values())
 
     def _model_tensors(self, model: nn.Module, *, same_weights: bool) -> dict[str, Tensor]:
         own = dict(model.named_parameters(remove_duplicate=False))
@@ -261,15 +258,17 @@ class Trainer:
     def _factors(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What each counted or shared term of the loss is multiplied with in this step."""
         share = 1.0 / (self.plan.num_micro_batches * self.plan.stages[0].mesh.dp)
-        terms = dict(self.terms.terms)
-        factors = {name: torch.tensor(share, device=self.device) for name, term in terms.items() if term is Term.SHARE}
+        dtype_of = {op.name: getattr(torch, self.terms.cls.tensor[op.outputs[0]].dtype) for op in self.terms.ops}
+        factors = {
+            name: torch.tensor(share, dtype=dtype_of[name], device=self.device)
+            for name, term in self.terms.terms if term is Term.SHARE
+        }
         if self._count is not None:
             counts = torch.stack([self._count(batch) for batch in rows]).sum(dim=0)
             if self.groups.data is not None:
                 dist.all_reduce(counts, group=self.groups.data)
-            dtypes = [self.terms.cls.tensor[op.outputs[0]].dtype for op in self.terms.counted]
-            for op, count, dtype in zip(self.terms.counted, counts, dtypes, strict=True):
-                factors[op.name] = (1.0 / count).to(getattr(torch, dtype))
+            for op, count in zip(self.terms.counted, counts, strict=True):
+                factors[op.name] = (1.0 / count).to(dtype_of[op.name])
         return factors
 
     def _reduce_gradients(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from autopar.errors import AutoparError
 
 
+_RELEASE = b"release"
 _ECHOES = ("Connection closed", "Connection reset", "Broken pipe")  # what survivors say when another rank is gone
 
 
@@ -112,9 +113,11 @@ class LocalPool:
                     failures[rank] = (value, text)
                 if rank in failures:  # the others now wait for it: give them a moment to say what they know
                     deadline = min(deadline, time.monotonic() + 2.0)
-        if not failures:
-            return [results[rank] for rank in range(count)]
-        raise _first_cause(failures, what)
+        if failures:
+            raise _first_cause(failures, what)
+        for rank in range(count):  # nobody takes its group down while another still uses it
+            self._pipes[rank].send_bytes(_RELEASE)
+        return [results[rank] for rank in range(count)]
 
     def close(self) -> None:
         """End all processes."""
@@ -156,8 +159,9 @@ def run_local(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
 
 
 def _work(pipe: Connection, rank: int) -> None:
-    """A worker's life: take a task, run it in a process group of its own, answer; end when the pipe closes."""
+    """A worker's life: take a task, run it in a process group of its own, answer, be released; end with the pipe."""
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     while True:
@@ -172,8 +176,11 @@ def _work(pipe: Connection, rank: int) -> None:
             answer = pickle.dumps(("error", error if isinstance(error, AutoparError) else None, text))
         try:
             pipe.send_bytes(answer)
-        except (BrokenPipeError, OSError):
+            pipe.recv_bytes()  # _RELEASE
+        except (EOFError, OSError):
             return
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _run_task(task: bytes, rank: int) -> Any:
@@ -185,8 +192,4 @@ def _run_task(task: bytes, rank: int) -> Any:
         "gloo", store=dist.FileStore(store, count), rank=rank, world_size=count,
         timeout=timedelta(seconds=timeout_s),
     )
-    try:
-        return function(*args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return function(*args)

@@ -38,7 +38,14 @@ class LossTerms:
     notes: tuple[str, ...] = ()
 
     @property
+    def ops(self) -> tuple[Op, ...]:
+        """The ops of all terms."""
+        names = {name for name, _ in self.terms}
+        return tuple(op for op in self.cls.ops if op.name in names)
+
+    @property
     def counted(self) -> tuple[Op, ...]:
+        """The ops whose targets are counted."""
         names = {name for name, term in self.terms if term is Term.COUNT}
         return tuple(op for op in self.cls.ops if op.name in names)
 

@@ -158,16 +158,14 @@ def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
     return _Widened() if dtype == "float64" else contextlib.nullcontext()
 
 
-def capture_for(factory: ModelFactory, dtype: str, *, rows: int | None = None, seed: int = 0) -> Captured:
-    """The factory's model captured in a dtype: with tagged rows, as for planning, or with `rows` rows."""
-    model, example, loss_fn = _make(factory, dtype, seed)
-    return _capture(model, example, loss_fn, dtype, rows)
+def capture_for(factory: ModelFactory, dtype: str, *, seed: int = 0) -> Captured:
+    """The factory's model captured in a dtype, as a plan for it needs it."""
+    return _capture(*_make(factory, dtype, seed), dtype)
 
 
-def _capture(model: nn.Module, example: Mapping[str, Tensor], loss_fn: Any, dtype: str, rows: int | None) -> Captured:
+def _capture(model: nn.Module, example: Mapping[str, Tensor], loss_fn: Any, dtype: str) -> Captured:
     with precision(dtype):
-        batch = dict(example) if rows is None else make_batch(example, rows, 0)
-        return capture(model, batch, loss_fn=loss_fn, tag_rows=rows is None)
+        return capture(model, dict(example), loss_fn=loss_fn, tag_rows=True)
 
 
 def make_batch(example: Mapping[str, Tensor], rows: int, step: int) -> dict[str, Tensor]:
@@ -182,7 +180,7 @@ def make_batch(example: Mapping[str, Tensor], rows: int, step: int) -> dict[str,
 def distributed_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int) -> Numbers:
     """This rank's view of the plan's numbers: gradients on rank 0 alone. Runs under a process group."""
     model, example, loss_fn = _make(factory, dtype, seed)
-    captured = _capture(model, example, loss_fn, dtype, plan.micro_batch)
+    captured = _capture(model, example, loss_fn, dtype)
     trainer = Trainer(model, plan, captured, lambda params: torch.optim.SGD(params, lr=0.1))
     losses, gradients = [], []
     for step in range(steps):
