@@ -43,6 +43,19 @@ def _only_ranges(table: Table) -> Table:
     return np.where(np.tri(len(table), dtype=bool), np.inf, table)
 
 
+def smallest_sum(tables: Sequence[Table]) -> Cut | None:
+    """The cut with the smallest sum of `tables[s][range of s]`; None where none is allowed."""
+    num_blocks = len(tables[0]) - 1
+    below = tables[-1][:, num_blocks]
+    choices: list[NDArray[np.intp]] = []
+    for table in reversed(tables[:-1]):
+        total = table + below[None, :]
+        choice = np.argmin(total, axis=1)
+        choices.append(choice)
+        below = total[np.arange(num_blocks + 1), choice]
+    return _cut(float(below[0]), choices, num_blocks)
+
+
 def smallest_bottleneck(tables: Sequence[Table], first_extra: Table | None = None) -> Cut | None:
     """The cut with the smallest `max_s tables[s][range of s] + first_extra[end of stage 0]`; None if none is allowed.
 
@@ -61,6 +74,11 @@ def smallest_bottleneck(tables: Sequence[Table], first_extra: Table | None = Non
     value = float(below[0])
     if len(tables) == 1 and first_extra is not None:
         value += float(first_extra[num_blocks])
+    return _cut(value, choices, num_blocks)
+
+
+def _cut(value: float, choices: Sequence[NDArray[np.intp]], num_blocks: int) -> Cut | None:
+    """The cut that the choices of the next stage's first block lead to, chosen from the last stage to the first."""
     if math.isinf(value):
         return None
     cuts = [0]

@@ -15,14 +15,13 @@ from autopar.errors import InputError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Schedule, Stage
-from autopar.search.bounds import Bounds
+from autopar.search.bounds import Bounds, Cuts
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.degrees import even_cuts, stage_devices
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageLayout
 from autopar.simulate.simulator import simulate
 
-Cuts = tuple[int, ...]
 Progress = Callable[[int, int, float | None], None]  # candidates settled, of how many, best step time so far
 # A limit in work, not in time, so that the same input gives the same plan on every machine.
 MAX_SIMULATED_ACTIONS = 1_500_000
@@ -128,9 +127,10 @@ class Engine:
         found = self.bounds.best_cut(candidate)
         if found is None:
             return None
-        if regular is None or regular == found.cuts or math.isinf(self.bounds.of_cut(candidate, regular)):
-            return found.value, (found.cuts,)
-        return found.value, (found.cuts, regular)
+        bound, cuts = found
+        if regular is None or regular == cuts or math.isinf(self.bounds.of_cut(candidate, regular)):
+            return bound, (cuts,)
+        return bound, (cuts, regular)
 
     def even_cuts(self, num_stages: int) -> Cuts | None:
         """Equally many layers a stage; None where there are fewer layers than stages."""

@@ -14,6 +14,7 @@ the links between stages is left out. A property test compares these bounds with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,7 +24,7 @@ from autopar.cost_models.compute import memory_bandwidth
 from autopar.cost_models.memory import GRADIENT_BYTES, optimizer_step_bytes, static_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.plan.plan import Recompute
-from autopar.search.balance import Cut, range_maxima, range_sums, smallest_bottleneck
+from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.shardings import ShardingChooser
@@ -32,6 +33,9 @@ from autopar.sharding.reshard import Collective
 from autopar.simulate.block_cost import block_cost
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
+
+Cuts = tuple[int, ...]
+PARTS = 16  # into which the cuts over unlike stages are parted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,11 +75,12 @@ class Bounds:
         self._layer = np.array([is_layer(block) for block in graph.blocks])
         self._numel_first = [_first_holders(graph, ends_apart=apart) for apart in (False, True)]
         self._blocks: dict[tuple[object, ...], BlockTable] = {}
+        self._last: tuple[Candidate, tuple[list[Table], list[Table], Table]] | None = None
 
     def quick(self, c: Candidate) -> float:
         """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit."""
         kinds = self._layout.kinds(c)
-        tables = {kind: self.stage_table(c, kind) for kind in dict.fromkeys(kinds)}
+        tables = self._tables(c, kinds)
         m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
         if not self._layers_fit(c, kinds, tables):
             return np.inf
@@ -85,25 +90,56 @@ class Bounds:
         once_of_first = float(once.sum()) if c.pp == 1 else float(np.cumsum(once).min())
         return float(work.sum()) + max(float(load.sum()) / c.pp, float(load.max())) + once_of_first
 
-    def best_cut(self, c: Candidate) -> Cut | None:
-        """The cut that fits into memory with the smallest bound, whose `value` is the bound; None where none fits."""
-        loads, once, work = self._loads(c)
+    def best_cut(self, c: Candidate) -> tuple[float, Cuts] | None:
+        """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
+
+        Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
+        all cuts. Else the cuts are parted by their largest load, and each part has the time of its quickest cut.
+        """
+        loads, works, once = self._loads(c)
         found = smallest_bottleneck(loads, once)
-        return None if found is None else Cut(found.cuts, found.value + work)
+        if found is None:
+            return None
+        if len({id(work) for work in works}) == 1:
+            return found.value + float(works[0][0, -1]), found.cuts
+        least = smallest_bottleneck(loads)
+        assert least is not None, "the same ranges are allowed"
+        most = max(float(np.max(load, initial=0.0, where=np.isfinite(load))) for load in loads)
+        parts = np.geomspace(max(least.value, 1e-3 * most), most, PARTS)[1:] if most > 0 else [0.0]
+        limits = [least.value, *(float(part) for part in parts)]
+        own = {found.cuts: self.of_cut(c, found.cuts), least.cuts: self.of_cut(c, least.cuts)}
+        bound = np.inf
+        for lower, upper in pairwise(limits):
+            within = [
+                np.where(load <= upper * (1 + 1e-12), work, np.inf) for load, work in zip(loads, works, strict=True)
+            ]
+            quickest = smallest_sum(within)
+            if quickest is not None:
+                bound = min(bound, lower + quickest.value + float(once[1:].min()))
+                own.setdefault(quickest.cuts, self.of_cut(c, quickest.cuts))
+        cuts = min(own, key=lambda cuts: (own[cuts], cuts))
+        return max(bound, found.value + sum(float(np.min(work)) for work in works)), cuts
 
-    def of_cut(self, c: Candidate, cuts: tuple[int, ...]) -> float:
+    def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""
-        loads, once, work = self._loads(c)
-        worst = max(float(load[first, last]) for load, (first, last) in zip(loads, pairwise(cuts), strict=True))
-        return worst + float(once[cuts[1]]) + work
+        loads, works, once = self._loads(c)
+        ranges = list(pairwise(cuts))
+        worst = max(float(load[span]) for load, span in zip(loads, ranges, strict=True))
+        return worst + float(once[cuts[1]]) + sum(float(work[span]) for work, span in zip(works, ranges, strict=True))
 
-    def _loads(self, c: Candidate) -> tuple[list[Table], Table, float]:
-        """What each range costs each stage beside the first micro-batch, infinity where it does not fit; what stage 0
-        does once a step, by its end; and the first micro-batch's time through the chain."""
+    def _tables(self, c: Candidate, kinds: Sequence[StageKind]) -> dict[StageKind, StageTable]:
+        return {kind: self.stage_table(c, kind) for kind in dict.fromkeys(kinds)}
+
+    def _loads(self, c: Candidate) -> tuple[list[Table], list[Table], Table]:
+        """For each stage and range: what micro-batches after the first take, infinity where the range does not fit; and
+        what the first takes. And what stage 0 does once a step, by the end of its range."""
+        if self._last is not None and self._last[0] == c:
+            return self._last[1]
         kinds = self._layout.kinds(c)
-        tables = {kind: self.stage_table(c, kind) for kind in dict.fromkeys(kinds)}
+        tables = self._tables(c, kinds)
         m = c.num_micro_batches
         loads: dict[tuple[StageKind, int], Table] = {}
+        works = {kind: range_sums(table.forward_s + table.backward_s) for kind, table in tables.items()}
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
             if (kind, in_flight) not in loads:
@@ -112,16 +148,17 @@ class Bounds:
                 fits = self.memory_table(c, kind, table, in_flight) <= kind.memory_limit_bytes
                 loads[kind, in_flight] = np.where(fits, load, np.inf)
         once = tables[kinds[0]].start_s + tables[kinds[0]].end_s
-        work = np.minimum.reduce([t.forward_s + t.backward_s for t in tables.values()])
-        return (
+        made = (
             [loads[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)],
-            np.concatenate([[0.0], np.cumsum(once)]), float(work.sum()),
+            [works[kind] for kind in kinds], np.concatenate([[0.0], np.cumsum(once)]),
         )
+        self._last = (c, made)
+        return made
 
     def smallest_need(self, c: Candidate) -> float:
         """The bytes that the fullest device holds, over its limit, under the cut that needs least."""
         kinds = self._layout.kinds(c)
-        tables = {kind: self.stage_table(c, kind) for kind in dict.fromkeys(kinds)}
+        tables = self._tables(c, kinds)
         needs = [
             self.memory_table(c, kind, tables[kind], min(c.pp - stage, c.num_micro_batches)) / kind.memory_limit_bytes
             for stage, kind in enumerate(kinds)
@@ -156,15 +193,17 @@ class Bounds:
         if not self._layer.any():
             return True
         per_numel = self._static(c)[0]
+        in_flight = np.minimum(c.pp - np.arange(c.pp), c.num_micro_batches)
         room = 0.0
-        for stage, kind in enumerate(kinds):
-            table = tables[kind]
-            each = per_numel * table.blocks.numel + min(c.pp - stage, c.num_micro_batches) * table.held_bytes
-            smallest = float(each[self._layer].min())
-            beside = float(table.extra_bytes[self._layer].min())
-            if smallest <= 0:
+        for kind, table in tables.items():
+            held = in_flight[[other is kind for other in kinds]]
+            # Layers that differ in size or class are each a row; there are few of those.
+            layers = np.unique(np.stack([table.blocks.numel, table.held_bytes])[:, self._layer], axis=1)
+            smallest = (per_numel * layers[0][:, None] + layers[1][:, None] * held[None, :]).min(axis=0)
+            if smallest.min() <= 0:
                 return True
-            room += max(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest))
+            beside = float(table.extra_bytes[self._layer].min())
+            room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
         return room >= int(self._layer.sum())
 
     def stage_table(self, c: Candidate, kind: StageKind) -> StageTable:
@@ -180,6 +219,9 @@ class Bounds:
         if c.dp > 1:
             forward, backward, start, more = self._data_parallel(c, kind, blocks.numel, forward, backward)
             end = end + more
+        if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
+            width = DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES
+            backward = backward + width * blocks.numel / bandwidth
         return StageTable(
             forward_s=forward, backward_s=backward, start_s=start, end_s=end, blocks=blocks,
             held_bytes=np.where(recomputed, blocks.boundary_bytes, blocks.saved_bytes),
@@ -192,14 +234,16 @@ class Bounds:
         """Forward, backward, start and end with gathering and reducing, as in `simulate/stage_cost.py`."""
         wide, bandwidth = DTYPE_BYTES[self._request.dtype], memory_bandwidth(kind.device)
         # What lies outside layers moves as one; over several stages that is at least the chain's first or last block.
-        alone = self._layer.copy()
+        units = np.where(self._layer, numel, 0.0)
         if c.pp > 1:
-            alone[[0, -1]] = True
+            units[[0, -1]] = numel[[0, -1]]
+        elif not self._layer.all():
+            units[int(np.argmin(self._layer))] = numel[~self._layer].sum()
 
         def per_block(time_s: dict[float, float]) -> Table:
-            return np.array([time_s[float(n)] if own else 0.0 for n, own in zip(numel, alone, strict=True)])
+            return np.array([time_s[float(n)] for n in units])
 
-        sizes = sorted({float(n) for n in numel})
+        sizes = sorted({float(n) for n in units})
         gathers = per_block({n: kind.shard.time_s(Collective.ALL_GATHER, wide * n) if c.zero else 0.0 for n in sizes})
         if c.zero == 0:
             reductions = per_block({n: kind.whole.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * n) for n in sizes})
@@ -211,7 +255,6 @@ class Bounds:
             })
         copy_out = 2 * wide * numel / bandwidth
         copy_in = (wide + GRADIENT_BYTES) * numel / bandwidth
-        accumulate = (wide + 2 * GRADIENT_BYTES) * numel / bandwidth if c.num_micro_batches > 1 else 0.0 * numel
         none = np.zeros_like(numel)
         if c.zero == 3:
             in_layers = np.where(self._layer, gathers, 0.0)
@@ -220,12 +263,12 @@ class Bounds:
                 backward + exposed(backward, in_layers + reductions) + copy_out + copy_in, none, none,
             )
         start = exposed(forward, gathers) + copy_out if c.zero else none
-        if c.zero == 2:
-            return forward, backward + copy_in, start, none
-        return forward, backward + accumulate, start, exposed(backward, reductions) + copy_in
+        if c.zero == 2:  # every micro-batch reduces behind its backward; what is left at the end counts once
+            return forward, backward + copy_in, start, exposed(backward, reductions)
+        return forward, backward, start, exposed(backward, reductions) + copy_in
 
     def _block_table(self, c: Candidate, kind: StageKind) -> BlockTable:
-        key = (c.tp, c.sequence_parallel, c.split_weights, c.micro_batch, c.pp > 1, kind.device, kind.tp_group)
+        key = (c.tp, c.sequence_parallel, c.split_weights, c.micro_batch, c.pp > 1, kind.compute_kind)
         if key not in self._blocks:
             self._blocks[key] = self._make_blocks(c, kind)
         return self._blocks[key]

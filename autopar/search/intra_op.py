@@ -15,13 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.compute import OpTime, memory_bandwidth
-from autopar.cost_models.memory import GRADIENT_BYTES, optimizer_step_bytes
+from autopar.cost_models.compute import OpTime
 from autopar.graph.model_graph import BlockClass, TensorInfo
 from autopar.search.elimination import Factor, FactorGraph, Table
 from autopar.search.mathopt import minimize
-from autopar.sharding.reshard import Collective, divides
+from autopar.sharding.reshard import divides
 from autopar.sharding.state import RP, Kind, R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.class_costs import ClassCosts
@@ -57,9 +55,9 @@ def shard_class(
 ) -> ClassSharding | None:
     """The fastest sharding of the class with hidden states crossing its borders in state `boundary`.
 
-    A micro-batch's time counts once, and what each parameter costs a rank once a step counts `parameter_weight` times:
-    the optimizer's work on what the rank stores, and the sum of a partial gradient. At 1, splitting the weights pays as
-    in a step of one micro-batch; at 0, weights are stored whole wherever that is a little faster.
+    A micro-batch's time counts once, and what storing a parameter costs a step of one micro-batch
+    (`ClassCosts.param_time_s`) counts `parameter_weight` times. At 1, weights are split wherever that pays in such a
+    step; at 0, they are stored whole wherever a micro-batch is a little faster for it.
     None where no choice of strategies allows that boundary (a sequence that does not divide, say).
     """
     problem = Problem(cls, strategies, boundary, costs, parameter_weight=parameter_weight)
@@ -143,13 +141,7 @@ class Problem:
         info, costs = self.cls.tensor[name], self.costs
         stored = info.numel / (costs.tp if state.kind is Kind.SHARDED else 1)
         tie = stored * _TIE_S_PER_ELEMENT + (_TIE_S if state == RP else 0.0)
-        if not info.requires_grad:
-            return tie
-        moved = optimizer_step_bytes(stored, zero=0, num_shards=1, optimizer="adamw")
-        time_s = moved / memory_bandwidth(costs.device)
-        if state == RP:
-            time_s += collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * info.numel, costs.tp_group)
-        return tie + self.parameter_weight * time_s
+        return tie + self.parameter_weight * costs.param_time_s(name, state, num_micro_batches=1)
 
     def _tensor_costs(self, info: TensorInfo) -> None:
         """The conversions of one tensor, as one table or, where that is large, as pairs with 0/1 variables."""

@@ -22,10 +22,14 @@ class Group:
         return collective_time_s(kind, size_bytes, self.shape, groups_per_node=self.per_node)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageKind:
-    """What a stage's devices are to the cost model; stages of one kind cost the same."""
+    """What a stage's devices are to the cost model; stages of one kind cost the same.
 
+    A layout makes each kind once, so that kinds are compared by identity.
+    """
+
+    compute_kind: int  # the same for equal (device, tp_group)
     device: DeviceType  # the slowest
     memory_limit_bytes: float  # of the smallest
     tp_group: GroupShape | None
@@ -40,10 +44,16 @@ class StageLayout:
     def __init__(self, cluster: Cluster, dtype: str) -> None:
         self._cluster, self._dtype = cluster, dtype
         self._kinds: dict[tuple[int, int, int, int, int], StageKind] = {}
+        self._of_candidate: dict[tuple[int, int, int, int], tuple[StageKind, ...]] = {}
+        self._equal: dict[tuple[object, ...], StageKind] = {}
+        self._compute: dict[tuple[DeviceType, GroupShape | None], int] = {}
 
     def kinds(self, candidate: Candidate) -> tuple[StageKind, ...]:
         """The kind of each stage, first to last."""
-        return tuple(self._kind(candidate, stage) for stage in range(candidate.pp))
+        key = (candidate.pp, candidate.tp, candidate.dp_shard, candidate.dp_replicate)
+        if key not in self._of_candidate:
+            self._of_candidate[key] = tuple(self._kind(candidate, stage) for stage in range(candidate.pp))
+        return self._of_candidate[key]
 
     def _kind(self, c: Candidate, stage: int) -> StageKind:
         size = c.mesh.size
@@ -59,14 +69,16 @@ class StageLayout:
 
     def _make(self, c: Candidate, ranks: tuple[int, ...]) -> StageKind:
         cluster, tp = self._cluster, c.tp
-        return StageKind(
-            device=slowest_device(cluster, ranks, self._dtype),
-            memory_limit_bytes=memory_limit(cluster, ranks),
-            tp_group=cluster.group(ranks[:tp]) if tp > 1 else None,
-            shard=self._group(tuple(ranks[i * tp] for i in range(c.dp_shard))),
-            copies=self._group(tuple(ranks[i * c.dp_shard * tp] for i in range(c.dp_replicate))),
-            whole=self._group(tuple(ranks[i * tp] for i in range(c.dp))),
+        device, limit = slowest_device(cluster, ranks, self._dtype), memory_limit(cluster, ranks)
+        tp_group = cluster.group(ranks[:tp]) if tp > 1 else None
+        shard = self._group(tuple(ranks[i * tp] for i in range(c.dp_shard)))
+        copies = self._group(tuple(ranks[i * c.dp_shard * tp] for i in range(c.dp_replicate)))
+        whole = self._group(tuple(ranks[i * tp] for i in range(c.dp)))
+        made = StageKind(
+            device=device, memory_limit_bytes=limit, tp_group=tp_group, shard=shard, copies=copies, whole=whole,
+            compute_kind=self._compute.setdefault((device, tp_group), len(self._compute)),
         )
+        return self._equal.setdefault((device, limit, tp_group, shard, copies, whole), made)
 
     def _group(self, ranks: tuple[int, ...]) -> Group:
         shape = self._cluster.group(ranks)

@@ -65,9 +65,10 @@ def mlp_class(hidden: int, inner: int, seq_len: int) -> BlockClass:
 
 
 def mlp_chain(
-    num_layers: int = 4, hidden: int = 64, inner: int = 256, seq_len: int = 32, vocab: int = 128
+    num_layers: int = 4, hidden: int = 64, inner: int = 256, seq_len: int = 32, vocab: int = 128,
+    tied: bool = False,
 ) -> ModelGraph:
-    """Embedding, `num_layers` residual blocks, head and cross entropy."""
+    """Embedding, `num_layers` residual blocks, head (its weight the embedding's if tied) and cross entropy."""
     first = ClassBuilder("prologue")
     first.input("ids", (ROWS, seq_len), "int64")
     first.param("table", (vocab, hidden))
@@ -90,19 +91,19 @@ def mlp_chain(
               buffers=(), outputs=(f"h{i + 1}",))
         for i in range(num_layers)
     ]
-    blocks.append(Block(name="epilogue", cls="epilogue", inputs=(f"h{num_layers}", "labels"), params=("head.weight",),
-                        buffers=(), outputs=("loss",)))
+    blocks.append(Block(name="epilogue", cls="epilogue", inputs=(f"h{num_layers}", "labels"),
+                        params=("embed.weight" if tied else "head.weight",), buffers=(), outputs=("loss",)))
     classes = (first.build("x"), layer, last.build("loss"))
     by_name = {cls.name: cls for cls in classes}
-    params = tuple(
-        dataclasses.replace(by_name[block.cls].tensor[local], name=name)
+    params = {
+        name: dataclasses.replace(by_name[block.cls].tensor[local], name=name)
         for block in blocks for local, name in zip(by_name[block.cls].params, block.params, strict=True)
-    )
+    }
     return ModelGraph(
         name="toy", rows=ROWS, rows_are_tagged=True,
         inputs=(TensorInfo(name="input_ids", shape=(ROWS, seq_len), dtype="int64"),
                 TensorInfo(name="labels", shape=(ROWS, seq_len), dtype="int64")),
-        params=params, buffers=(), aliases=(), classes=(*classes, empty_class("shared")), blocks=tuple(blocks),
+        params=tuple(params.values()), buffers=(), aliases=(), classes=(*classes, empty_class("shared")), blocks=tuple(blocks),
         shared=Block(name="shared", cls="shared", inputs=(), params=(), buffers=(), outputs=()), loss="loss",
     )
 
@@ -113,7 +114,7 @@ def empty_class(name: str) -> BlockClass:
 
 def device(speed: float = 1.0, memory_gib: float = 16.0) -> DeviceType:
     return DeviceType(
-        name=f"TOY-{speed:g}-{memory_gib:g}", memory_bytes=int(memory_gib * 2**30),
+        name=f"CPU-TOY-{speed:g}-{memory_gib:g}", memory_bytes=int(memory_gib * 2**30),
         memory_bandwidth_bytes_per_s=1e12 * speed,
         peak_flops=(("float32", 10e12 * speed), ("bfloat16", 100e12 * speed)), kernel_launch_s=1e-6,
     )
