@@ -1,6 +1,8 @@
 """`python -m autopar`: the same as the command `autopar`."""
 
+import sys
+
 from autopar.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

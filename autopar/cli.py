@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from autopar.cli_output import Answer, answer, check_writable, only_answers, print_json, progress, report_table
-from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, sequence_length, torch_dtype
+from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, param_dtype, sequence_length, torch_dtype
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 
@@ -135,10 +135,11 @@ def plan(
             machine = simulations.cluster(cluster, profile)
             graph = simulations.graph(model, seq_len, name, attention)
             request = PlanRequest(
-                global_batch=global_batch, seq_len=sequence_length(graph), dtype=name, optimizer=optimizer,
+                global_batch=global_batch, seq_len=sequence_length(graph), dtype=name,
+                param_dtype=param_dtype(name), optimizer=optimizer,
                 micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
             )
-            found = find_plan(graph, machine, request, progress=news)
+            found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
             report = simulate_plan(graph, machine, found).report()
         if output is not None:
             save_plan(found, output)
@@ -146,6 +147,14 @@ def plan(
         reply.show(plan_table(found, report))
         if output is not None:
             reply.show(f"written to {output}")
+
+
+def _settled(news: Callable[[str], None]) -> Callable[[int, int, float | None], None]:
+    """Tells how far a search is, in words."""
+    def tell(settled: int, total: int, best_s: float | None) -> None:
+        news(f"{settled} of {total} settings settled" + (f", best step {best_s:.4g} s" if best_s else ""))
+
+    return tell
 
 
 @app.command()
@@ -208,9 +217,11 @@ def show(path: PlanFile, json_: Json = False) -> None:
     """Print a plan file as a table."""
     from autopar.plan.file import load_plan, plan_to_json
     from autopar.plan.text import plan_table
+    from autopar.plan.verify import verify_plan
 
     with answer(as_json=json_) as reply:
         loaded = load_plan(path)
+        verify_plan(loaded, None)
         reply.value = json.loads(plan_to_json(loaded))
         reply.show(plan_table(loaded))
 
@@ -221,10 +232,13 @@ def export(path: PlanFile, to: To, output: Output = None, json_: Json = False) -
     from autopar.export.megatron import to_megatron
     from autopar.export.torchtitan import to_torchtitan
     from autopar.plan.file import load_plan
+    from autopar.plan.verify import verify_plan
 
     check_writable(output)
     with answer(as_json=json_) as reply:
-        settings = {Target.TORCHTITAN: to_torchtitan, Target.MEGATRON: to_megatron}[to](load_plan(path))
+        loaded = load_plan(path)
+        verify_plan(loaded, None)
+        settings = {Target.TORCHTITAN: to_torchtitan, Target.MEGATRON: to_megatron}[to](loaded)
         reply.value = {"target": settings.target, "settings": settings.text, "not_expressed": settings.not_expressed}
         if output is not None:
             write_text(output, settings.text)

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from autopar.errors import InputError
 
+PIPED_WIDTH = 120  # columns of a table where no terminal says its own
+
 
 class Answer:
     """What a command found out: `value` is printed under --json, what was given to `show` otherwise."""
@@ -22,7 +24,7 @@ class Answer:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.value: dict[str, Any] = {}
-        self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
     def show(self, *parts: Any) -> None:
         """Prints text or a table at once, unless the answer is JSON."""

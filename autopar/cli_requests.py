@@ -31,6 +31,11 @@ def torch_dtype(word: str) -> str:
     return name
 
 
+def param_dtype(dtype: str) -> str:
+    """The dtype that parameters rest in while the model computes in `dtype`: four bytes, or float64's own."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 class SimulateRequest(BaseModel):
     """The long options of `simulate`, by their names with underscores."""
 
@@ -135,6 +140,7 @@ class Simulations:
     def __init__(self) -> None:
         self._graphs = Cache(32)
         self._clusters = Cache(256)
+        self._choosers = Cache(32)  # keep what they chose for one model on one cluster
 
     def graph(self, model: str, seq_len: int | None, dtype: str, attention: str) -> ModelGraph:
         """The captured model that a text names."""
@@ -182,16 +188,22 @@ class Simulations:
             return plan
         from autopar.plan.plan import Recompute, Schedule
         from autopar.search.degrees import Degrees, plan_from_degrees
+        from autopar.search.shardings import ShardingChooser
 
+        chooser = self._choosers.get(
+            (request.model, request.seq_len, dtype, request.attention, request.cluster, request.profile),
+            lambda: ShardingChooser(graph, cluster, dtype),
+        )
         replicate, shard = request.data_degrees(cluster.num_devices)
         return plan_from_degrees(graph, cluster, Degrees(
             global_batch=request.global_batch, seq_len=sequence_length(graph), dtype=dtype,
+            param_dtype=param_dtype(dtype),
             optimizer=request.optimizer, tp=request.tp, pp=request.pp, virtual_stages=request.virtual_stages,
             cp=request.cp, ep=request.ep, dp_replicate=replicate, dp_shard=shard, zero=request.zero_level(shard),
             micro_batch=request.micro_batch, recompute=Recompute(request.recompute),
             schedule=Schedule(request.schedule) if request.schedule else None,
             sequence_parallel=request.sequence_parallel, compile=request.compile,
-        ))
+        ), chooser=chooser)
 
     def answers(self, path: Path) -> Iterator[dict[str, Any]]:
         """One answer for each line of the file that is not blank: the simulated report, or {"error": why}."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from autopar.export.settings import Settings, common_gaps, even_layers, layers_of, num_chunks, one_mesh
+from autopar.export.settings import Settings, common_gaps, even_layers, num_chunks, one_mesh
 from autopar.plan.plan import Plan, Recompute, Schedule, Stage
 
 OPTIMIZERS = {"adamw": "adam", "adam": "adam", "sgd": "sgd"}
@@ -61,6 +61,6 @@ def to_megatron(plan: Plan) -> Settings:
 
 def _layout(plan: Plan, stage: Stage) -> str:
     """The stage in Megatron's words: E the embedding, t a layer, L the head with the loss."""
-    first, last = layers_of(plan, stage)
+    first, last = plan.layers(stage)
     names = plan.blocks[stage.first : stage.last]
     return "E" * ("prologue" in names) + "t" * (last - first) + "L" * ("epilogue" in names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.errors import InputError
-from autopar.plan.plan import Mesh, Plan, Stage
+from autopar.plan.plan import Mesh, Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,16 +15,6 @@ class Settings:
     target: str
     text: str
     not_expressed: tuple[str, ...]
-
-
-def is_layer(block: str) -> bool:
-    """Whether a block of the chain is one of the model's repeated layers, by its name."""
-    return block not in ("prologue", "epilogue") and not block.startswith("glue")
-
-
-def layers_of(plan: Plan, stage: Stage) -> tuple[int, int]:
-    """The stage's layers as (first, last + 1), counted over the repeated layers alone: embedding and head are none."""
-    return (sum(map(is_layer, plan.blocks[: stage.first])), sum(map(is_layer, plan.blocks[: stage.last])))
 
 
 def num_chunks(plan: Plan) -> int:
@@ -46,7 +36,7 @@ def one_mesh(plan: Plan, target: str) -> tuple[Mesh, int]:
 
 def even_layers(plan: Plan) -> bool:
     """Whether every stage has the same number of layers."""
-    return len({last - first for first, last in (layers_of(plan, stage) for stage in plan.stages)}) == 1
+    return len({last - first for first, last in (plan.layers(stage) for stage in plan.stages)}) == 1
 
 
 def common_gaps(plan: Plan) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from autopar.export.settings import Settings, common_gaps, even_layers, is_layer, layers_of, num_chunks, one_mesh
+from autopar.export.settings import Settings, common_gaps, even_layers, num_chunks, one_mesh
 from autopar.plan.plan import Plan, Recompute, Schedule, Stage
 
 SCHEDULES = {
@@ -77,9 +77,8 @@ def to_torchtitan(plan: Plan) -> Settings:
 
 def _modules(plan: Plan, stage: Stage) -> list[str]:
     """The stage's modules under torchtitan's names for a decoder."""
-    first, last = layers_of(plan, stage)
+    first, last = plan.layers(stage)
     names = plan.blocks[stage.first : stage.last]
     head = ["tok_embeddings"] if "prologue" in names else []
     tail = ["norm", "output"] if "epilogue" in names else []
-    assert last - first == sum(map(is_layer, names))
     return head + [f"layers.{number}" for number in range(first, last)] + tail

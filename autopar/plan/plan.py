@@ -14,6 +14,11 @@ from pathlib import Path
 from autopar.sharding.strategy import ClassSharding
 
 
+def is_layer(block: str) -> bool:
+    """Whether the block of this name is a layer: not what comes before, between or after the layers."""
+    return block not in ("prologue", "epilogue") and not block.startswith("glue")
+
+
 class Recompute(StrEnum):
     NONE = "none"
     SELECTIVE = "selective"
@@ -130,6 +135,10 @@ class Plan:
     @property
     def num_stages(self) -> int:
         return len(self.stages)
+
+    def layers(self, stage: Stage) -> tuple[int, int]:
+        """The layers of a stage as (first, last + 1), counted over layers alone: embedding and head are none."""
+        return (sum(map(is_layer, self.blocks[: stage.first])), sum(map(is_layer, self.blocks[: stage.last])))
 
     def save(self, path: str | Path) -> None:
         """Write the plan file; see autopar.plan.file."""

@@ -168,7 +168,7 @@ def plan_json(plan: Plan, report: Report) -> dict[str, Any]:
         "compile": plan.compile,
         "stages": [
             {
-                "layers": [stage.first, stage.last],
+                "layers": list(plan.layers(stage)),
                 "blocks": list(plan.blocks[stage.first : stage.last]),
                 "devices": list(stage.devices),
                 "mesh": {

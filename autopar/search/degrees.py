@@ -10,7 +10,7 @@ from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import InputError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage
+from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage, is_layer
 from autopar.search.shardings import ShardingChooser
 
 
@@ -86,11 +86,6 @@ def plan_from_degrees(
 def stage_devices(stage: int, size: int) -> tuple[int, ...]:
     """The ranks of a pipeline group: contiguous, in the cluster's order."""
     return tuple(range(stage * size, (stage + 1) * size))
-
-
-def is_layer(name: str) -> bool:
-    """Whether a block of this name is a layer: not what comes before, between or after the layers."""
-    return name not in ("prologue", "epilogue") and not name.startswith("glue")
 
 
 def even_cuts(graph: ModelGraph, num_stages: int) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import pytest
 
 from autopar.errors import InputError
 from autopar.export.megatron import to_megatron
-from autopar.export.settings import layers_of
 from autopar.export.torchtitan import to_torchtitan
 from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage
 
@@ -36,7 +35,7 @@ def make_plan(
 
 def test_layers_are_counted_without_embedding_and_head() -> None:
     plan = make_plan((0, 2, 6))
-    assert [layers_of(plan, stage) for stage in plan.stages] == [(0, 1), (1, 4)]
+    assert [plan.layers(stage) for stage in plan.stages] == [(0, 1), (1, 4)]
 
 
 def test_torchtitan_settings_are_toml_and_say_every_degree() -> None:
