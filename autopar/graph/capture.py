@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
-from autopar.graph.fake import fake_like, faked, new_fake_mode
+from autopar.graph.fake import fake_like, faked, new_fake_mode, traced_under
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
@@ -67,7 +67,7 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
             def loss(*tensors: Tensor) -> Tensor:
                 return _loss(model, batch.fill(list(tensors)), loss_fn)
 
-            with mode:
+            with traced_under(mode):
                 recording = record(lambda: loss(*fakes), model, candidates)
             outer = trace_outer(model, loss, fakes, recording)
             programs = {key: build.program(call) for key, call in recording.first.items()}

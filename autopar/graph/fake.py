@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -25,6 +26,13 @@ def new_fake_mode() -> FakeTensorMode:
         shape_env=ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False, tracked_fakes=[]),
         allow_non_fake_inputs=True,
     )
+
+
+@contextlib.contextmanager
+def traced_under(mode: FakeTensorMode) -> Iterator[None]:
+    """While inside, `mode` is on and code that asks whether it is being exported is told so."""
+    with mode, _compiling_state_context():
+        yield
 
 
 def is_fake(tensor: Tensor) -> bool:

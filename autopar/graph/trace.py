@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
+from autopar.errors import CaptureError
 from autopar.graph.explain import explained
 from autopar.graph.module_blocks import Candidate
 from autopar.graph.record import BlockCall, Recording, patched_forwards, take_tensors
@@ -93,17 +94,37 @@ def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tenso
         nonlocal position
         index, position = position, position + 1
         call = recording.calls[index]
-        assert call.candidate.fqn == candidate.fqn, "the model calls its blocks in another order when it is traced"
-        _, tensors, _ = take_tensors(arguments)
+        template, tensors, _ = take_tensors(arguments)
+        if call.candidate.fqn != candidate.fqn or template.leaves != call.arguments.leaves:
+            raise CaptureError(f"{candidate.fqn}: it is called with other arguments each time that the model is "
+                               "traced; remove what the forward keeps between calls")
         return call.result.fill(list(torch.ops.autopar.block(tensors, index)))
 
     folded = list({call.candidate.fqn: call.candidate for call in recording.calls}.values())
     _active_calls[:] = recording.calls
     try:
-        with patched_forwards(folded, replace), explained(model):
-            return _export(_Whole(model, loss, restart), batch)
+        with patched_forwards(folded, replace):
+            if len({(param.dtype, param.device, param.requires_grad) for param in model.parameters()}) == 1:
+                # Without the blocks' parameters, which the rest does not read, this is several times faster.
+                with contextlib.suppress(Exception), _without_parameters(folded):
+                    return _export(_Whole(model, loss, restart), batch)
+            with explained(model):
+                return _export(_Whole(model, loss, restart), batch)
     finally:
         _active_calls.clear()
+
+
+@contextlib.contextmanager
+def _without_parameters(candidates: list[Candidate]) -> Iterator[None]:
+    tables = [module._parameters for candidate in candidates for module in candidate.module.modules()]
+    saved = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, values in zip(tables, saved, strict=True):
+            table.update(values)
 
 
 def trace_block(call: BlockCall, mode: FakeTensorMode) -> ExportedProgram:

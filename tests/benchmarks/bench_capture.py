@@ -16,10 +16,11 @@ def measure_one(name: str) -> None:
 
     graph = capture_source(load_source(name, seq_len=LONGEST.get(name)))
     wall_s = time.perf_counter() - start
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    peak_gib = usage.ru_maxrss / 2**20
     ops = sum(len(cls.ops) for cls in graph.classes)
-    sys.stdout.write(f"{name:16} {wall_s:8.1f} {peak_gib:8.2f} {graph.num_params / 1e9:10.2f} {len(graph.blocks):7} "
-                     f"{len(graph.classes):8} {ops:5}\n")
+    sys.stdout.write(f"{name:16} {wall_s:8.1f} {usage.ru_utime + usage.ru_stime:8.1f} {peak_gib:8.2f} "
+                     f"{graph.num_params / 1e9:10.2f} {len(graph.blocks):7} {len(graph.classes):8} {ops:5}\n")
 
 
 if __name__ == "__main__":
@@ -28,8 +29,8 @@ if __name__ == "__main__":
     else:
         from autopar.graph.source import preset_names
 
-        sys.stdout.write(f"{'preset':16} {'wall s':>8} {'RSS GiB':>8} {'params 1e9':>10} {'blocks':>7} {'classes':>8} "
-                         f"{'ops':>5}\n")
+        sys.stdout.write(f"{'preset':16} {'wall s':>8} {'CPU s':>8} {'RSS GiB':>8} {'params 1e9':>10} {'blocks':>7} "
+                         f"{'classes':>8} {'ops':>5}\n")
         sys.stdout.flush()
         for preset in preset_names():
             subprocess.run([sys.executable, __file__, preset], check=True)

@@ -66,6 +66,30 @@ def mixtral(**changes: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return transformers.MixtralForCausalLM(config), token_batch(97)
 
 
+def gemma3() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Layers built alike with two kinds of attention: five with a sliding window, one without."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        num_hidden_layers=6, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=97, max_position_embeddings=64, sliding_window=5)
+    return transformers.Gemma3ForCausalLM(config), token_batch(97)
+
+
+def t5() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, vocab_size=97,
+                                   dropout_rate=0.0, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config), token_batch(97)
+
+
+def bart() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=97, max_position_embeddings=64, dropout=0.0)
+    return transformers.BartForConditionalGeneration(config), token_batch(97)
+
+
 def mlp() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16),

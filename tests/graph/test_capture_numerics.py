@@ -22,6 +22,9 @@ CASES = {
     "vit": lambda: (*models.vit(), None),
     "mixtral": lambda: (*models.mixtral(), None),
 
+    "gemma3": lambda: (*models.gemma3(), None),
+    "t5": lambda: (*models.t5(), None),
+    "bart": lambda: (*models.bart(), None),
     "mlp": lambda: (*models.mlp(), models.square_loss),
 }
 
