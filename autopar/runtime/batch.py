@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class BatchReader:
             raise InputError(f"the batch has {unknown[0]!r}; the model was captured with {', '.join(expected)}")
         found: list[dict[str, Tensor]] = [{} for _ in range(self.plan.num_micro_batches)]
         for info in self.inputs:
-            value = named[info.name]
+            value = self._in_dtype(info, named[info.name])
             split = self._is_split(info, value)
             for i, part in enumerate(found):
                 first = (data_rank * self.plan.num_micro_batches + i) * self.plan.micro_batch
@@ -45,12 +46,10 @@ class BatchReader:
         shape = tuple(value.shape)
         if info.shape and info.shape[0] == self.rows:
             if shape == (self.plan.global_batch, *info.shape[1:]):
-                self._check_dtype(info, value)
                 return True
             wanted = [self.plan.global_batch, *info.shape[1:]]
         else:
             if shape == info.shape:
-                self._check_dtype(info, value)
                 return False
             wanted = list(info.shape)
         raise InputError(
@@ -58,7 +57,25 @@ class BatchReader:
             f"(global batch of {self.plan.global_batch} rows, the same on every rank)"
         )
 
-    def _check_dtype(self, info: TensorInfo, value: Tensor) -> None:
+    def _in_dtype(self, info: TensorInfo, value: Tensor) -> Tensor:
+        """The tensor in the captured dtype: floats are cast (the model may compute in another one), the rest must fit."""
+        wanted: torch.dtype = getattr(torch, info.dtype)
+        if value.dtype == wanted:
+            return value
+        if value.is_floating_point() and wanted.is_floating_point:
+            return value.to(wanted)
         found = str(value.dtype).removeprefix("torch.")
-        if found != info.dtype:
-            raise InputError(f"batch tensor {info.name!r} is {found}; the model was captured with {info.dtype}")
+        raise InputError(f"batch tensor {info.name!r} is {found}; the model was captured with {info.dtype}")
+
+
+def example_rows(example: Mapping[str, Any] | Sequence[Any], rows: int) -> dict[str, Any] | tuple[Any, ...]:
+    """The example batch with `rows` rows, its own repeated or cut; what has no batch dim stays."""
+    values = list(example.values()) if isinstance(example, Mapping) else list(example)
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    size = max(set(sizes), key=sizes.count)
+    index = torch.arange(rows) % size
+    changed = [
+        value[index.to(value.device)] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+        for value in values
+    ]
+    return dict(zip(example, changed, strict=True)) if isinstance(example, Mapping) else tuple(changed)

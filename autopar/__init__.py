@@ -1,0 +1,72 @@
+"""autopar plans, checks and runs the parallel training of PyTorch models.
+
+    trainer = autopar.parallelize(model, example_batch, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-4))
+    plan = autopar.plan(model, example_batch, cluster="2x8xH100", global_batch=1024)
+    autopar.simulate(plan)
+
+Names are imported when they are first used, so that `import autopar` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import autopar.plan
+import autopar.simulate
+
+if TYPE_CHECKING:
+    from autopar.api import PlannedModel as PlannedModel
+    from autopar.api import parallelize as parallelize
+    from autopar.cluster.cluster import Cluster as Cluster
+    from autopar.cluster.parse import parse_cluster as parse_cluster
+    from autopar.errors import AutoparError as AutoparError
+    from autopar.errors import CaptureError as CaptureError
+    from autopar.errors import InfeasibleError as InfeasibleError
+    from autopar.errors import InputError as InputError
+    from autopar.errors import PlanMismatchError as PlanMismatchError
+    from autopar.plan.file import load_plan as load_plan
+    from autopar.plan.plan import Plan as Plan
+    from autopar.runtime.engine import Trainer as Trainer
+    from autopar.simulate.timeline import Timeline as Timeline
+
+_HOMES = {
+    "AutoparError": "autopar.errors",
+    "CaptureError": "autopar.errors",
+    "Cluster": "autopar.cluster.cluster",
+    "InfeasibleError": "autopar.errors",
+    "InputError": "autopar.errors",
+    "Plan": "autopar.plan.plan",
+    "PlanMismatchError": "autopar.errors",
+    "PlannedModel": "autopar.api",
+    "Timeline": "autopar.simulate.timeline",
+    "Trainer": "autopar.runtime.engine",
+    "load_plan": "autopar.plan.file",
+    "parallelize": "autopar.api",
+    "parse_cluster": "autopar.cluster.parse",
+}
+
+__all__ = [*_HOMES, "plan", "simulate"]  # noqa: PLE0604
+
+
+class _Verb(ModuleType):
+    """A room whose name is also a verb: `autopar.plan` holds autopar/plan and can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module("autopar.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+for _room in ("autopar.plan", "autopar.simulate"):
+    sys.modules[_room].__class__ = _Verb
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

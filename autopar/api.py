@@ -1,0 +1,302 @@
+"""The calls of the package: plan, simulate, parallelize."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autopar.cluster.cluster import Cluster
+from autopar.cluster.local import local_cluster
+from autopar.cluster.parse import parse_cluster
+from autopar.errors import AutoparError, InputError, PlanMismatchError
+from autopar.graph.capture import Captured, capture
+from autopar.graph.fingerprint import model_fingerprint
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.file import load_plan, plan_from_json, plan_to_json
+from autopar.plan.plan import Plan
+from autopar.plan.verify import verify_plan
+from autopar.runtime.batch import example_rows
+from autopar.runtime.engine import OptimizerFactory, Trainer
+from autopar.runtime.rows import at_rows
+from autopar.search.planner import PlanRequest, find_plan
+from autopar.simulate.simulator import simulate as simulate_plan
+from autopar.simulate.timeline import Timeline
+
+log = logging.getLogger(__name__)
+
+Example = Mapping[str, Any] | tuple[Any, ...]
+LossFn = Callable[[Any, Any], Tensor]
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+_OPTIMIZERS = {"AdamW": "adamw", "Adam": "adam", "SGD": "sgd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel(Plan):
+    """A plan together with the model and the cluster that it was made for. Files keep the plan alone."""
+
+    graph: ModelGraph = field(repr=False, compare=False)
+    cluster: Cluster = field(repr=False, compare=False)
+
+
+def plan(
+    model: nn.Module, example_batch: Example, *, cluster: Cluster | str, global_batch: int,
+    loss_fn: LossFn | None = None, dtype: str | None = None, optimizer: str = "adamw", micro_batch: int | None = None,
+    max_search_seconds: float | None = None, compile: bool = False,  # noqa: A002
+) -> PlannedModel:
+    """The fastest plan found for a model on a cluster, with its certificate; no device is needed.
+
+    The model may be real, fake or on the meta device. `dtype` ("bf16", "float32", ...) is the one to compute in, the
+    model's own if left out. InfeasibleError, naming the smallest change that helps, where nothing fits.
+    """
+    machine = parse_cluster(cluster) if isinstance(cluster, str) else cluster
+    compute = _dtype(dtype, model)
+    graph = _captured(model, example_batch, loss_fn, compute).graph
+    request = PlanRequest(
+        global_batch=global_batch, seq_len=_sequence_length(graph), dtype=compute, param_dtype=_param_dtype(compute),
+        optimizer=optimizer, micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile,
+    )
+    found = find_plan(graph, machine, request)
+    return PlannedModel(
+        **{item.name: getattr(found, item.name) for item in fields(found)}, graph=graph, cluster=machine
+    )
+
+
+def simulate(
+    plan: Plan, *, graph: ModelGraph | None = None, cluster: Cluster | str | None = None
+) -> Timeline:
+    """The predicted step of a plan: time and memory of every device.
+
+    What `autopar.plan` returned needs nothing else. A plan from a file needs the model's `graph`, and `cluster` where
+    the plan's cluster was not written in shorthand.
+    """
+    if isinstance(plan, PlannedModel):
+        graph, cluster = graph or plan.graph, cluster or plan.cluster
+    if graph is None:
+        raise InputError("a plan from a file does not hold its model: give simulate(plan, graph=...) too")
+    machine = parse_cluster(cluster or plan.cluster_name) if not isinstance(cluster, Cluster) else cluster
+    verify_plan(plan, graph, machine)
+    return simulate_plan(graph, machine, plan)
+
+
+def parallelize(
+    model: nn.Module, example_batch: Example, optimizer: OptimizerFactory, *, loss_fn: LossFn | None = None,
+    plan: Plan | str | Path | None = None, cluster: Cluster | str | None = None, global_batch: int | None = None,
+    dtype: str | None = None, micro_batch: int | None = None, max_search_seconds: float | None = None,
+    device: torch.device | str | None = None, timeout_s: float = 1800.0,
+) -> Trainer:
+    """A Trainer that runs the model over all processes of the job, under torchrun or alone.
+
+    `example_batch` is a dict of keyword arguments or a tuple; `model(**example_batch)` returns a scalar loss or an
+    object with `.loss`, or `loss_fn(output, batch)` gives it. Without `plan` (a Plan or its file), rank 0 plans for
+    `cluster`, or for the machines at hand, and `global_batch` rows a step, or as many as the example has.
+    `optimizer` makes a torch optimizer from parameters: `lambda p: torch.optim.AdamW(p, lr=3e-4)`. Every rank calls
+    it with the same arguments; rank 0's weights are used.
+    """
+    place = _open_job(device, timeout_s)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    captured: Captured | None = None
+
+    def decide() -> str:
+        nonlocal captured
+        if plan is not None:
+            return plan_to_json(plan if isinstance(plan, Plan) else load_plan(Path(plan)))
+        machine = parse_cluster(cluster) if isinstance(cluster, str) else cluster or _machines(world, place)
+        if machine.num_devices != world:
+            raise PlanMismatchError(
+                f"cluster {machine.name} has {machine.num_devices} devices, and the job has {world} processes"
+            )
+        compute = _dtype(dtype, model)
+        captured = _captured(model, example_batch, loss_fn, compute)
+        rows = global_batch if global_batch is not None else _rows(example_batch)
+        request = PlanRequest(
+            global_batch=rows, seq_len=_sequence_length(captured.graph), dtype=compute,
+            param_dtype=_param_dtype(compute), optimizer=_optimizer_name(optimizer), micro_batch=micro_batch,
+            max_search_seconds=max_search_seconds,
+        )
+        return plan_to_json(find_plan(captured.graph, machine, request))
+
+    chosen = plan_from_json(_from_first(decide))
+    if captured is None:
+        captured = _captured(model, example_batch, loss_fn, chosen.dtype)
+    _agree(chosen, captured.graph)
+    return Trainer(
+        model, chosen, _runnable(captured, chosen, model, example_batch, loss_fn), optimizer, device=place,
+        timeout_s=timeout_s,
+    )
+
+
+# -- the job
+
+
+def _open_job(device: torch.device | str | None, timeout_s: float) -> torch.device:
+    """This process's device; joins the job that torchrun's variables describe, if no process group is there yet."""
+    if device is None:
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        place = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    else:
+        place = torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        atexit.register(_close_job)
+    return place
+
+
+def _close_job() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _machines(world: int, place: torch.device) -> Cluster:
+    """The job's machines, taken to be like this one."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    node = local_cluster(local, device=place.type)
+    if world == local:
+        return node
+    if world % local:
+        raise InputError(f"{world} processes on machines of {local}: describe the machines with cluster=...")
+    return replace(node, name=f"{world // local} x {node.name}", nodes=node.nodes * (world // local))
+
+
+def _from_first(make: Callable[[], str]) -> str:
+    """Rank 0's text on every rank; rank 0's error is raised on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make()
+        except AutoparError as error:
+            box[1] = error
+        except Exception as error:
+            dist.broadcast_object_list([None, AutoparError(f"rank 0 failed: {error}")], src=0)
+            raise
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    text: str = box[0]
+    return text
+
+
+def _agree(plan: Plan, graph: ModelGraph) -> None:
+    """Raise on every rank if the plan is not for the model of any one of them."""
+    problem: str | None = None
+    try:
+        verify_plan(plan, graph)
+    except InputError as error:
+        problem = str(error)
+    found: list[str | None] = [problem]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem)
+    for rank, text in enumerate(found):
+        if text is not None:
+            raise PlanMismatchError(f"rank {rank}: {text}" if len(found) > 1 else text)
+
+
+# -- the model
+
+
+def _dtype(name: str | None, model: nn.Module) -> str:
+    """torch's word for the compute dtype that was asked for, or for the model's own."""
+    if name is None:
+        own = next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
+        return str(own).removeprefix("torch.")
+    full = _SHORT.get(name, name)
+    if full not in _SHORT.values():
+        raise InputError(f"unknown dtype {name!r}; use one of {', '.join(_SHORT)}")
+    return full
+
+
+def _param_dtype(dtype: str) -> str:
+    return "float64" if dtype == "float64" else "float32"
+
+
+def _optimizer_name(factory: OptimizerFactory) -> str:
+    """What the planner calls the optimizer that the factory makes."""
+    made = type(factory([nn.Parameter(torch.zeros(1))])).__name__
+    if made not in _OPTIMIZERS:
+        log.warning("planning the memory of optimizer %s as that of AdamW", made)
+    return _OPTIMIZERS.get(made, "adamw")
+
+
+def _rows(example: Example) -> int:
+    values = example.values() if isinstance(example, Mapping) else example
+    return next(value.shape[0] for value in values if isinstance(value, Tensor) and value.dim())
+
+
+def _sequence_length(graph: ModelGraph) -> int | None:
+    """Tokens a row: the second dim of the first batch tensor of integers with two dims."""
+    return next((i.shape[1] for i in graph.inputs if i.dtype in ("int64", "int32") and len(i.shape) == 2), None)
+
+
+@contextlib.contextmanager
+def _parameters_in(model: nn.Module, dtype: str) -> Iterator[None]:
+    """The model with fake parameters of a dtype in place of its own, which come back afterwards."""
+    wanted: torch.dtype = getattr(torch, dtype)
+    if all(param.dtype == wanted or not param.is_floating_point() for param in model.parameters()):
+        yield
+        return
+    own = [(module, name, param) for module in model.modules() for name, param in module._parameters.items()]
+    fakes: dict[int, nn.Parameter] = {}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module, name, param in own:
+                if param is not None and id(param) not in fakes:
+                    kind = wanted if param.is_floating_point() else param.dtype
+                    fake = torch.empty(param.shape, dtype=kind, device=param.device)
+                    fakes[id(param)] = nn.Parameter(fake, requires_grad=param.requires_grad)
+                if param is not None:
+                    module._parameters[name] = fakes[id(param)]
+        yield
+    finally:
+        for module, name, param in own:
+            module._parameters[name] = param
+
+
+def _captured(
+    model: nn.Module, example: Example, loss_fn: LossFn | None, dtype: str, rows: int | None = None
+) -> Captured:
+    """The model captured in a compute dtype: with tagged rows, or with the first `rows` rows of the example."""
+    wanted: torch.dtype = getattr(torch, dtype)
+    batch = example if rows is None else example_rows(example, rows)
+
+    def cast(value: Any) -> Any:
+        return value.to(wanted) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    if isinstance(batch, Mapping):
+        batch = {key: cast(value) for key, value in batch.items()}
+    else:
+        batch = tuple(cast(value) for value in batch)
+    with _parameters_in(model, dtype):
+        return capture(model, batch, loss_fn=loss_fn, tag_rows=rows is None)
+
+
+def _runnable(
+    captured: Captured, plan: Plan, model: nn.Module, example: Example, loss_fn: LossFn | None
+) -> Captured:
+    """The captured model at the plan's micro-batch; captured anew where its sizes are not in proportion to the rows."""
+    try:
+        return Captured(graph=at_rows(captured.graph, plan.micro_batch), constants=captured.constants)
+    except InputError as error:
+        log.info("capturing again at %d rows: %s", plan.micro_batch, error)
+    again = _captured(model, example, loss_fn, plan.dtype, plan.micro_batch)
+    if model_fingerprint(again.graph) != plan.model_fingerprint:
+        raise InputError(
+            f"the model runs other ops at {plan.micro_batch} rows than the plan was made for; give micro_batch=2 or more"
+        )
+    return again
