@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from autopar.errors import InputError
+from autopar.files import write_text
 from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
@@ -142,7 +141,8 @@ def plan_from_json(text: str, *, source: str = "plan") -> Plan:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
-        cut = " (the file ends too early)" if error.pos >= len(text.rstrip()) or not text.strip() else ""
+        ended = error.pos >= len(text.rstrip()) or not text.rstrip().endswith("}")
+        cut = " (the file ends too early)" if ended else ""
         raise InputError(
             f"{source}: not valid JSON at line {error.lineno}, column {error.colno}{cut}: {error.msg}; {_AGAIN}"
         ) from None
@@ -166,22 +166,7 @@ def plan_from_json(text: str, *, source: str = "plan") -> Plan:
 
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write the plan file atomically: readers see the old file or the whole new one."""
-    target = Path(path)
-    text = plan_to_json(plan)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise InputError(f"{target}: cannot write the plan: {error.strerror or error}; choose another path") from None
+    write_text(path, plan_to_json(plan))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -194,12 +179,6 @@ def load_plan(path: str | Path) -> Plan:
     except OSError as error:
         raise InputError(f"{source}: cannot read the plan: {error.strerror or error}; check the path") from None
     return plan_from_json(text, source=str(source))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _stage_record(stage: Stage) -> _Stage:

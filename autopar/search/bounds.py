@@ -8,8 +8,9 @@ m backwards and m - k forwards to do; then the last micro-batch goes back to sta
     T >= start_0 + (sum over stages of f + b) + (m - 1) b_s + (m - k) f_s + end_0
 
 for each s, and the best cut is found exactly for the largest of these (`balance`). Hidden data-parallel communication
-costs at least its slow-down of the compute, and at least what does not fit behind it (`simulate/overlap.py`). Time on
-the links between stages is left out. A property test compares these bounds with the simulator.
+costs at least its slow-down of the compute, and at least what does not fit behind it (`simulate/overlap.py`). The links
+between stages count for the first micro-batch, with the least that any cut sends. A property test compares these bounds
+with the simulator.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ import numpy as np
 
 from autopar.cost_models.compute import memory_bandwidth
 from autopar.cost_models.memory import GRADIENT_BYTES, optimizer_step_bytes, static_bytes
+from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.plan.plan import Recompute
 from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
-from autopar.search.shardings import ShardingChooser
+from autopar.search.shardings import Choice, ShardingChooser
 from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.sharding.reshard import Collective
+from autopar.sharding.state import Kind
 from autopar.simulate.block_cost import block_cost
+from autopar.simulate.class_costs import captured_dtype
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
@@ -73,6 +77,10 @@ class Bounds:
     ) -> None:
         self._graph, self._layout, self._request, self._chooser = graph, layout, request, chooser
         self._layer = np.array([is_layer(block) for block in graph.blocks])
+        # What crosses each border between blocks, as (class, index of output); borders that are alike count once.
+        made = {name: (block.cls, i) for block in graph.blocks for i, name in enumerate(block.outputs)}
+        crossing = (graph.boundary(at) for at in range(1, len(graph.blocks)))
+        self._borders = tuple(dict.fromkeys(tuple(made[name] for name in names) for names in crossing))
         self._numel_first = [_first_holders(graph, ends_apart=apart) for apart in (False, True)]
         self._blocks: dict[tuple[object, ...], BlockTable] = {}
         self._last: tuple[Candidate, tuple[list[Table], list[Table], Table]] | None = None
@@ -132,7 +140,8 @@ class Bounds:
 
     def _loads(self, c: Candidate) -> tuple[list[Table], list[Table], Table]:
         """For each stage and range: what micro-batches after the first take, infinity where the range does not fit; and
-        what the first takes. And what stage 0 does once a step, by the end of its range."""
+        what the first takes. And by the end of stage 0's range: what it does once a step, with the time of the first
+        micro-batch on the links between stages."""
         if self._last is not None and self._last[0] == c:
             return self._last[1]
         kinds = self._layout.kinds(c)
@@ -150,7 +159,8 @@ class Bounds:
         once = tables[kinds[0]].start_s + tables[kinds[0]].end_s
         made = (
             [loads[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)],
-            [works[kind] for kind in kinds], np.concatenate([[0.0], np.cumsum(once)]),
+            [works[kind] for kind in kinds],
+            np.concatenate([[0.0], np.cumsum(once)]) + self._layout.sends_s(c, *self._least_sent(c)),
         )
         self._last = (c, made)
         return made
@@ -267,6 +277,30 @@ class Bounds:
             return forward, backward + copy_in, start, exposed(backward, reductions)
         return forward, backward, start, exposed(backward, reductions) + copy_in
 
+    def _least_sent(self, c: Candidate) -> tuple[float, float]:
+        """Bytes that one device sends to the next stage for a micro-batch, and gets back, at the leanest border."""
+        if c.pp == 1:
+            return 0.0, 0.0
+        graph, choice = self._graph, self._choice(c)
+        sharding = {item.cls: item for item in choice.shardings}
+        sizes: dict[tuple[str, int], tuple[float, float]] = {}
+        for cls in self._chooser.classes:
+            width = element_bytes(cls, captured_dtype(graph), self._request.dtype)
+            for i, name in enumerate(cls.outputs):
+                info = cls.tensor[name]
+                split = cls.name in sharding and sharding[cls.name].outputs[i].kind is Kind.SHARDED
+                size = info.numel * graph.scale(info.numel, c.micro_batch) * width[name] / (c.tp if split else 1)
+                sizes[cls.name, i] = size, size if info.requires_grad else 0.0
+        sent = [
+            (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
+        ]
+        return min(forward for forward, _ in sent), min(backward for _, backward in sent)
+
+    def _choice(self, c: Candidate) -> Choice:
+        found = self._chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights)
+        assert found is not None, "candidates have shardings"
+        return found
+
     def _block_table(self, c: Candidate, kind: StageKind) -> BlockTable:
         key = (c.tp, c.sequence_parallel, c.split_weights, c.micro_batch, c.pp > 1, kind.compute_kind)
         if key not in self._blocks:
@@ -275,9 +309,7 @@ class Bounds:
 
     def _make_blocks(self, c: Candidate, kind: StageKind) -> BlockTable:
         graph = self._graph
-        choice = self._chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights)
-        assert choice is not None, "candidates have shardings"
-        sharding = {item.cls: item for item in choice.shardings}
+        sharding = {item.cls: item for item in self._choice(c).shardings}
         costs = {
             cls.name: block_cost(
                 graph, cls, sharding.get(cls.name), tp=c.tp, rows=c.micro_batch, device=kind.device,

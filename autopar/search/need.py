@@ -18,7 +18,6 @@ def smallest_need(engine: Engine, space: Sequence[Candidate]) -> str:
     cluster, request = engine.cluster, engine.request
     times = min(engine.bounds.smallest_need(candidate) for candidate in leanest(space))
     smallest = min((node.device for node in cluster.nodes), key=lambda device: device.usable_memory_bytes)
-    need_gib = smallest.memory_bytes * times / 2**30
     nodes = fewest_nodes(engine)
     kind = cluster.nodes[-1]
     more = (
@@ -27,8 +26,12 @@ def smallest_need(engine: Engine, space: Sequence[Candidate]) -> str:
     )
     return (
         f"{engine.graph.name} with a global batch of {request.global_batch} does not fit on {cluster.name}: it needs "
-        f"at least {need_gib:.1f} GiB a device (has {smallest.memory_bytes / 2**30:.1f}){more}"
+        f"at least {_gib(smallest.memory_bytes * times)} GiB a device (has {_gib(smallest.memory_bytes)}){more}"
     )
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f}" if size_bytes >= 2**30 else f"{size_bytes / 2**30:.2g}"
 
 
 def leanest(space: Sequence[Candidate]) -> list[Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
-from autopar.cost_models.collectives import collective_time_s
+from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
 from autopar.search.candidates import Candidate
 from autopar.sharding.reshard import Collective
 from autopar.simulate.stage_cost import slowest_device
@@ -45,6 +45,7 @@ class StageLayout:
         self._cluster, self._dtype = cluster, dtype
         self._kinds: dict[tuple[int, int, int, int, int], StageKind] = {}
         self._of_candidate: dict[tuple[int, int, int, int], tuple[StageKind, ...]] = {}
+        self._pairs: dict[tuple[int, int], list[list[tuple[GroupShape, int]]]] = {}
         self._equal: dict[tuple[object, ...], StageKind] = {}
         self._compute: dict[tuple[DeviceType, GroupShape | None], int] = {}
 
@@ -54,6 +55,31 @@ class StageLayout:
         if key not in self._of_candidate:
             self._of_candidate[key] = tuple(self._kind(candidate, stage) for stage in range(candidate.pp))
         return self._of_candidate[key]
+
+    def sends_s(self, c: Candidate, forward_bytes: float, backward_bytes: float) -> float:
+        """Seconds of sending so much from each stage to the next, and so much back, one after another."""
+        return sum(
+            max((send_recv_time_s(size, group, flows_per_node=flows) for group, flows in links), default=0.0)
+            for links in self._links(c.pp, c.mesh.size) for size in (forward_bytes, backward_bytes)
+        )
+
+    def _links(self, num_stages: int, size: int) -> list[list[tuple[GroupShape, int]]]:
+        """For each pair of neighbouring stages: their ranks' distinct links, and the flows that share a node's."""
+        key = (num_stages, size)
+        if key not in self._pairs:
+            node_of, found = self._cluster.node_of, []
+            for first in range(size, num_stages * size, size):
+                pairs: dict[tuple[int, int], tuple[int, int]] = {}
+                leaving: dict[int, int] = {}
+                for rank in range(first - size, first):
+                    here, there = node_of[rank], node_of[rank + size]
+                    pairs.setdefault((here, there), (rank, rank + size))
+                    leaving[here] = leaving.get(here, 0) + (here != there)
+                found.append([
+                    (self._cluster.group(pair), max(1, leaving[here])) for (here, _), pair in pairs.items()
+                ])
+            self._pairs[key] = found
+        return self._pairs[key]
 
     def _kind(self, c: Candidate, stage: int) -> StageKind:
         size = c.mesh.size

@@ -103,7 +103,8 @@ def mlp_chain(
         name="toy", rows=ROWS, rows_are_tagged=True,
         inputs=(TensorInfo(name="input_ids", shape=(ROWS, seq_len), dtype="int64"),
                 TensorInfo(name="labels", shape=(ROWS, seq_len), dtype="int64")),
-        params=tuple(params.values()), buffers=(), aliases=(), classes=(*classes, empty_class("shared")), blocks=tuple(blocks),
+        params=tuple(params.values()), buffers=(), aliases=(), classes=(*classes, empty_class("shared")),
+        blocks=tuple(blocks),
         shared=Block(name="shared", cls="shared", inputs=(), params=(), buffers=(), outputs=()), loss="loss",
     )
 

@@ -1,0 +1,78 @@
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
+
+from toy_graphs import cluster, mlp_chain
+
+from autopar.errors import InputError, PlanMismatchError
+from autopar.plan.plan import Mesh, Plan, Schedule
+from autopar.plan.verify import verify_plan
+from autopar.search.planner import Degrees, plan_from_degrees
+from autopar.sharding.state import R, shard
+
+GRAPH, MACHINE = mlp_chain(), cluster(2, 4)
+PLAN = plan_from_degrees(GRAPH, MACHINE, Degrees(global_batch=16, tp=2, pp=2, dp_replicate=2, sequence_parallel=True))
+
+
+def with_stage(index: int, **changes: object) -> Plan:
+    stages = list(PLAN.stages)
+    stages[index] = dataclasses.replace(stages[index], **changes)
+    return dataclasses.replace(PLAN, stages=tuple(stages))
+
+
+def with_sharding(**changes: object) -> Plan:
+    first, *rest = PLAN.shardings
+    return dataclasses.replace(PLAN, shardings=(dataclasses.replace(first, **changes), *rest))
+
+
+def test_a_legal_plan_passes() -> None:
+    verify_plan(PLAN, GRAPH, MACHINE)
+    verify_plan(PLAN, GRAPH)
+    verify_plan(PLAN, None)
+
+
+@pytest.mark.parametrize(("plan", "message"), [
+    (with_stage(0, last=2), "begins at block 3, and block 2 comes next"),
+    (with_stage(1, first=4), "block 3 comes next"),
+    (with_stage(1, last=5), "end at block 5, and the model has 6"),
+    (with_stage(1, last=3), "holds no block"),
+    (with_stage(1, devices=(4, 5, 6, 3)), "device 3 is used by stage 0 and by stage 1"),
+    (with_stage(1, devices=(4, 5, 6, 8)), "uses device 8"),
+    (with_stage(1, mesh=Mesh(dp_replicate=2, tp=4)), "its mesh"),
+    (with_stage(1, mesh=Mesh(dp_replicate=4)), "rows"),
+    (with_stage(0, mesh=Mesh(dp_shard=2, tp=2)), "zero 0"),
+    (with_stage(1, virtual=1), "chunk"),
+    (dataclasses.replace(PLAN, num_micro_batches=7), "is 14 rows, and the global batch is 16"),
+    (dataclasses.replace(PLAN, dtype="int4"), "dtype 'int4'"),
+    (dataclasses.replace(PLAN, optimizer="lion"), "optimizer 'lion'"),
+    (dataclasses.replace(PLAN, shardings=PLAN.shardings[1:]), "has no sharding"),
+    (dataclasses.replace(PLAN, shardings=PLAN.shardings * 2), "2 shardings"),
+    (dataclasses.replace(PLAN, blocks=("a",)), "block names"),
+    (with_sharding(ops=()), "does not list the class's"),
+    (with_sharding(params=()), "0 params"),
+    (with_sharding(params=(shard(7),)), r"S\(7\) over 2 ranks"),
+    (with_sharding(outputs=(R,)), r"leaves prologue as R and enters layers.0 as S\(1\)"),
+    (with_sharding(outputs=(shard(2),)), r"only R and S\(1\)"),
+])
+def test_each_broken_rule_is_named(plan: Plan, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        verify_plan(plan, GRAPH, MACHINE)
+    assert "\n" not in str(caught.value)
+
+
+def test_interleaved_stages_share_their_group() -> None:
+    plan = plan_from_degrees(GRAPH, MACHINE, Degrees(global_batch=16, pp=2, virtual_stages=2, dp_replicate=4))
+    verify_plan(plan, GRAPH, MACHINE)
+    with pytest.raises(InputError, match="chunk numbers, and the schedule is 1f1b"):
+        verify_plan(dataclasses.replace(plan, schedule=Schedule.ONE_F_ONE_B), GRAPH, MACHINE)
+
+
+def test_another_model_or_cluster_is_refused() -> None:
+    with pytest.raises(PlanMismatchError, match=r"made for model toy \(.*this model is toy"):
+        verify_plan(PLAN, mlp_chain(num_layers=5), MACHINE)
+    with pytest.raises(PlanMismatchError, match=r"made for cluster 2x4xTOY .* 1x8xTOY"):
+        verify_plan(PLAN, GRAPH, cluster(1, 8))
