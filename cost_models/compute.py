@@ -92,13 +92,15 @@ def matmul_efficiency(
     """Share of the peak that `batch` products of (m, k) by (k, n) reach: the device's best, less for small dims.
 
     Dims that do not fill a tile of 128 waste the rest of it; short inner dims pay for a tile's start and end; few tiles
-    leave multiprocessors idle in the last wave.
+    leave multiprocessors idle in the last wave. A CPU core has neither such tiles nor waves: it keeps its best.
     """
+    best = best_matmul_efficiency(device, dtype)
+    if _is_cpu(device):
+        return best
     tiles = max(1.0, batch) * math.ceil(m / TILE) * math.ceil(n / TILE)
     filled = max(1.0, batch) * m * n / (tiles * TILE * TILE)
     if m < TILE or n < TILE:  # kernels with smaller tiles exist; a tile of at least 64 x 64 is assumed
         filled = min(1.0, filled * 2)
-    best = best_matmul_efficiency(device, dtype)
     return best * filled * k / (k + INNER_DIM_OVERHEAD) * tiles / (tiles + HALF_WAVE_TILES)
 
 
@@ -192,7 +194,7 @@ def op_time_s(
 
 def dispatch_s(op: Op, device: DeviceType, differentiable: bool) -> OpTime:
     """Seconds that the host needs to issue an op; none on a CPU, which computes where it issues."""
-    if device.name.startswith("CPU"):
+    if _is_cpu(device):
         return FREE
     forward = VIEW_DISPATCH_S if op_kind(op.target) is OpKind.VIEW else FORWARD_DISPATCH_S
     return OpTime(forward, BACKWARD_DISPATCH_S if differentiable else 0.0)
@@ -268,6 +270,10 @@ def _matmul_dims(
 def _matmul_dtype(operands: Sequence[LocalTensor], dtype: str) -> str:
     """Products of tensors that are all held in 4 bytes run in float32, whatever the compute dtype."""
     return dtype if any(operand.element_bytes < 4 for operand in operands) else "float32"
+
+
+def _is_cpu(device: DeviceType) -> bool:
+    return device.name.startswith("CPU")
 
 
 def _is_measured(device: DeviceType, field: str) -> bool:
