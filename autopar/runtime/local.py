@@ -119,6 +119,11 @@ class LocalPool:
             self._pipes[rank].send_bytes(_RELEASE)
         return [results[rank] for rank in range(count)]
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether its processes have ended: after `close`, or after a failed `run`."""
+        return not self._workers
+
     def close(self) -> None:
         """End all processes."""
         for pipe in self._pipes:

@@ -1,0 +1,74 @@
+"""Conversions between states: the value and the gradient that each leaves, on two and on four ranks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.runtime.collectives import Axis, all_reduce, converter, take_shard
+from autopar.runtime.local import LocalPool
+from autopar.sharding.reshard import conversion
+from autopar.sharding.state import RP, Kind, P, R, State, shard
+
+pytestmark = pytest.mark.processes
+
+SHAPE = (8, 16, 24)
+STATES = (R, RP, P, shard(0), shard(1), shard(2), shard(1, 2), shard(2, 3))
+
+
+def world_axis() -> Axis:
+    """The whole job as an axis."""
+    group = dist.group.WORLD
+    assert group is not None
+    return Axis(group_name=group.group_name, size=dist.get_world_size(), rank=dist.get_rank())
+
+
+def represent(axis: Axis, whole: Tensor, state: State, *, is_gradient: bool, seed: int) -> Tensor:
+    """One rank's tensor in a state. What is partial differs by rank and sums to the whole."""
+    if state.kind is Kind.SHARDED:
+        return take_shard(axis, whole, state.dim, state.outer)
+    if state.kind is (Kind.REPLICATED_PARTIAL_GRAD if is_gradient else Kind.PARTIAL):
+        parts = torch.randn(axis.size, *whole.shape, dtype=whole.dtype, generator=torch.Generator().manual_seed(seed))
+        parts[-1] = whole - parts[:-1].sum(dim=0)
+        return parts[axis.rank].clone()
+    return whole.clone()
+
+
+def wrong_conversions() -> list[str]:
+    """What is wrong with the conversions on this rank."""
+    axis = world_axis()
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+    gradient = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+    wrong = []
+    for src, dst in itertools.product(STATES, STATES):
+        rule = conversion(src, dst, True)
+        if rule is None or src == dst:
+            continue
+        convert = converter(src, dst, axis, differentiable=True)
+        assert convert is not None
+        start = represent(axis, value, src, is_gradient=False, seed=1).requires_grad_()
+        out = convert(start)
+        if not torch.allclose(out, represent(axis, value, dst, is_gradient=False, seed=1), rtol=1e-12):
+            wrong.append(f"value of {src} -> {dst}")
+        out.backward(represent(axis, gradient, dst, is_gradient=True, seed=2))
+        found = start.grad
+        assert found is not None
+        if src == RP:
+            found = all_reduce(axis, found)
+        if not torch.allclose(found, represent(axis, gradient, R if src == RP else src, is_gradient=True, seed=3)):
+            wrong.append(f"gradient of {src} -> {dst}")
+        plain = converter(src, dst, axis, differentiable=False)
+        same = start.detach() if plain is None else plain(start.detach())
+        if not torch.allclose(same, out.detach()):
+            wrong.append(f"without gradient {src} -> {dst}")
+    return wrong
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_values_and_gradients_of_all_conversions(pool: LocalPool, size: int) -> None:
+    assert pool.run(wrong_conversions, num_ranks=size) == [[]] * size

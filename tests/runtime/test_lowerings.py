@@ -1,0 +1,108 @@
+"""The special programs against the whole op in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_collectives import world_axis
+from torch.utils.checkpoint import checkpoint
+
+from autopar.runtime.collectives import all_gather, all_reduce
+from autopar.runtime.local import LocalPool
+from autopar.runtime.lowerings import special_program
+
+pytestmark = pytest.mark.processes
+aten = torch.ops.aten
+
+
+def embedding_errors() -> list[float]:
+    """Of the value and of the gradient, with padding on each side of the split."""
+    axis = world_axis()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 5, dtype=torch.float64, generator=generator)
+    ids = torch.randint(0, 12, (3, 7), generator=generator)
+    upstream = torch.randn(3, 7, 5, dtype=torch.float64, generator=generator)
+    errors = []
+    for padding in (-1, 1, 11):
+        whole = weight.clone().requires_grad_()
+        aten.embedding.default(whole, ids, padding).backward(upstream)
+        local = weight.chunk(axis.size)[axis.rank].clone().requires_grad_()
+        program = special_program("vocab_parallel_embedding", aten.embedding.default, axis)
+        out = program(local, ids, padding)
+        out.backward(upstream)
+        assert local.grad is not None and whole.grad is not None
+        errors.append((all_reduce(axis, out.detach()) - weight[ids]).abs().max().item())
+        errors.append((local.grad - whole.grad.chunk(axis.size)[axis.rank]).abs().max().item())
+    return errors
+
+
+def cross_entropy_errors() -> list[float]:
+    """Of value and gradient for each reduction, with ignored targets and large logits; then with three dims."""
+    axis = world_axis()
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for shape in ((9, 12), (3, 12, 4)):
+        logits = torch.randn(shape, dtype=torch.float64, generator=generator) * 30 + 1000
+        target = torch.randint(0, 12, (shape[0], *shape[2:]), generator=generator)
+        target.view(-1)[::4] = -7
+        for reduction in (1, 2):
+            whole = logits.clone().requires_grad_()
+            expected = aten.cross_entropy_loss.default(whole, target, None, reduction, -7)
+            expected.backward()
+            local = logits.chunk(axis.size, dim=1)[axis.rank].clone().requires_grad_()
+            program = special_program("vocab_parallel_cross_entropy", aten.cross_entropy_loss.default, axis)
+            loss = program(local, target, None, reduction, -7)
+            loss.backward()
+            assert local.grad is not None and whole.grad is not None
+            errors.append(abs(loss.item() - expected.item()))
+            errors.append((local.grad - whole.grad.chunk(axis.size, dim=1)[axis.rank]).abs().max().item())
+    return errors
+
+
+def random_streams() -> tuple[bool, bool, bool]:
+    """Ranks draw different masks; the global stream stays equal; recomputation repeats the mask."""
+    axis = world_axis()
+    torch.manual_seed(3)
+    program = special_program("axis_random", aten.dropout.default, axis)
+    ones = torch.ones(64, requires_grad=True)
+    masks = all_gather(axis, program(ones.detach(), 0.5, True), 0, 1).view(axis.size, -1)
+    streams = all_gather(axis, torch.rand(1), 0, 1)
+    out = checkpoint(lambda x: program(x, 0.5, True) * x, ones, use_reentrant=False)
+    out.sum().backward()
+    assert ones.grad is not None
+    repeats = torch.equal(ones.grad, 2 * out.detach())
+    return not torch.equal(masks[0], masks[1]), bool((streams == streams[0]).all()), repeats
+
+
+def first_rank_bias_errors() -> list[float]:
+    """linear and addmm with a split sum: the bias counts once."""
+    axis = world_axis()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, dtype=torch.float64, generator=generator)
+    weight = torch.randn(5, 8, dtype=torch.float64, generator=generator)
+    bias = torch.randn(5, dtype=torch.float64, generator=generator)
+    part, columns = x.chunk(axis.size, dim=1)[axis.rank], weight.chunk(axis.size, dim=1)[axis.rank]
+    expected = torch.nn.functional.linear(x, weight, bias)
+    linear = special_program("bias_on_first_rank", aten.linear.default, axis, bias_position=2)
+    addmm = special_program("bias_on_first_rank", aten.addmm.default, axis, bias_position=0)
+    found = (linear(part, columns, bias), linear(part, columns, bias=bias), addmm(bias, part, columns.t()))
+    return [(all_reduce(axis, one) - expected).abs().max().item() for one in found]
+
+
+def test_embedding_with_a_split_vocabulary(pool: LocalPool) -> None:
+    for errors in pool.run(embedding_errors, num_ranks=2):
+        assert max(errors) < 1e-12
+
+
+def test_cross_entropy_with_a_split_vocabulary(pool: LocalPool) -> None:
+    for errors in pool.run(cross_entropy_errors, num_ranks=2):
+        assert max(errors) < 1e-10
+
+
+def test_random_ops_on_shards(pool: LocalPool) -> None:
+    assert pool.run(random_streams, num_ranks=2) == [(True, True, True)] * 2
+
+
+def test_bias_on_the_first_rank(pool: LocalPool) -> None:
+    for errors in pool.run(first_rank_bias_errors, num_ranks=2):
+        assert max(errors) < 1e-12

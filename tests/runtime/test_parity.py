@@ -1,0 +1,82 @@
+"""Every plan's loss and gradients against one process: float64 to 1e-9 relative, float32 to 1e-4."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import runtime_models
+
+from autopar.cluster.local import local_cluster
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan, Recompute, Schedule
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import capture_for, compare
+from autopar.search.degrees import Degrees, plan_from_degrees
+
+pytestmark = pytest.mark.processes
+
+FULL = Recompute.FULL
+DEGREES: dict[str, dict[str, Any]] = {
+    "dp2": dict(dp_replicate=2, micro_batch=2),
+    "fsdp2_zero1": dict(dp_shard=2, zero=1, micro_batch=2),
+    "fsdp2_zero2": dict(dp_shard=2, zero=2, micro_batch=2),
+    "fsdp2_zero3": dict(dp_shard=2, zero=3, micro_batch=2, recompute=FULL),
+    "hsdp2x2": dict(dp_replicate=2, dp_shard=2, zero=2, micro_batch=1),
+    "tp2": dict(tp=2, micro_batch=8, recompute=FULL),
+    "tp2_sequence": dict(tp=2, sequence_parallel=True, micro_batch=4, recompute=FULL),
+    "tp4": dict(tp=4, micro_batch=8),
+    "pp2_m2": dict(pp=2, micro_batch=4, recompute=FULL),
+    "pp2_m4": dict(pp=2, micro_batch=2),
+    "pp2_gpipe": dict(pp=2, micro_batch=2, schedule=Schedule.GPIPE),
+    "dp2xtp2": dict(dp_replicate=2, tp=2, micro_batch=2),
+    "fsdp2xtp2": dict(dp_shard=2, zero=3, tp=2, micro_batch=2, recompute=FULL),
+    "tp2xpp2_m2": dict(tp=2, pp=2, micro_batch=4, sequence_parallel=True, recompute=FULL),
+    "tp2xpp2_m4": dict(tp=2, pp=2, micro_batch=2),
+    "pp2xdp2_m2": dict(pp=2, dp_replicate=2, micro_batch=2),
+    "pp2xdp2_m4": dict(pp=2, dp_replicate=2, micro_batch=1, recompute=FULL),
+    "pp2xfsdp2_zero1": dict(pp=2, dp_shard=2, zero=1, micro_batch=1),
+    "pp2xfsdp2_zero3": dict(pp=2, dp_shard=2, zero=3, micro_batch=1),
+}
+REQUIRED = ("dp2", "fsdp2_zero3", "tp2", "tp2_sequence", "pp2_m2", "pp2_m4", "dp2xtp2", "fsdp2xtp2", "tp2xpp2_m2",
+            "tp2xpp2_m4", "pp2xdp2_m4")
+
+
+@cache
+def graph_of(model: str, dtype: str) -> ModelGraph:
+    return capture_for(getattr(runtime_models, model), dtype).graph
+
+
+def plan_of(model: str, name: str, dtype: str) -> Plan:
+    degrees = DEGREES[name]
+    size = 1
+    for axis in ("tp", "pp", "dp_replicate", "dp_shard"):
+        size *= degrees.get(axis, 1)
+    wanted = Degrees(global_batch=8, dtype=dtype, param_dtype=dtype, optimizer="sgd", **degrees)
+    return plan_from_degrees(graph_of(model, dtype), local_cluster(size, device="cpu"), wanted)
+
+
+def check(pool: LocalPool, model: str, name: str, dtype: str, steps: int = 2) -> None:
+    report = compare(getattr(runtime_models, model), plan_of(model, name, dtype), steps=steps, pool=pool)
+    assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
+    assert report.loss_error <= report.tolerance
+    assert len(report.gradient_errors) == len(graph_of(model, dtype).params)
+    assert len(report.losses) == steps
+
+
+@pytest.mark.parametrize("name", DEGREES)
+def test_gpt2_in_float64(pool: LocalPool, name: str) -> None:
+    check(pool, "gpt2", name, "float64")
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("model", ["llama", "llama_untied"])
+def test_llama_in_float64(pool: LocalPool, model: str, name: str) -> None:
+    check(pool, model, name, "float64")
+
+
+@pytest.mark.parametrize("name", ["fsdp2_zero2", "tp2_sequence", "fsdp2xtp2", "pp2xdp2_m4"])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "llama_untied"])
+def test_float32(pool: LocalPool, model: str, name: str) -> None:
+    check(pool, model, name, "float32")
