@@ -16,7 +16,7 @@ from torch.export.graph_signature import InputKind
 
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
-from autopar.graph.fake import fake_like, faked, new_fake_mode, traced_under
+from autopar.graph.fake import fake_like, faked, new_fake_mode, outside_other_modes, traced_under
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
@@ -54,7 +54,12 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise InputError(f"unknown dtype {dtype!r}")
     float_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
-    batch = _Batch(example_batch)
+    with outside_other_modes():
+        return _capture(model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype)
+
+
+def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: bool, name: str,
+             float_dtype: torch.dtype | None) -> Captured:
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
     build = _Builder(model, mode)
@@ -76,7 +81,7 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     chain = assemble(lifted, build.bind(recording, programs))
     notes = [*notes, *recording.notes, *_fold_notes(recording, programs), *batch.notes(rows)]
     graph = ModelGraph(
-        name=name or type(model).__name__, rows=rows, rows_are_tagged=tag_rows,
+        name=name, rows=rows, rows_are_tagged=tag_rows,
         inputs=tuple(_info(key, fake) for key, fake in zip(batch.names, fakes, strict=True)),
         params=params,
         buffers=(), aliases=build.aliases, classes=chain.classes, blocks=chain.blocks, shared=chain.shared,
@@ -146,10 +151,10 @@ class _Batch:
 
 
 def _prime(model: nn.Module, batch: _Batch) -> int:
-    """The smallest prime from 1009 on that divides no size near a dim of the parameters, buffers or batch."""
+    """The smallest prime from 1009 on that divides no size near a dim of the model or batch, or near 2-4 times it."""
     dims = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
     dims |= {size for tensor in batch.tensors.values() for size in tensor.shape}
-    avoid = {size + near for size in dims for near in range(-2, 3)} - {0}
+    avoid = {size * times + near for size in dims for times in (1, 2, 3, 4) for near in range(-2, 3)} - {0}
     candidate = 1009
     while any(candidate % d == 0 for d in range(2, 200) if d * d <= candidate) or any(
             size % candidate == 0 for size in avoid):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
 
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
 
@@ -26,6 +27,13 @@ def new_fake_mode() -> FakeTensorMode:
         shape_env=ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False, tracked_fakes=[]),
         allow_non_fake_inputs=True,
     )
+
+
+@contextlib.contextmanager
+def outside_other_modes() -> Iterator[None]:
+    """While inside, no dispatch mode of the caller's (a FakeTensorMode, say) is on."""
+    with _disable_current_modes():
+        yield
 
 
 @contextlib.contextmanager

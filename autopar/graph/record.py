@@ -133,6 +133,8 @@ def record(run: Callable[[], Any], model: nn.Module, candidates: tuple[Candidate
             run()
         if not recorder.changed:
             break
+    patched = [candidate.fqn for candidate in candidates if "forward" in candidate.module.__dict__]
+    unfolded |= dict.fromkeys(patched, "its forward was replaced on the instance")
     notes = [f"{fqn}: not folded, {reason}" for fqn, reason in unfolded.items()]
     recorder.recording.notes.extend(notes)
     return recorder.recording

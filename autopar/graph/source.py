@@ -184,16 +184,13 @@ def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[module_name] = module
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
     try:
-        found.loader.exec_module(module)
+        with _beside(path):
+            found.loader.exec_module(module)
     except AutoparError:
         raise
     except Exception as error:
         raise InputError(f"{path}: importing it failed: {type(error).__name__}: {error}".splitlines()[0]) from error
-    finally:
-        sys.path.remove(folder)
     function = getattr(module, factory, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -202,11 +199,22 @@ def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:
     return ModelSource(name=factory, build=partial(_build_factory, path, factory, function, dtype))
 
 
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[None]:
+    """While inside, modules that lie beside the file can be imported."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
 def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype: str) -> Built:
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[dtype])
     try:
-        with values_not_needed():
+        with _beside(path), values_not_needed():
             made = function()
     except AutoparError:
         raise

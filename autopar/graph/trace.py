@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from autopar.errors import CaptureError
 from autopar.graph.explain import explained
@@ -52,6 +53,18 @@ def _export(module: nn.Module, inputs: list[Tensor]) -> ExportedProgram:
         return torch.export.export(module, tuple(inputs), strict=False)
 
 
+class _KeepContiguous(TorchFunctionMode):
+    """Records `contiguous()` also where it changes nothing, so that the ops do not depend on the batch size.
+
+    torch's own method returns early for a contiguous tensor; labels[:, 1:] of one row is one.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.contiguous:
+            return torch.ops.aten.contiguous.default(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 class _Whole(nn.Module):
     """The user's model from batch tensors to the scalar loss."""
 
@@ -63,7 +76,8 @@ class _Whole(nn.Module):
 
     def forward(self, *batch: Tensor) -> Tensor:
         self._restart()
-        return self._loss(*batch)
+        with _KeepContiguous():
+            return self._loss(*batch)
 
 
 class _Alone(nn.Module):
@@ -76,7 +90,7 @@ class _Alone(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         args, kwargs = self._call.arguments.fill(list(inputs))
-        with contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad():
+        with contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad(), _KeepContiguous():
             result = type(self.model).forward(self.model, *args, **kwargs)
         return take_tensors(result)[1]
 

@@ -6,9 +6,11 @@ import graph_models as models
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from autopar.graph.capture import capture
+from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.interpret import run
 from autopar.graph.model_graph import ModelGraph
 
@@ -105,6 +107,26 @@ def test_tagged_rows_scale_to_any_batch() -> None:
         for op, same in zip(cls.ops, other.ops, strict=True):
             if op.flops:
                 assert op.flops / tagged.rows * 3 == pytest.approx(same.flops)
+
+
+@pytest.mark.parametrize("make", [models.llama, models.gpt2, models.bert, models.resnet, models.vit, models.mixtral,
+                                  models.t5, models.gemma3])
+def test_ops_do_not_depend_on_the_batch_size(make) -> None:
+    """A run captures at its own micro-batch, often one row; names must be those of the plan's capture."""
+    model, batch = make()
+    tagged = capture(model, batch, tag_rows=True).graph
+    for rows in (1, 2):
+        graph = capture(model, {key: value[:rows] for key, value in batch.items()}).graph
+        assert [(cls.name, [op.name for op in cls.ops]) for cls in graph.classes] == [
+            (cls.name, [op.name for op in cls.ops]) for cls in tagged.classes]
+        assert graph.blocks == tagged.blocks
+        assert model_fingerprint(graph) == model_fingerprint(tagged)
+
+
+def test_inside_another_fake_mode() -> None:
+    with FakeTensorMode():
+        inside = capture(*models.llama()).graph
+    assert inside == capture(*models.llama()).graph
 
 
 def test_model_is_left_alone() -> None:

@@ -84,3 +84,14 @@ def test_one_block() -> None:
         single = predicted_bytes(graph, {cls}) / count
         shared = 2 * 12 * 8 * 4 if layers == "model.layers" else 0  # cos and sin, which all blocks keep
         assert single == pytest.approx(seen[0], rel=0.02, abs=shared)
+
+
+def test_low_precision() -> None:
+    """Norms keep float32 copies; capturing in the compute dtype counts them."""
+    model, batch = models.llama()
+    model.config.use_cache = False
+    graph = capture(model, batch, dtype="bfloat16").graph
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    real = kept_bytes(lambda: model(**batch).loss, [*model.parameters(), *model.buffers()])
+    assert predicted_bytes(graph, {cls.name for cls in graph.classes}) == pytest.approx(real, rel=0.02)
