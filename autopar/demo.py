@@ -21,7 +21,7 @@ from autopar.graph.source import capture_source, load_source
 from autopar.local_check import RealModel, check_locally
 from autopar.plan.file import save_plan
 from autopar.plan.plan import Plan
-from autopar.plan.text import certificate_line, plan_json, plan_table, seconds
+from autopar.plan.text import plan_json, plan_table, seconds
 from autopar.profiler.local import profile_local
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
@@ -46,14 +46,14 @@ MODEL: dict[str, Any] = {
 def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
     """What the demo found, as `--json` prints it; `show` is told about it in words on the way.
 
-    Writes model.json (a Hugging Face config), plan.json and trace.json into `folder`.
+    Writes llama.json (a Hugging Face config), plan.json and trace.json into `folder`.
     """
     start = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise InputError(f"{folder}: no folder can be made there ({failure.strerror}); name another with -o") from None
-    model_path, plan_path, trace_path = folder / "model.json", folder / "plan.json", folder / "trace.json"
+    model_path, plan_path, trace_path = folder / "llama.json", folder / "plan.json", folder / "trace.json"
     write_text(model_path, json.dumps(MODEL, indent=1) + "\n")
 
     graph = capture_source(load_source(str(model_path), seq_len=SEQ_LEN, dtype="float32"))
@@ -85,8 +85,10 @@ def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
     measured_s = median(times_s[1:])
     show(f"5. Trained {TRAINED_STEPS} steps with AdamW: loss {losses[0]:.4f} -> {losses[-1]:.4f}; a step took "
          f"{seconds(measured_s)}, predicted {seconds(timeline.step_time_s)}.")
-    if plan.certificate is not None:
-        show(f"6. What was proved: {certificate_line(plan.certificate)}.")
+    if plan.certificate is not None and parity.passed:
+        bound = plan.certificate
+        show(f"6. Proved: in the cost model no searched plan is under {seconds(bound.lower_bound_s)}, and this one "
+             f"takes {seconds(bound.upper_bound_s)} (gap {bound.gap:.1%}); its run gives the numbers of one process.")
     show(f"Wrote {plan_path} (autopar show {plan_path}) and {trace_path} (open it in ui.perfetto.dev), in "
          f"{time.perf_counter() - start:.0f} s.")
     return {
