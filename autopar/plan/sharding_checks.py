@@ -10,8 +10,17 @@ from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding
 
 
-def sharding_problems(choice: ClassSharding, cls: BlockClass, size: int) -> Iterator[str]:
-    """What is malformed in one class's sharding over an axis of `size` ranks."""
+def sharding_problems(
+    choice: ClassSharding, cls: BlockClass, size: int, *, tagged_rows: int = 1, rows: int = 1
+) -> Iterator[str]:
+    """What is malformed in one class's sharding over an axis of `size` ranks.
+
+    The class's shapes are seen with `rows` in the place of the `tagged_rows` that it was captured with.
+    """
+    shapes = {
+        info.name: tuple(dim // tagged_rows * rows if dim % tagged_rows == 0 else dim for dim in info.shape)
+        for info in cls.tensors
+    }
     where = f"the sharding of class {cls.name}"
     for word in ("inputs", "params", "buffers", "outputs"):
         names, states = getattr(cls, word), getattr(choice, word)
@@ -19,7 +28,7 @@ def sharding_problems(choice: ClassSharding, cls: BlockClass, size: int) -> Iter
             yield f"{where} has {len(states)} {word}, and the class has {len(names)}"
             return
         for name, state in zip(names, states, strict=True):
-            yield from _state_problems(f"{where}, {name}", cls, name, state, size)
+            yield from _state_problems(f"{where}, {name}", shapes[name], state, size)
     if [name for name, _ in choice.ops] != [op.name for op in cls.ops]:
         yield f"{where} does not list the class's {len(cls.ops)} ops in their order"
         return
@@ -33,10 +42,9 @@ def sharding_problems(choice: ClassSharding, cls: BlockClass, size: int) -> Iter
             continue
         for name, state in zip((*operands, *outputs), (*strategy.inputs, *strategy.outputs), strict=True):
             if name:
-                yield from _state_problems(f"{where}, op {op.name}, {name}", cls, name, state, size)
+                yield from _state_problems(f"{where}, op {op.name}, {name}", shapes[name], state, size)
 
 
-def _state_problems(where: str, cls: BlockClass, name: str, state: State, size: int) -> Iterator[str]:
-    shape = cls.tensor[name].shape
+def _state_problems(where: str, shape: tuple[int, ...], state: State, size: int) -> Iterator[str]:
     if not divides(shape, state, size):
         yield f"{where}: {state} over {size} ranks of a tensor of shape {list(shape)}"

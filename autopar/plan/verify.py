@@ -160,7 +160,10 @@ def _shardings_complete(subject: _Subject) -> Iterator[str]:
             yield f"a sharding names block class {choice.cls}, which the model does not have"
             return
         for size in sizes:
-            yield from sharding_problems(choice, graph.block_class[choice.cls], size)
+            yield from sharding_problems(
+                choice, graph.block_class[choice.cls], size, tagged_rows=graph.rows if graph.rows_are_tagged else 1,
+                rows=plan.micro_batch if graph.rows_are_tagged else 1,
+            )
 
 
 def _boundaries_agree(subject: _Subject) -> Iterator[str]:

@@ -165,7 +165,10 @@ class Engine:
             global_batch=request.global_batch, seq_len=request.seq_len, dtype=request.dtype,
             param_dtype=request.param_dtype, optimizer=request.optimizer, micro_batch=c.micro_batch,
             num_micro_batches=c.num_micro_batches, schedule=Schedule.ONE_F_ONE_B,
-            sequence_parallel=c.sequence_parallel, shardings=choice.shardings, compile=request.compile,
+            sequence_parallel=c.sequence_parallel, compile=request.compile,
+            shardings=self.chooser.shardings(
+                c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights
+            ),
             notes=choice.notes, blocks=tuple(block.name for block in self.graph.blocks),
             stages=tuple(
                 Stage(

@@ -29,10 +29,11 @@ from autopar.plan.plan import Recompute
 from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
-from autopar.search.shardings import Choice, ShardingChooser
+from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.sharding.reshard import Collective
 from autopar.sharding.state import Kind
+from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import block_cost
 from autopar.simulate.class_costs import captured_dtype
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
@@ -281,8 +282,7 @@ class Bounds:
         """Bytes that one device sends to the next stage for a micro-batch, and gets back, at the leanest border."""
         if c.pp == 1:
             return 0.0, 0.0
-        graph, choice = self._graph, self._choice(c)
-        sharding = {item.cls: item for item in choice.shardings}
+        graph, sharding = self._graph, self._shardings(c)
         sizes: dict[tuple[str, int], tuple[float, float]] = {}
         for cls in self._chooser.classes:
             width = element_bytes(cls, captured_dtype(graph), self._request.dtype)
@@ -296,10 +296,11 @@ class Bounds:
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
 
-    def _choice(self, c: Candidate) -> Choice:
-        found = self._chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights)
-        assert found is not None, "candidates have shardings"
-        return found
+    def _shardings(self, c: Candidate) -> dict[str, ClassSharding]:
+        found = self._chooser.shardings(
+            c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights
+        )
+        return {choice.cls: choice for choice in found}
 
     def _block_table(self, c: Candidate, kind: StageKind) -> BlockTable:
         key = (c.tp, c.sequence_parallel, c.split_weights, c.micro_batch, c.pp > 1, kind.compute_kind)
@@ -309,7 +310,7 @@ class Bounds:
 
     def _make_blocks(self, c: Candidate, kind: StageKind) -> BlockTable:
         graph = self._graph
-        sharding = {item.cls: item for item in self._choice(c).shardings}
+        sharding = self._shardings(c)
         costs = {
             cls.name: block_cost(
                 graph, cls, sharding.get(cls.name), tp=c.tp, rows=c.micro_batch, device=kind.device,

@@ -65,6 +65,7 @@ def plan_from_degrees(
             f"sequence parallel over tp {d.tp} does not divide what passes between the blocks of {graph.name}; "
             f"choose another tp or sequence length, or leave --sequence-parallel out"
         )
+    shardings = chooser.shardings(d.tp, d.micro_batch, sequence_parallel=sequence_parallel)
     cuts = even_cuts(graph, d.pp * d.virtual_stages)
     stages = tuple(
         Stage(
@@ -78,7 +79,7 @@ def plan_from_degrees(
         cluster_fingerprint=cluster_fingerprint(cluster), num_devices=cluster.num_devices,
         global_batch=d.global_batch, seq_len=d.seq_len, dtype=d.dtype, param_dtype=d.param_dtype,
         optimizer=d.optimizer, micro_batch=d.micro_batch, num_micro_batches=num_micro_batches, schedule=schedule,
-        sequence_parallel=sequence_parallel, stages=stages, shardings=choice.shardings, compile=d.compile,
+        sequence_parallel=sequence_parallel, stages=stages, shardings=shardings, compile=d.compile,
         notes=(*notes, *choice.notes), blocks=tuple(block.name for block in graph.blocks),
     )
 

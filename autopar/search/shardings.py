@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.search.intra_op import is_hidden, shard_class
 from autopar.sharding.propagate import ClassStrategies, class_strategies
-from autopar.sharding.state import Kind, R, shard
+from autopar.sharding.state import Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.class_costs import ClassCosts
 
@@ -36,6 +36,7 @@ class ShardingChooser:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
         self._rows = rows if graph.rows_are_tagged else graph.rows
         self._kept: dict[tuple[int, bool, bool], Choice | None] = {}
+        self._at_rows: dict[tuple[int, bool, bool, int], tuple[ClassSharding, ...]] = {}
         self._strategies: dict[tuple[str, int], ClassStrategies] = {}
         self._costs: dict[tuple[str, int], ClassCosts] = {}
         self.classes: tuple[BlockClass, ...] = tuple(
@@ -56,6 +57,17 @@ class ShardingChooser:
         if key not in self._kept:
             self._kept[key] = self._choose(*key) if tp > 1 else Choice(shardings=(), notes=())
         return self._kept[key]
+
+    def shardings(
+        self, tp: int, rows: int, *, sequence_parallel: bool, split_weights: bool = True
+    ) -> tuple[ClassSharding, ...]:
+        """The chosen shardings as a plan with micro-batches of `rows` rows holds them; the same objects each time."""
+        key = (tp, sequence_parallel, split_weights, rows)
+        if key not in self._at_rows:
+            choice = self.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights)
+            assert choice is not None, "only for an axis that has shardings"
+            self._at_rows[key] = at_rows(choice.shardings, self._graph, rows)
+        return self._at_rows[key]
 
     def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool) -> Choice | None:
         shardings: list[ClassSharding] = []
@@ -88,6 +100,36 @@ class ShardingChooser:
                 tp_group=tp_group(self._cluster, tp), dtype=self._dtype,
             )
         return self._strategies[key], self._costs[key]
+
+
+def at_rows(shardings: tuple[ClassSharding, ...], graph: ModelGraph, rows: int) -> tuple[ClassSharding, ...]:
+    """The shardings for a graph of `rows` rows: a shard that lies inside the batch dim is strided over its rows.
+
+    A view that merges batch and sequence makes a split sequence S(0, outer=rows); a graph with tagged rows shows its
+    own prime there.
+    """
+    if not graph.rows_are_tagged:
+        return shardings
+
+    def state(found: State) -> State:
+        if found.outer % graph.rows:
+            return found
+        return shard(found.dim, found.outer // graph.rows * rows)
+
+    def states(found: tuple[State, ...]) -> tuple[State, ...]:
+        return tuple(state(item) for item in found)
+
+    changed = []
+    for choice in shardings:
+        ops = tuple(
+            (name, replace(strategy, inputs=states(strategy.inputs), outputs=states(strategy.outputs)))
+            for name, strategy in choice.ops
+        )
+        changed.append(replace(
+            choice, ops=ops, inputs=states(choice.inputs), params=states(choice.params),
+            buffers=states(choice.buffers), outputs=states(choice.outputs),
+        ))
+    return shardings if changed == list(shardings) else tuple(changed)
 
 
 def slowest_device(cluster: Cluster) -> DeviceType:
