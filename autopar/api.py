@@ -22,14 +22,11 @@ from autopar.cluster.local import local_cluster
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError, PlanMismatchError
 from autopar.graph.capture import Captured, capture
-from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
-from autopar.runtime.batch import example_rows
 from autopar.runtime.engine import OptimizerFactory, Trainer
-from autopar.runtime.rows import at_rows
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate as simulate_plan
 from autopar.simulate.timeline import Timeline
@@ -131,10 +128,7 @@ def parallelize(
     if captured is None:
         captured = _captured(model, example_batch, loss_fn, chosen.dtype)
     _agree(chosen, captured.graph)
-    return Trainer(
-        model, chosen, _runnable(captured, chosen, model, example_batch, loss_fn), optimizer, device=place,
-        timeout_s=timeout_s,
-    )
+    return Trainer(model, chosen, captured, optimizer, device=place, timeout_s=timeout_s)
 
 
 # -- the job
@@ -268,35 +262,17 @@ def _parameters_in(model: nn.Module, dtype: str) -> Iterator[None]:
             module._parameters[name] = param
 
 
-def _captured(
-    model: nn.Module, example: Example, loss_fn: LossFn | None, dtype: str, rows: int | None = None
-) -> Captured:
-    """The model captured in a compute dtype: with tagged rows, or with the first `rows` rows of the example."""
+def _captured(model: nn.Module, example: Example, loss_fn: LossFn | None, dtype: str) -> Captured:
+    """The model captured in a compute dtype, with tagged rows."""
     wanted: torch.dtype = getattr(torch, dtype)
-    batch = example if rows is None else example_rows(example, rows)
+    batch: Example
 
     def cast(value: Any) -> Any:
         return value.to(wanted) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    if isinstance(batch, Mapping):
-        batch = {key: cast(value) for key, value in batch.items()}
+    if isinstance(example, Mapping):
+        batch = {key: cast(value) for key, value in example.items()}
     else:
-        batch = tuple(cast(value) for value in batch)
+        batch = tuple(cast(value) for value in example)
     with _parameters_in(model, dtype):
-        return capture(model, batch, loss_fn=loss_fn, tag_rows=rows is None)
-
-
-def _runnable(
-    captured: Captured, plan: Plan, model: nn.Module, example: Example, loss_fn: LossFn | None
-) -> Captured:
-    """The captured model at the plan's micro-batch; captured anew where its sizes are not in proportion to the rows."""
-    try:
-        return Captured(graph=at_rows(captured.graph, plan.micro_batch), constants=captured.constants)
-    except InputError as error:
-        log.info("capturing again at %d rows: %s", plan.micro_batch, error)
-    again = _captured(model, example, loss_fn, plan.dtype, plan.micro_batch)
-    if model_fingerprint(again.graph) != plan.model_fingerprint:
-        raise InputError(
-            f"the model runs other ops at {plan.micro_batch} rows than the plan was made for; give micro_batch=2 or more"
-        )
-    return again
+        return capture(model, batch, loss_fn=loss_fn, tag_rows=True)

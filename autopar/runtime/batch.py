@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,16 +65,3 @@ class BatchReader:
             return value.to(wanted)
         found = str(value.dtype).removeprefix("torch.")
         raise InputError(f"batch tensor {info.name!r} is {found}; the model was captured with {info.dtype}")
-
-
-def example_rows(example: Mapping[str, Any] | Sequence[Any], rows: int) -> dict[str, Any] | tuple[Any, ...]:
-    """The example batch with `rows` rows, its own repeated or cut; what has no batch dim stays."""
-    values = list(example.values()) if isinstance(example, Mapping) else list(example)
-    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
-    size = max(set(sizes), key=sizes.count)
-    index = torch.arange(rows) % size
-    changed = [
-        value[index.to(value.device)] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
-        for value in values
-    ]
-    return dict(zip(example, changed, strict=True)) if isinstance(example, Mapping) else tuple(changed)
