@@ -45,11 +45,16 @@ def headline(plan: Plan) -> str:
     sequence = f", sequence {plan.seq_len}" if plan.seq_len else ""
     parallel = ", sequence parallel" if plan.sequence_parallel else ""
     return (
-        f"{plan.model_name} on {plan.cluster_name}: {plan.num_devices} devices, {plan.num_stages} stages, "
-        f"schedule {plan.schedule}, {plan.num_micro_batches} micro-batches of {plan.micro_batch} rows, global batch "
-        f"{plan.global_batch}{sequence}, {plan.dtype} compute, {plan.param_dtype} parameters, {plan.optimizer}"
+        f"{plan.model_name} on {plan.cluster_name}: {_count(plan.num_devices, 'device')}, "
+        f"{_count(plan.num_stages, 'stage')}, schedule {plan.schedule}, "
+        f"{_count(plan.num_micro_batches, 'micro-batch', 'es')} of {_count(plan.micro_batch, 'row')}, "
+        f"global batch {plan.global_batch}{sequence}, {plan.dtype} compute, {plan.param_dtype} parameters, {plan.optimizer}"
         f"{parallel}{', compiled' if plan.compile else ''}"
     )
+
+
+def _count(number: int, word: str, plural: str = "s") -> str:
+    return f"{number} {word}{plural if number != 1 else ''}"
 
 
 def certificate_line(certificate: Certificate) -> str:
@@ -126,7 +131,8 @@ def _gib(size: float | None) -> str:
 
 
 def _performance(report: Report) -> str:
-    breakdown = ", ".join(f"{name} {seconds(time_s)}" for name, time_s in report["breakdown_s"].items() if time_s > 0)
+    parts = report["breakdown_s"].items()
+    breakdown = ", ".join(f"{name} {seconds(time_s)}" for name, time_s in parts if time_s >= 1e-9)
     return (
         f"step {seconds(report['step_time_s'])}, {report['tokens_per_s_per_device']:.4g} tokens/s a device, "
         f"MFU {report['mfu']:.1%}, bubble {report['bubble_fraction']:.1%}; {breakdown}"
