@@ -9,17 +9,15 @@ Names are imported when they are first used, so that `import autopar` is quick.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import autopar.plan
-import autopar.simulate
-
 if TYPE_CHECKING:
     from autopar.api import PlannedModel as PlannedModel
     from autopar.api import parallelize as parallelize
+    from autopar.api import plan as plan
+    from autopar.api import simulate as simulate
     from autopar.cluster.cluster import Cluster as Cluster
     from autopar.cluster.parse import parse_cluster as parse_cluster
     from autopar.errors import AutoparError as AutoparError
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from autopar.plan.plan import Plan as Plan
     from autopar.runtime.engine import Trainer as Trainer
     from autopar.simulate.timeline import Timeline as Timeline
+else:
+    from autopar import plan, simulate
 
 _HOMES = {
     "AutoparError": "autopar.errors",
@@ -48,7 +48,7 @@ _HOMES = {
     "parse_cluster": "autopar.cluster.parse",
 }
 
-__all__ = [*_HOMES, "plan", "simulate"]  # noqa: PLE0604
+__all__ = [*_HOMES, "plan", "simulate"]
 
 
 class _Verb(ModuleType):
@@ -58,8 +58,9 @@ class _Verb(ModuleType):
         return getattr(import_module("autopar.api"), self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
-for _room in ("autopar.plan", "autopar.simulate"):
-    sys.modules[_room].__class__ = _Verb
+if not TYPE_CHECKING:
+    for _room in (plan, simulate):
+        _room.__class__ = _Verb
 
 
 def __getattr__(name: str) -> Any:
@@ -69,4 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -57,7 +57,7 @@ class BatchReader:
         )
 
     def _in_dtype(self, info: TensorInfo, value: Tensor) -> Tensor:
-        """The tensor in the captured dtype: floats are cast (the model may compute in another one), the rest must fit."""
+        """The tensor in the captured dtype: floats are cast, since the model may compute in another one."""
         wanted: torch.dtype = getattr(torch, info.dtype)
         if value.dtype == wanted:
             return value

@@ -1,22 +1,26 @@
 """Parameters, gradients and optimizer state as full tensors under the model's own names, and their files.
 
 A checkpoint is a directory of torch.distributed.checkpoint: `model.NAME` for parameters and buffers,
-`optimizer.NAME.KEY` for the optimizer's state of a parameter, `optimizer.NAME.options` for its group's settings. It says
-nothing of the plan that wrote it, so any plan of the same model reads it.
+`optimizer.NAME.KEY` for the optimizer's state of a parameter, `optimizer.NAME.options` for its group's settings. It
+says nothing of the plan that wrote it, so any plan of the same model reads it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as read_files
+from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 from autopar.errors import InputError
 from autopar.runtime.data_parallel import like_parameter, whole_tensor
@@ -95,7 +99,8 @@ def save(trainer: Trainer, directory: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    dcp.save(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    with _quiet():
+        write_files(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
     _barrier()
     if _is_first():
         shutil.rmtree(old, ignore_errors=True)
@@ -110,7 +115,7 @@ def load(trainer: Trainer, directory: Path) -> None:
     """Read a checkpoint of the same model, written under any plan."""
     if not (directory / ".metadata").exists():
         raise InputError(f"{directory} is no checkpoint (it has no .metadata file)")
-    metadata = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
     held = list(own_parameters(trainer))
     buffers = {name: value for stage in trainer.stages for name, value in stage.module.named_buffers()}
     wanted: dict[str, Any] = {}
@@ -120,13 +125,18 @@ def load(trainer: Trainer, directory: Path) -> None:
     prefixes = tuple(f"optimizer.{param.name}." for _, param, _ in held)
     for key, found in metadata.items():
         if key in keys or (key.startswith(prefixes) and key.rpartition(".")[0] + "." in prefixes):
-            is_tensor = isinstance(found, TensorStorageMetadata)
-            wanted[key] = torch.empty(found.size, dtype=found.properties.dtype) if is_tensor else None
+            if isinstance(found, TensorStorageMetadata):
+                wanted[key] = torch.empty(found.size, dtype=found.properties.dtype)
+            else:
+                wanted[key] = None
     for _, param, _ in held:
         shape = trainer.graph.param[param.name].shape
         if tuple(wanted[f"model.{param.name}"].shape) != shape:
-            raise InputError(f"{param.name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model")
-    dcp.load(wanted, checkpoint_id=directory, no_dist=not dist.is_initialized())
+            raise InputError(
+                f"{param.name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model"
+            )
+    with _quiet():
+        read_files(wanted, checkpoint_id=directory, no_dist=not dist.is_initialized())
     options = {}
     with torch.no_grad():
         for _, param, parameter in held:
@@ -168,6 +178,14 @@ def _group_options(trainer: Trainer) -> dict[Tensor, dict[str, Any]]:
 
 def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a process alone saves and loads as a process alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in a single process", category=UserWarning)
+        yield
 
 
 def _barrier() -> None:

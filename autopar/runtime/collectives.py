@@ -43,10 +43,15 @@ def _stacked_gather(axis: Axis, x: Tensor) -> Tensor:
     return result
 
 
+def unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`x` with `dim` seen as these sizes, a view (as Tensor.unflatten, whose types torch does not give)."""
+    return x.reshape(*x.shape[:dim], *sizes, *x.shape[dim + 1 :])
+
+
 def split_dim(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
     """View of `x` with `dim` seen as (outer, size, rest): three dims in its place."""
     assert x.shape[dim] % (outer * size) == 0, f"{x.shape[dim]} does not divide into {outer} x {size}"
-    return x.unflatten(dim, (outer, size, x.shape[dim] // (outer * size)))
+    return unflatten(x, dim, (outer, size, x.shape[dim] // (outer * size)))
 
 
 def take_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
@@ -57,7 +62,7 @@ def take_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
 
 def pad_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
     """A whole tensor that is zero outside this rank's shard `x`: no communication."""
-    shard = x.unflatten(dim, (outer, x.shape[dim] // outer))
+    shard = unflatten(x, dim, (outer, x.shape[dim] // outer))
     whole = shard.new_zeros((*shard.shape[: dim + 1], axis.size, *shard.shape[dim + 1 :]))
     whole.select(dim + 1, axis.rank).copy_(shard)
     return whole.flatten(dim, dim + 2)
@@ -65,7 +70,7 @@ def pad_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
 
 def merge_shards(stacked: Tensor, dim: int, outer: int) -> Tensor:
     """The whole tensor from the shards of every rank, stacked on a new dim 0."""
-    parts = stacked.unflatten(dim + 1, (outer, stacked.shape[dim + 1] // outer))
+    parts = unflatten(stacked, dim + 1, (outer, stacked.shape[dim + 1] // outer))
     return parts.movedim(0, dim + 1).flatten(dim, dim + 2)
 
 
@@ -115,6 +120,10 @@ class _Convert(torch.autograd.Function):
         return ctx.backward_fn(grads[0]), None, None
 
 
+def _along(fn: Callable[..., Tensor], axis: Axis, state: State) -> Fn:
+    return partial(fn, axis, dim=state.dim, outer=state.outer)
+
+
 def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:
     """The functions on the value and on the gradient. The gradient of R and of P is whole, that of RP is partial."""
     match src.kind, dst.kind:
@@ -123,24 +132,19 @@ def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:
         case Kind.REPLICATED_PARTIAL_GRAD, Kind.REPLICATED:
             return _same, partial(_divide, axis.size)
         case Kind.REPLICATED, Kind.SHARDED:
-            place = {"dim": dst.dim, "outer": dst.outer}
-            return partial(take_shard, axis, **place), partial(all_gather, axis, **place)
+            return _along(take_shard, axis, dst), _along(all_gather, axis, dst)
         case Kind.REPLICATED_PARTIAL_GRAD, Kind.SHARDED:
-            place = {"dim": dst.dim, "outer": dst.outer}
-            return partial(take_shard, axis, **place), partial(pad_shard, axis, **place)
+            return _along(take_shard, axis, dst), _along(pad_shard, axis, dst)
         case Kind.SHARDED, Kind.REPLICATED:
-            place = {"dim": src.dim, "outer": src.outer}
-            return partial(all_gather, axis, **place), partial(take_shard, axis, **place)
+            return _along(all_gather, axis, src), _along(take_shard, axis, src)
         case Kind.SHARDED, Kind.REPLICATED_PARTIAL_GRAD:
-            place = {"dim": src.dim, "outer": src.outer}
-            return partial(all_gather, axis, **place), partial(reduce_scatter, axis, **place)
+            return _along(all_gather, axis, src), _along(reduce_scatter, axis, src)
         case Kind.PARTIAL, Kind.REPLICATED:
             return partial(all_reduce, axis), _same
         case Kind.PARTIAL, Kind.REPLICATED_PARTIAL_GRAD:
             return partial(all_reduce, axis), partial(all_reduce, axis)
         case Kind.PARTIAL, Kind.SHARDED:
-            place = {"dim": dst.dim, "outer": dst.outer}
-            return partial(reduce_scatter, axis, **place), partial(all_gather, axis, **place)
+            return _along(reduce_scatter, axis, dst), _along(all_gather, axis, dst)
         case Kind.SHARDED, Kind.SHARDED:
             return partial(all_to_all, axis, src=src, dst=dst), partial(all_to_all, axis, src=dst, dst=src)
     raise AssertionError(f"no conversion from {src} to {dst}")

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +22,11 @@ from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
 from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_channels
-from autopar.runtime.groups import Groups, check_runnable, make_groups, place_of
-from autopar.runtime.layout import Layout, parameter_layout
-from autopar.runtime.loss import LossTerms, Term, count_function, loss_terms, target_ops
+from autopar.runtime.groups import Groups, check_runnable, make_groups
+from autopar.runtime.layout import parameter_layout
+from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.rows import at_rows
-from autopar.runtime.stage import StageBuilder, StageModule, needed_ops
+from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.sharding.reshard import local_shape
 from autopar.sharding.state import RP, R
 from autopar.simulate.schedules import Action, schedule_actions
@@ -51,7 +50,8 @@ class Trainer:
     ) -> None:
         """Compile the plan for this rank.
 
-        `captured` is the model with tagged rows, or at `plan.micro_batch` rows. `same_weights` sends rank 0's parameters to all ranks first.
+        `captured` is the model with tagged rows, or at `plan.micro_batch` rows. `same_weights` sends rank 0's
+        parameters to all ranks first.
         The global random generator is seeded: alike on the ranks of a tensor axis, differently elsewhere.
         """
         graph = at_rows(captured.graph, plan.micro_batch)
@@ -150,7 +150,8 @@ class Trainer:
         for stage in self.stages:
             own = dict(stage.module.named_parameters(remove_duplicate=False))
             for param in self.layout.of_stage(stage.index):
-                found.setdefault(param.name if param.name not in found else f"{param.name}@{stage.index}", own[param.name])
+                name = param.name if param.name not in found else f"{param.name}@{stage.index}"
+                found[name] = own[param.name]
         return found
 
     def _model_tensors(self, model: nn.Module, *, same_weights: bool) -> dict[str, Tensor]:
@@ -181,10 +182,10 @@ class Trainer:
 
     def _open_lone_group(self, timeout: timedelta) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined] # torch does not list it as its own
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         self._owns_group = True
-        reference = weakref.ref(self)
-        atexit.register(lambda: (trainer := reference()) and trainer.close())
+        atexit.register(_close_if_alive, weakref.ref(self))
 
     def _local_stage(
         self, index: int, builder: StageBuilder, tensors: Mapping[str, Tensor], captured: Captured,
@@ -232,7 +233,9 @@ class Trainer:
         early = {name_of[name] for name in needed} - inputs
         if not early <= set(shared.outputs):
             name = sorted(early - set(shared.outputs))[0]
-            raise InputError(f"the targets of the loss depend on {name}, which the model computes; pass them in the batch")
+            raise InputError(
+                f"the targets of the loss depend on {name}, which the model computes; pass them in the batch"
+            )
         wanted = tuple(shared_cls.outputs[shared.outputs.index(name)] for name in sorted(early))
         shared_ops, _ = needed_ops(shared_cls.ops, wanted)
         count = count_function(terms, builder.run_ops)
@@ -250,7 +253,8 @@ class Trainer:
             values.update({name: held[name] for name in shared_cls.buffers})
             builder.run_ops(shared_ops, values)
             found = dict(zip(sorted(early), (values[name] for name in wanted), strict=True))
-            env = {local: batch[name_of[local]] if name_of[local] in inputs else found[name_of[local]] for local in needed}
+            known = {**batch, **found}
+            env = {local: known[name_of[local]] for local in needed}
             return count({**{name: held[name] for name in terms.cls.buffers}, **env})
 
         return count_rows
@@ -295,13 +299,19 @@ class Trainer:
             _sum_in_place(tied[stages], self.groups.tied[stages])
 
 
+def _close_if_alive(reference: weakref.ref[Trainer]) -> None:
+    trainer = reference()
+    if trainer is not None:
+        trainer.close()
+
+
 def _sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """All-reduce tensors in one message for each dtype."""
     for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.flatten() for tensor in same])
         dist.all_reduce(flat, group=group)
-        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+        for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
@@ -332,6 +342,3 @@ def boundary_wires(graph: ModelGraph, plan: Plan, boundary: int) -> tuple[Wire, 
             )
         )
     return tuple(wires)
-
-
-__all__ = ["Batch", "Layout", "LossTerms", "OptimizerFactory", "StageModule", "Trainer", "boundary_wires", "place_of"]

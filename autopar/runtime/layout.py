@@ -64,15 +64,15 @@ def parameter_layout(graph: ModelGraph, plan: Plan, module_names: Iterable[str])
     notes = []
     params = []
     for info in graph.params:
-        states = wanted.get(info.name, [R])
-        if len(set(states)) > 1:
+        found = wanted.get(info.name, [R])
+        if len(set(found)) > 1:
             notes.append(
-                f"parameter {info.name} is wanted as {' and '.join(sorted({str(s) for s in states}))}; "
+                f"parameter {info.name} is wanted as {' and '.join(sorted({str(state) for state in found}))}; "
                 "every rank of the tensor axis keeps it whole"
             )
         params.append(
             ParamLayout(
-                names=names[info.name], state=states[0] if len(set(states)) == 1 else RP,
+                names=names[info.name], state=found[0] if len(set(found)) == 1 else RP,
                 stages=tuple(sorted({stage_of[user] for user in users.get(info.name, [0])})),
                 unit=unit_of.get(info.name, ""),
             )

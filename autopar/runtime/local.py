@@ -1,7 +1,7 @@
 """Functions on local gloo processes: one pool, started once, that runs one function after another.
 
-Every call makes a new default process group over the first `num_ranks` workers and destroys it afterwards. A worker that
-dies, raises or takes too long ends the whole pool, with one line that names its rank.
+Every call makes a new default process group over the first `num_ranks` workers and destroys it afterwards. A worker
+that dies, raises or takes too long ends the whole pool, with one line that names its rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import Any
 
 from autopar.errors import AutoparError
-
 
 _RELEASE = b"release"
 _ECHOES = ("Connection closed", "Connection reset", "Broken pipe")  # what survivors say when another rank is gone
@@ -191,10 +190,10 @@ def _work(pipe: Connection, rank: int) -> None:
 def _run_task(task: bytes, rank: int) -> Any:
     import torch.distributed as dist
 
-    function, args, count, store, timeout_s = pickle.loads(task)
+    function, args, count, path, timeout_s = pickle.loads(task)
+    store = dist.FileStore(path, count)  # type: ignore[attr-defined] # torch does not list it as its own
     # Ranks that wait for a dead one must not outlive the pool's own patience.
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, count), rank=rank, world_size=count,
-        timeout=timedelta(seconds=timeout_s),
+        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout_s)
     )
     return function(*args)

@@ -17,7 +17,10 @@ from torch import Tensor
 from autopar.errors import InputError
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Op, Ref, refs_in
 
-_LINEAR = frozenset({"add", "sub", "neg", "mul", "div", "clone", "view", "reshape", "squeeze", "to", "_to_copy", "alias"})
+_LINEAR = frozenset(
+    {"add", "sub", "neg", "mul", "div", "clone", "view", "reshape", "squeeze", "to", "_to_copy", "alias"}
+)
+_AVERAGES = ("mean", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits")
 _CROSS_ENTROPY = "cross_entropy_loss"
 _NONE, _MEAN, _SUM = 0, 1, 2
 
@@ -63,6 +66,13 @@ def argument(op: Op, position: int, keyword: str, default: object) -> object:
     return op.args[position] if len(op.args) > position else default
 
 
+def ignored_index(op: Op) -> int:
+    """The target that a cross-entropy leaves out."""
+    found = argument(op, 4, "ignore_index", -100)
+    assert isinstance(found, int)
+    return found
+
+
 def loss_terms(graph: ModelGraph) -> LossTerms:
     """The terms of `graph.loss`."""
     for block in graph.blocks:
@@ -80,7 +90,7 @@ def _follow(cls: BlockClass, name: str, terms: dict[str, Term], notes: list[str]
     op = cls.producer.get(name)
     if op is None:
         raise InputError(
-            f"the loss is a sum with {name!r}, which an earlier block computes; return a loss that is computed at the end"
+            f"the loss is a sum with {name!r}, which an earlier block computes; compute the whole loss at the end"
         )
     kind = base_name(op)
     operands = [ref for ref in op.operands if cls.tensor[ref].requires_grad]
@@ -97,7 +107,7 @@ def _follow(cls: BlockClass, name: str, terms: dict[str, Term], notes: list[str]
             _follow(cls, operand, terms, notes)
     else:
         terms[op.name] = Term.SHARE
-        if kind not in ("mean", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits"):
+        if kind not in _AVERAGES:
             notes.append(f"the loss term {op.target} is averaged over the rows of the batch")
 
 
@@ -154,11 +164,10 @@ def count_function(
 
 def _count(op: Op, env: Mapping[str, Tensor]) -> Tensor:
     refs = _targets(op)
-    target = env[refs[0].name]
+    target: Tensor = env[refs[0].name]
     if target.is_floating_point():  # class probabilities: the mean is over rows
         return torch.tensor(target.numel() / target.shape[1 if target.dim() > 1 else 0], device=target.device).double()
-    ignore = argument(op, 4, "ignore_index", -100)
-    valid = target != ignore
+    valid = target.ne(ignored_index(op))
     if len(refs) > 1:
         return (env[refs[1].name][target.masked_fill(~valid, 0)] * valid).sum().double()
     return valid.sum().double()

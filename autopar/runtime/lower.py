@@ -19,10 +19,10 @@ from torch import Tensor
 
 from autopar.graph.model_graph import Arg, BlockClass, Literal, Op, Ref
 from autopar.runtime.collectives import Axis, converter
-from autopar.runtime.loss import Term, argument
+from autopar.runtime.loss import Term, ignored_index
 from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
-from autopar.sharding.lowering import Lowering
 from autopar.sharding.local_args import bias_operand, local_op
+from autopar.sharding.lowering import Lowering
 from autopar.sharding.state import R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
 
@@ -190,7 +190,7 @@ def _program(
         case Lowering.SUM_OVER_COUNT:
             if counted:
                 return op, program
-            return _with_sum(op), partial(sum_over_count, axis, program, argument(op, 4, "ignore_index", -100))
+            return _with_sum(op), partial(sum_over_count, axis, program, ignored_index(op))
         case Lowering.BIAS_ON_FIRST_RANK:
             return op, special_program(strategy.lowering, program, axis, bias_position=bias_operand(op))
     return op, special_program(strategy.lowering, program, axis)

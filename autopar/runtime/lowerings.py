@@ -50,7 +50,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         probabilities = weights.div_(total.unsqueeze(-1))
         ctx.save_for_backward(probabilities, local, absent, ignored)
         ctx.dtype = logits.dtype
-        return (total.log() - picked).masked_fill(ignored, 0.0)
+        losses: Tensor = (total.log() - picked).masked_fill(ignored, 0.0)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

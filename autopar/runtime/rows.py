@@ -77,8 +77,8 @@ def check_shapes(cls: BlockClass) -> None:
             for name in op.outputs:
                 if name and tuple(values[name].shape) != cls.tensor[name].shape:
                     raise InputError(
-                        f"{_where(cls, op)} gives {list(values[name].shape)} where {list(cls.tensor[name].shape)} follows "
-                        "from the number of rows"
+                        f"{_where(cls, op)} gives {list(values[name].shape)}, where the number of rows makes "
+                        f"{list(cls.tensor[name].shape)}"
                     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,9 +67,9 @@ class StageModule(nn.Module):
             found = program.code(*buffers, *(env[name] for name in names))
             env.update(zip(outputs, found, strict=True))
         for (block, module), dead in zip(self._autopar_chain, self._autopar_dead, strict=True):
-            program = module._autopar_program
-            assert program is not None
-            extra = [factors[name] for name in program.factors]
+            bound = module._autopar_program
+            assert bound is not None
+            extra = [factors[name] for name in bound.factors]
             env.update(zip(block.outputs, module(*(env[name] for name in block.inputs), *extra), strict=True))
             for name in dead:
                 del env[name]
@@ -191,8 +192,6 @@ class StageBuilder:
         self, blocks: Sequence[Block], buffers: Mapping[str, Tensor]
     ) -> tuple[tuple[str, ...], tuple[str, ...], LoweredClass, list[Tensor]] | None:
         """The part of `graph.shared` that the blocks need."""
-        from dataclasses import replace
-
         shared = self.graph.shared
         needed = {name for block in blocks for name in block.inputs}
         cls = self.graph.block_class[shared.cls]

@@ -1,4 +1,4 @@
-"""Random legal strategies for every op: whatever the planner could emit on a tensor axis is right, not only its best."""
+"""Random legal strategies for every op: all that a planner could emit on a tensor axis is right, not only the best."""
 
 from __future__ import annotations
 
