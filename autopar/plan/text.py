@@ -48,8 +48,8 @@ def headline(plan: Plan) -> str:
         f"{plan.model_name} on {plan.cluster_name}: {_count(plan.num_devices, 'device')}, "
         f"{_count(plan.num_stages, 'stage')}, schedule {plan.schedule}, "
         f"{_count(plan.num_micro_batches, 'micro-batch', 'es')} of {_count(plan.micro_batch, 'row')}, "
-        f"global batch {plan.global_batch}{sequence}, {plan.dtype} compute, {plan.param_dtype} parameters, {plan.optimizer}"
-        f"{parallel}{', compiled' if plan.compile else ''}"
+        f"global batch {plan.global_batch}{sequence}, {plan.dtype} compute, {plan.param_dtype} parameters, "
+        f"{plan.optimizer}{parallel}{', compiled' if plan.compile else ''}"
     )
 
 
