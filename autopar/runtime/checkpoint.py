@@ -8,6 +8,7 @@ says nothing of the plan that wrote it, so any plan of the same model reads it.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -155,7 +156,8 @@ def load(trainer: Trainer, directory: Path) -> None:
             value.copy_(wanted[f"model.{name}"])
     for group in trainer.optimizer.param_groups:
         saved = next((options[p] for p in group["params"] if options.get(p)), None)
-        group.update(saved or {})
+        if saved is not None:
+            _restore_options(group, json.loads(saved))
 
 
 def _is_laid_out(value: Any, parameter: Tensor) -> bool:
@@ -169,11 +171,22 @@ def _laid_out(trainer: Trainer, full: Tensor, param: ParamLayout, parameter: Ten
     return like_parameter(part.contiguous(), parameter, trainer.groups.data_mesh)
 
 
-def _group_options(trainer: Trainer) -> dict[Tensor, dict[str, Any]]:
-    return {
-        parameter: {key: value for key, value in group.items() if key != "params"}
-        for group in trainer.optimizer.param_groups for parameter in group["params"]
-    }
+def _group_options(trainer: Trainer) -> dict[Tensor, str]:
+    """The settings of each parameter's group as JSON (torch.distributed.checkpoint would take a dict apart)."""
+    found: dict[Tensor, str] = {}
+    for group in trainer.optimizer.param_groups:
+        values = {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()
+                  if isinstance(value, bool | int | float | str | list | tuple | Tensor | None) and key != "params"}
+        found.update(dict.fromkeys(group["params"], json.dumps(values)))
+    return found
+
+
+def _restore_options(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    for key, value in saved.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value
 
 
 def _is_first() -> bool:

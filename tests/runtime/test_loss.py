@@ -1,0 +1,132 @@
+"""Losses put together from micro-batches, in one process, against the whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autopar.cluster.local import local_cluster
+from autopar.errors import InputError
+from autopar.graph.capture import capture
+from autopar.runtime.engine import Trainer
+from autopar.runtime.loss import Term, loss_terms
+from autopar.search.degrees import Degrees, plan_from_degrees
+
+CLASSES = 6
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 7)
+        self.head = nn.Linear(7, CLASSES)
+        self.register_buffer("weight", torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+
+def rows() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, CLASSES, (8, 9), generator=generator)
+    labels[:3, 2:] = -100
+    labels[5] = -100  # a micro-batch with no target at all
+    labels[4] = -100
+    return {"x": torch.randn(8, 9, 5, dtype=torch.float64, generator=generator), "labels": labels}
+
+
+def flat(out: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    return out.view(-1, CLASSES), batch["labels"].view(-1)
+
+
+def mean_entropy(out: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(*flat(out, batch))
+
+
+def summed_entropy(out: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(*flat(out, batch), reduction="sum")
+
+
+def smooth_entropy(out: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(*flat(out, batch), label_smoothing=0.1)
+
+
+def entropy_and_penalty(out: Tensor, batch: Any) -> Tensor:
+    return 0.5 * F.cross_entropy(*flat(out, batch)) + 0.1 * out.pow(2).mean() - out.abs().sum() / 1000
+
+
+def mean_square(out: Tensor, batch: Any) -> Tensor:
+    return F.mse_loss(out, torch.ones_like(out))
+
+
+def mean_of_rows(out: Tensor, batch: Any) -> Tensor:
+    return (out.exp().sum(dim=-1) + 1).mean()
+
+
+TERMS = {
+    mean_entropy: [Term.COUNT], summed_entropy: [Term.SUM], smooth_entropy: [Term.COUNT], mean_square: [Term.SHARE],
+    entropy_and_penalty: [Term.COUNT, Term.SHARE, Term.SUM], mean_of_rows: [Term.SHARE],
+}
+
+
+def numbers(loss_fn: Callable[[Tensor, Any], Tensor], micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = Classifier().double()
+    captured = capture(model, rows(), loss_fn=loss_fn, tag_rows=True)
+    degrees = Degrees(global_batch=8, micro_batch=micro_batch, dtype="float64", param_dtype="float64")
+    plan = plan_from_degrees(captured.graph, local_cluster(1, device="cpu"), degrees)
+    trainer = Trainer(model, plan, captured, torch.optim.SGD)
+    return trainer.forward_backward(rows()), trainer.full_gradients()
+
+
+@pytest.mark.parametrize("loss_fn", TERMS, ids=lambda fn: fn.__name__)
+def test_micro_batches_add_up_to_the_whole_batch(loss_fn: Callable[[Tensor, Any], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = Classifier().double()
+    graph = capture(model, rows(), loss_fn=loss_fn, tag_rows=True).graph
+    assert sorted(term for _, term in loss_terms(graph).terms) == sorted(TERMS[loss_fn])
+    batch = rows()
+    expected = loss_fn(model(**batch), batch)
+    expected.backward()
+    loss, gradients = numbers(loss_fn, micro_batch=2)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    for name, param in model.named_parameters():
+        assert param.grad is not None
+        torch.testing.assert_close(gradients[name], param.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_class_weights_are_counted_with_their_weight() -> None:
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)
+
+    class Weighted(Classifier):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            logits = super().forward(x, labels)
+            return F.cross_entropy(logits.view(-1, CLASSES), labels.view(-1), weight=self.weight)
+
+    torch.manual_seed(0)
+    model = Weighted().double()
+    captured = capture(model, rows(), tag_rows=True)
+    degrees = Degrees(global_batch=8, micro_batch=2, dtype="float64", param_dtype="float64")
+    plan = plan_from_degrees(captured.graph, local_cluster(1, device="cpu"), degrees)
+    loss = Trainer(model, plan, captured, torch.optim.SGD).forward_backward(rows())
+    torch.testing.assert_close(loss, model(**rows()).detach(), rtol=1e-12, atol=0)
+    assert torch.equal(weight, model.weight)
+
+
+def test_targets_that_the_model_learns_are_refused() -> None:
+    class Learned(Classifier):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            logits = super().forward(x, labels).view(-1, CLASSES)
+            return F.cross_entropy(logits, self.body.weight.argmax() + labels.view(-1))
+
+    model = Learned().double()
+    captured = capture(model, rows(), tag_rows=True)
+    degrees = Degrees(global_batch=8, micro_batch=2, dtype="float64", param_dtype="float64")
+    plan = plan_from_degrees(captured.graph, local_cluster(1, device="cpu"), degrees)
+    with pytest.raises(InputError, match="targets of the loss depend on"):
+        Trainer(model, plan, captured, torch.optim.SGD)
