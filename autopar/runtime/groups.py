@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import InputError, PlanMismatchError
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Schedule
 from autopar.runtime.collectives import Axis
 
 
@@ -55,6 +55,8 @@ def check_runnable(plan: Plan, world_size: int) -> None:
     for mesh in meshes:
         if mesh.cp > 1 or mesh.ep > 1:
             raise InputError(f"the plan has cp {mesh.cp} and ep {mesh.ep}, which can be simulated, not yet run")
+    if plan.schedule not in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
+        raise InputError(f"schedule {plan.schedule} can be simulated, not yet run; plan with 1f1b or gpipe")
     if any(stage.recompute == "selective" for stage in plan.stages):
         raise InputError("recompute selective can be simulated, not yet run; plan with none or full")
     if plan.dtype == "float16":

@@ -1,0 +1,75 @@
+"""A local pool whose processes die, fail or hang ends with one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from autopar.errors import InputError
+from autopar.runtime.local import LocalPool, LocalRunError, run_local
+
+pytestmark = pytest.mark.processes
+
+
+def sum_of_ranks(extra: int) -> float:
+    total = torch.tensor(float(dist.get_rank() + extra))
+    dist.all_reduce(total)
+    return total.item()
+
+
+def pid_then(what: str) -> int:
+    """Rank 1 does what it is told; rank 0 waits for it."""
+    if dist.get_rank() == 1:
+        match what:
+            case "die":
+                os._exit(3)
+            case "fail":
+                raise RuntimeError("first line\nthe last line")
+            case "refuse":
+                raise InputError("the batch is wrong; give another")
+            case "hang":
+                time.sleep(600)
+    dist.barrier()
+    return os.getpid()
+
+
+def test_one_pool_runs_many_functions_on_any_number_of_ranks() -> None:
+    with LocalPool(3) as pool:
+        assert pool.run(sum_of_ranks, 0) == [3.0, 3.0, 3.0]
+        assert pool.run(sum_of_ranks, 1, num_ranks=2) == [3.0, 3.0]
+        assert pool.run(sum_of_ranks, 5, num_ranks=1) == [5.0]
+        with pytest.raises(LocalRunError, match="4 processes were asked of a pool that has 3"):
+            pool.run(sum_of_ranks, 0, num_ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        ("die", LocalRunError, "rank 1, running pid_then: died with exit code 3"),
+        ("fail", LocalRunError, "rank 1, running pid_then: the last line"),
+        ("refuse", InputError, "the batch is wrong; give another"),
+        ("hang", LocalRunError, "rank 0, 1 of 2 did not finish pid_then within 8 s"),
+    ],
+)
+def test_a_bad_rank_ends_the_pool(what: str, error: type[Exception], message: str) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    start = time.monotonic()
+    with LocalPool(2) as pool:
+        pids = pool.run(pid_then, "nothing")
+        with pytest.raises(error) as caught:
+            pool.run(pid_then, what, timeout_s=8)
+        assert str(caught.value) == message
+        assert pool.is_closed
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    left = {child.pid for child in psutil.Process().children(recursive=True)} - before
+    assert all("resource_tracker" in " ".join(psutil.Process(pid).cmdline()) for pid in left)
+    assert time.monotonic() - start < 90
+
+
+def test_a_pool_for_one_run() -> None:
+    assert run_local(sum_of_ranks, 2, 1) == [3.0, 3.0]
