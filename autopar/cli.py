@@ -22,6 +22,8 @@ from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, param_dty
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 
+INTERRUPTED = 130
+
 app = typer.Typer(add_completion=False, help="Plans, checks and runs the parallel training of PyTorch models.",
                   pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -322,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AutoparError as error:
         return _fail(str(error), error.exit_code, words, infeasible=isinstance(error, InfeasibleError))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130, words)
+        return _fail("interrupted", INTERRUPTED, words)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -330,6 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):  # not a usage error of the command line: a bug of ours
             raise
         return _fail(f"{error.format_message()} (see `autopar --help`)", 2, words)
+    if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code
+        return _fail("interrupted", INTERRUPTED, words)
     return code if isinstance(code, int) else 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -164,6 +165,7 @@ def run_local(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
 
 def _work(pipe: Connection, rank: int) -> None:
     """A worker's life: take a task, run it in a process group of its own, answer, be released; end with the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts them all; the pool's owner ends its workers
     import torch
     import torch.distributed as dist
 

@@ -147,3 +147,13 @@ def test_help_needs_no_torch() -> None:
     script = "import sys; from autopar.cli import main; main(['--help']); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "False"
+
+
+def test_an_interrupt_is_one_line_and_code_130(autopar, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autopar.plan.file.load_plan", interrupted)
+    run = autopar("show", "plan.json")
+    assert run.code == 130
+    assert run.err.split() == ["autopar:", "interrupted"]
