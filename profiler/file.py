@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from autopar.errors import InputError
+from autopar.files import write_text
 from autopar.profiler.profile import Profile
 
 FORMAT = "autopar-profile"
@@ -45,8 +46,8 @@ def profile_from_json(text: str, *, where: str = "profile JSON") -> Profile:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Writes the profile file."""
-    path.write_text(profile_to_json(profile), encoding="utf-8")
+    """Writes the profile file, whole or not at all."""
+    write_text(path, profile_to_json(profile))
 
 
 def load_profile(path: Path) -> Profile:

@@ -41,6 +41,7 @@ from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
 from autopar.cluster.parse import check_num_devices, parse_rate_gbps
 from autopar.cluster.tables import GIB, Preset, default_network, link_preset, network_link, preset
 from autopar.errors import InputError
+from autopar.files import write_text
 
 FORMAT = "autopar-cluster"
 VERSION = 1
@@ -104,7 +105,7 @@ def load_cluster(path: Path) -> Cluster:
 
 def save_cluster(cluster: Cluster, path: Path) -> None:
     """Writes the JSON form of `cluster`."""
-    path.write_text(cluster_to_json(cluster), encoding="utf-8")
+    write_text(path, cluster_to_json(cluster))
 
 
 def cluster_to_json(cluster: Cluster) -> str:

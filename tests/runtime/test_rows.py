@@ -22,7 +22,8 @@ def test_the_graph_at_true_rows(model: str, rows: int) -> None:
     for own, other in zip(found.classes, expected.classes, strict=True):
         assert own.tensors == other.tensors
         for op, right in zip(own.ops, other.ops, strict=True):
-            assert (op.name, op.target, op.kwargs, op.outputs) == (right.name, right.target, right.kwargs, right.outputs)
+            assert (op.name, op.target) == (right.name, right.target)
+            assert (op.kwargs, op.outputs) == (right.kwargs, right.outputs)
             assert op.args == right.args, op
 
 
@@ -37,5 +38,5 @@ class HalfBatch(nn.Module):
 
 def test_sizes_that_are_no_multiple_of_the_rows_are_named() -> None:
     graph = capture(HalfBatch(), {"x": torch.ones(4, 4)}, tag_rows=True).graph
-    with pytest.raises(InputError, match="aten.slice"):
+    with pytest.raises(InputError, match=r"aten\.slice"):
         at_rows(graph, 4)
