@@ -16,7 +16,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 
-TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1}  # a sum of bfloat16 rounds at every term
 
 ModelFactory = Callable[[], tuple[nn.Module, Mapping[str, Tensor], Any]]
 

@@ -130,3 +130,22 @@ def test_targets_that_the_model_learns_are_refused() -> None:
     plan = plan_from_degrees(captured.graph, local_cluster(1, device="cpu"), degrees)
     with pytest.raises(InputError, match="targets of the loss depend on"):
         Trainer(model, plan, captured, torch.optim.SGD)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about torch's own script functions
+def test_a_compiled_plan_gives_the_same_loss_and_gradients() -> None:
+    batch = rows()
+    torch.manual_seed(0)
+    model = Classifier().double()
+    expected = mean_entropy(model(**batch), batch)
+    expected.backward()
+    captured = capture(model, batch, loss_fn=mean_entropy, tag_rows=True)
+    degrees = Degrees(global_batch=8, micro_batch=4, dtype="float64", param_dtype="float64", compile=True)
+    plan = plan_from_degrees(captured.graph, local_cluster(1, device="cpu"), degrees)
+    trainer = Trainer(model, plan, captured, torch.optim.SGD)
+    torch.testing.assert_close(trainer.forward_backward(batch), expected.detach(), rtol=1e-12, atol=0)
+    gradients = trainer.full_gradients()
+    for name, param in model.named_parameters():
+        assert param.grad is not None
+        torch.testing.assert_close(gradients[name], param.grad, rtol=1e-10, atol=1e-14)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from autopar.cluster.local import local_cluster
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Recompute, Schedule
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, compare
+from autopar.runtime.parity import capture_for, compare, distributed_numbers, relative_error
 from autopar.search.degrees import Degrees, plan_from_degrees
 
 pytestmark = pytest.mark.processes
@@ -80,3 +81,25 @@ def test_llama_in_float64(pool: LocalPool, model: str, name: str) -> None:
 @pytest.mark.parametrize("model", ["gpt2", "llama", "llama_untied"])
 def test_float32(pool: LocalPool, model: str, name: str) -> None:
     check(pool, model, name, "float32")
+
+
+@pytest.mark.parametrize("name", ["fsdp2_zero3", "tp2_sequence", "pp2xfsdp2_zero1"])
+def test_bfloat16_keeps_the_loss_and_nearly_the_gradients(pool: LocalPool, name: str) -> None:
+    plan = replace(plan_of("llama", name, "float32"), dtype="bfloat16")
+    report = compare(runtime_models.llama, plan, pool=pool)
+    assert report.loss_error < 1e-3
+    assert report.worst[1] < 2e-2
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2_sequence", "fsdp2_zero3", "tp2xpp2_m4"])
+def test_recomputation_repeats_the_random_numbers(pool: LocalPool, name: str) -> None:
+    once = plan_of("gpt2_dropout", name, "float64")
+    numbers = []
+    for recompute in (Recompute.NONE, Recompute.FULL):
+        plan = replace(once, stages=tuple(replace(stage, recompute=recompute) for stage in once.stages))
+        args = (runtime_models.gpt2_dropout, plan, "float64", 2, 0)
+        numbers.append(pool.run(distributed_numbers, *args, num_ranks=plan.num_devices)[0])
+    assert numbers[0].losses == pytest.approx(numbers[1].losses, rel=1e-12)
+    for kept, repeated in zip(numbers[0].gradients, numbers[1].gradients, strict=True):
+        assert kept.keys() == repeated.keys()
+        assert max(relative_error(repeated[key], kept[key]) for key in kept) < 1e-12
