@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -169,6 +170,7 @@ def _work(pipe: Connection, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     while True:
         try:
@@ -187,6 +189,14 @@ def _work(pipe: Connection, rank: int) -> None:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started the pool is gone, even in the middle of a collective."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_task(task: bytes, rank: int) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -69,6 +72,31 @@ def test_a_bad_rank_ends_the_pool(what: str, error: type[Exception], message: st
     left = {child.pid for child in psutil.Process().children(recursive=True)} - before
     assert all("resource_tracker" in " ".join(psutil.Process(pid).cmdline()) for pid in left)
     assert time.monotonic() - start < 90
+
+
+def test_no_process_outlives_the_one_that_started_the_pool(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from test_local import pid_then\nfrom autopar.runtime.local import LocalPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = LocalPool(2)\n"
+        "    print(*pool.run(pid_then, 'nothing'), flush=True)\n"
+        "    pool.run(pid_then, 'hang')\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert parent.stdout is not None
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, pids))
 
 
 def test_a_pool_for_one_run() -> None:

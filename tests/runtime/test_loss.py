@@ -133,7 +133,7 @@ def test_targets_that_the_model_learns_are_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler warns about torch's own script functions
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's compiler, about torch
 def test_a_compiled_plan_gives_the_same_loss_and_gradients() -> None:
     batch = rows()
     torch.manual_seed(0)
