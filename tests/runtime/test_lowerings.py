@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_collectives import world_axis
+from test_runtime_collectives import world_axis
 from torch.utils.checkpoint import checkpoint
 
 from autopar.runtime.collectives import all_gather, all_reduce
