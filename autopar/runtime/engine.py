@@ -23,7 +23,7 @@ from autopar.runtime.batch import BatchReader
 from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_channels
 from autopar.runtime.groups import Groups, check_runnable, make_groups
-from autopar.runtime.layout import parameter_layout
+from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.rows import at_rows
 from autopar.runtime.stage import StageBuilder, needed_ops
@@ -72,12 +72,18 @@ class Trainer:
         self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes)
         self.batch = BatchReader(graph, plan)
         self._seed()
-        tensors = self._model_tensors(model, same_weights=same_weights)
-        builder = StageBuilder(graph, plan, self.layout, self.terms, self.groups.tensor_axis, self.device)
         persistent = frozenset(model.state_dict(keep_vars=True))
+        sent = same_weights and world > 1
+        params = self._local_parameters(model, sent=sent)
+        constants = {
+            name: self._from_first(value) if sent and name in persistent else value.detach().to(self.device)
+            for name, value in captured.constants.items()
+        }
+        builder = StageBuilder(graph, plan, self.layout, self.terms, self.groups.tensor_axis, self.device)
         self.stages = tuple(
-            self._local_stage(index, builder, tensors, captured, persistent) for index in self.groups.place.stages
+            self._local_stage(index, builder, params, constants, persistent) for index in self.groups.place.stages
         )
+        del params
         known = {name for param in self.layout.params for name in param.names} | {info.name for info in graph.buffers}
         self.extra_state = {
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
@@ -88,7 +94,7 @@ class Trainer:
         check_channels(lists, plan.num_stages, plan.num_micro_batches)
         mine = [action for actions in lists for action in actions if action.stage in self.modules]
         self.executor = Executor(self.stages, mine, self.device)
-        self._count = self._count_function(builder, captured)
+        self._count = self._count_function(builder, constants)
         self.optimizer = optimizer(list(self.named_parameters().values()))
         own = {id(param) for param in self.named_parameters().values()}
         if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
@@ -154,21 +160,35 @@ class Trainer:
                 found[name] = own[param.name]
         return found
 
-    def _model_tensors(self, model: nn.Module, *, same_weights: bool) -> dict[str, Tensor]:
+    def _local_parameters(self, model: nn.Module, *, sent: bool) -> dict[str, nn.Parameter]:
+        """This rank's parts of the model's parameters, on its device; `sent`: as rank 0 has them.
+
+        One full parameter at a time is on the device.
+        """
         own = dict(model.named_parameters(remove_duplicate=False))
-        tensors: dict[str, Tensor] = {}
         for info in self.graph.params:
             if info.name not in own or tuple(own[info.name].shape) != info.shape:
                 raise PlanMismatchError(f"the model has no parameter {info.name} of shape {list(info.shape)}")
             if own[info.name].is_meta:
                 raise InputError(f"parameter {info.name} has no data (meta device); give the model its weights first")
-            tensors[info.name] = own[info.name]
-        if same_weights and dist.is_initialized() and dist.get_world_size() > 1:
-            for name, value in tensors.items():
-                sent = value.detach().to(self.device, copy=True)
-                dist.broadcast(sent, src=0)
-                tensors[name] = sent.requires_grad_(value.requires_grad)
-        return tensors
+        found: dict[str, nn.Parameter] = {}
+        for param in self.layout.params:
+            value = own[param.name]
+            needed = not set(param.stages).isdisjoint(self.groups.place.stages)
+            if not sent and not needed:
+                continue
+            full = self._from_first(value) if sent else value.detach().to(self.device)
+            if needed:
+                dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
+                part = local_part(full, param.state, self.groups.tensor_axis).to(dtype, copy=not sent)
+                found[param.name] = nn.Parameter(part, requires_grad=value.requires_grad)
+        return found
+
+    def _from_first(self, value: Tensor) -> Tensor:
+        """Rank 0's value, as a new tensor on this rank's device."""
+        received = value.detach().to(self.device, copy=True).contiguous()
+        dist.broadcast(received, src=0)
+        return received
 
     def _seed(self) -> None:
         seed = torch.tensor([torch.initial_seed() % 2**62], dtype=torch.int64, device=self.device)
@@ -188,11 +208,11 @@ class Trainer:
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def _local_stage(
-        self, index: int, builder: StageBuilder, tensors: Mapping[str, Tensor], captured: Captured,
+        self, index: int, builder: StageBuilder, params: Mapping[str, nn.Parameter], constants: Mapping[str, Tensor],
         persistent: frozenset[str],
     ) -> LocalStage:
         plan, graph, stage = self.plan, self.graph, self.plan.stages[index]
-        module = builder.stage(index, tensors, captured.constants, persistent)
+        module = builder.stage(index, params, constants, persistent)
         if self.groups.data_mesh is not None:
             shard_stage(
                 module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
@@ -220,7 +240,7 @@ class Trainer:
         return self.terms.cls.outputs[self.terms.block.outputs.index(self.graph.loss)]
 
     def _count_function(
-        self, builder: StageBuilder, captured: Captured
+        self, builder: StageBuilder, constants: Mapping[str, Tensor]
     ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
         """Local counts of valid targets from batch tensors; None where this rank computes no counted loss."""
         if not self.terms.counted or not any(stage.loss for stage in self.stages):
@@ -240,7 +260,7 @@ class Trainer:
         shared_ops, _ = needed_ops(shared_cls.ops, wanted)
         count = count_function(terms, builder.run_ops)
         held = {
-            local: captured.constants[name].to(self.device)
+            local: constants[name]
             for cls, block in ((terms.cls, terms.block), (shared_cls, shared))
             for local, name in zip(cls.buffers, block.buffers, strict=True)
         }

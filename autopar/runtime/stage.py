@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autopar.graph.model_graph import Block, ModelGraph, Op
-from autopar.plan.plan import Plan, Recompute
+from autopar.plan.plan import Plan, Recompute, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
-from autopar.runtime.layout import Layout, ParamLayout, local_part
+from autopar.runtime.layout import Layout, local_part
 from autopar.runtime.loss import LossTerms
 from autopar.runtime.lower import LoweredClass, lower_class, run_ops
 from autopar.sharding.state import R, State
@@ -119,9 +119,10 @@ class StageBuilder:
         return self.programs[name]
 
     def stage(
-        self, index: int, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor], persistent: frozenset[str]
+        self, index: int, params: Mapping[str, nn.Parameter], constants: Mapping[str, Tensor],
+        persistent: frozenset[str],
     ) -> StageModule:
-        """The module of a stage, with this rank's parts of the parameters in `tensors` (full, by name).
+        """The module of a stage, with this rank's parts of the parameters by name.
 
         `constants` holds the graph's buffers; those in `persistent` appear in the state dict under their names.
         """
@@ -136,19 +137,22 @@ class StageBuilder:
             else:
                 module._autopar_free.append(made)
             module._autopar_chain.append((block, made))
-        self._add_parameters(module, self.layout.of_stage(index), tensors)
+        for param in self.layout.of_stage(index):
+            for path in param.names:
+                owner, name = _owner(module, path)
+                owner.register_parameter(name, params[param.name])
         buffers = self._add_buffers(module, blocks, constants, persistent)
         for block, made in module._autopar_chain:
             sharding = self.plan.sharding.get(block.cls) if self.axis is not None else None
-            params = [
+            places = [
                 (*_owner(module, name), self._from_storage(name, sharding.params[i] if sharding else R))
                 for i, name in enumerate(block.params)
             ]
             states = sharding.buffers if sharding else (R,) * len(block.buffers)
             held = [local_part(buffers[n], state, self.axis) for n, state in zip(block.buffers, states, strict=True)]
             made.bind(
-                self.program(block.cls), params, held,
-                recompute=stage.recompute is Recompute.FULL and block.name in self.layout.units,
+                self.program(block.cls), places, held,
+                recompute=stage.recompute is Recompute.FULL and is_layer(block.name),
             )
         module._autopar_shared = self._shared(blocks, buffers)
         sent = self.graph.boundary(stage.last)
@@ -164,24 +168,12 @@ class StageBuilder:
             return None
         return converter(stored, wanted, self.axis, differentiable=self.graph.param[name].requires_grad)
 
-    def _add_parameters(
-        self, module: StageModule, params: Sequence[ParamLayout], tensors: Mapping[str, Tensor]
-    ) -> None:
-        for param in params:
-            full = tensors[param.name]
-            local = local_part(full.detach(), param.state, self.axis).to(self.device)
-            dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
-            made = nn.Parameter(local.to(dtype, copy=True), requires_grad=full.requires_grad)
-            for name in param.names:
-                owner, attribute = _owner(module, name)
-                owner.register_parameter(attribute, made)
-
     def _add_buffers(
         self, module: StageModule, blocks: Sequence[Block], constants: Mapping[str, Tensor],
         persistent: frozenset[str],
     ) -> dict[str, Tensor]:
         wanted = {name for block in (*blocks, self.graph.shared) for name in block.buffers}
-        buffers = {name: constants[name].detach().to(self.device, copy=True) for name in sorted(wanted)}
+        buffers = {name: constants[name].clone() for name in sorted(wanted)}
         for name, value in buffers.items():
             if name in persistent:
                 owner, attribute = _owner(module, name)
