@@ -47,6 +47,7 @@ def prepare_backward(stage: nn.Module, zero: int, *, is_last: bool) -> None:
     if isinstance(stage, FSDPModule):
         stage.set_is_last_backward(is_last)
         stage.set_requires_gradient_sync(is_last or zero >= 2)
+        stage.set_requires_all_reduce(is_last)  # among replicas of the shards, once a step at every level
         stage.set_reshard_after_backward(is_last or zero == 3)
 
 
