@@ -46,6 +46,14 @@ from autopar.files import write_text
 FORMAT = "autopar-cluster"
 VERSION = 1
 
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+_DTYPES = ("float64", "float32", "tf32", "bfloat16", "float16", "fp8")
+_MESSAGES = {
+    "extra_forbidden": "unknown key", "missing": "it is missing", "string_type": "give a name",
+    "model_type": "give a mapping with keys", "model_attributes_type": "give a mapping with keys",
+    "list_type": "give a list, each item after a dash",
+}
+
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Count = Annotated[int, Field(gt=0, strict=True)]
 
@@ -138,6 +146,8 @@ def cluster_from_json(text: str, *, where: str = "cluster JSON") -> Cluster:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}, line {error.lineno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deep to be a cluster") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise InputError(f"{where}: not a cluster file of autopar: it lacks \"format\": \"{FORMAT}\"")
     if data.get("version") != VERSION:
@@ -157,7 +167,10 @@ def cluster_from_yaml(text: str, *, where: str = "cluster YAML") -> Cluster:
     """The Cluster of a YAML text in the schema above; InputError with `where` and the line."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_keys(tree, where)
         data = yaml.safe_load(text)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deep to be a cluster") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InputError(f"{where}, line {line}: not YAML: {error.problem or error}") from None
@@ -184,6 +197,26 @@ def cluster_from_yaml(text: str, *, where: str = "cluster YAML") -> Cluster:
             raise InputError(f"{where}, line {_line(tree, ('nodes', i, key))}: nodes.{i}.{key}: {error}") from None
         nodes += [node] * row.count
     return Cluster(name=entry.name or where, nodes=tuple(nodes))
+
+
+def _check_keys(tree: yaml.Node | None, where: str) -> None:
+    """InputError where a mapping has a key twice, of which YAML would silently keep the last."""
+    todo, met = [tree], set[int]()
+    while todo:
+        node = todo.pop()
+        if id(node) in met:  # an alias
+            continue
+        met.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            todo += [value for _, value in node.value]
+            keys: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in keys:
+                        raise InputError(f"{where}, line {key.start_mark.line + 1}: {key.value}: given twice")
+                    keys.add(key.value)
 
 
 def _link(row: _NodeEntry, kind: Preset | None, where: str) -> Link:
@@ -217,13 +250,14 @@ def _device(entry: str | _DeviceEntry, where: str) -> tuple[DeviceType, Preset |
         kind = preset(entry)
         return kind.device, kind
     base = preset(entry.preset) if entry.preset is not None else None
+    rates_tflops = _by_dtype(entry.peak_tflops)
     given = entry.model_dump(exclude_none=True, exclude={"preset", "name"})
     if base is None:
         missing = [key for key in ("name", "memory_gib", "memory_bandwidth_gb_per_s", "peak_tflops") if
                    getattr(entry, key) is None]
         if missing:
             raise InputError(f"give a preset, or also {', '.join(missing)}")
-        if "float32" not in (entry.peak_tflops or {}):
+        if "float32" not in rates_tflops:
             raise InputError("peak_tflops needs float32, the rate of every dtype that is not listed")
     start = base.device if base is not None else DeviceType(
         name=entry.name or "", memory_bytes=0, memory_bandwidth_bytes_per_s=0.0, peak_flops=(),
@@ -243,16 +277,27 @@ def _device(entry: str | _DeviceEntry, where: str) -> tuple[DeviceType, Preset |
     if entry.price_per_hour is not None:
         values["price_per_hour"] = entry.price_per_hour
     said.update(dict.fromkeys(values, f"given in {where}"))
-    if entry.peak_tflops is not None:
-        peaks = dict(start.peak_flops) | {dtype: rate * 1e12 for dtype, rate in entry.peak_tflops.items()}
+    if rates_tflops:
+        peaks = dict(start.peak_flops) | {dtype: rate * 1e12 for dtype, rate in rates_tflops.items()}
         values["peak_flops"] = tuple(peaks.items())
-        said.update({f"peak_flops.{dtype}": f"given in {where}" for dtype in entry.peak_tflops})
+        said.update({f"peak_flops.{dtype}": f"given in {where}" for dtype in rates_tflops})
     name = entry.name or start.name
     rates = {key: value for key, value in given.items() if key != "price_per_hour"}
     if entry.name is None and rates:
         name += "+" + hashlib.sha256(json.dumps(rates, sort_keys=True).encode()).hexdigest()[:6]
     sources = tuple((dict(start.sources) | said).items())
     return replace(start, name=name, sources=sources, **values), base
+
+
+def _by_dtype(rates: dict[str, float] | None) -> dict[str, float]:
+    """The rates by torch's names of their dtypes, which may be given short; InputError for an unknown one."""
+    named: dict[str, float] = {}
+    for word, rate in (rates or {}).items():
+        name = _SHORT_DTYPES.get(word, word)
+        if name not in _DTYPES:
+            raise InputError(f"peak_tflops has an unknown dtype {word!r}: use {', '.join(_DTYPES)}")
+        named[name] = rate
+    return named
 
 
 def _check_node(node: Node, where: str) -> None:
@@ -281,8 +326,7 @@ def _first_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     errors = error.errors(include_url=False)
     worst = max(errors, key=lambda item: (item["type"] == "extra_forbidden", len(item["loc"])))
     path = tuple(part for part in worst["loc"] if not (isinstance(part, str) and (part[:1] == "_" or part == "str")))
-    message = "unknown key" if worst["type"] == "extra_forbidden" else worst["msg"]
-    return path, message
+    return path, _MESSAGES.get(worst["type"], worst["msg"])
 
 
 def _dotted(path: Iterable[str | int]) -> str:

@@ -73,7 +73,7 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
                 return _loss(model, batch.fill(list(tensors)), loss_fn)
 
             with traced_under(mode):
-                recording = record(lambda: loss(*fakes), model, candidates)
+                recording = record(lambda: _check_trains(model, loss(*fakes)), model, candidates)
             outer = trace_outer(model, loss, fakes, recording)
             programs = {key: build.program(call) for key, call in recording.first.items()}
             lifted = lift(outer, build.leaves(outer, list(batch.names)), mode, calls=recording.calls)
@@ -131,6 +131,8 @@ class _Batch:
             raise InputError("example_batch has no tensor with a batch dim")
         self.rows = next(tensor.shape[0] for tensor in self.tensors.values()
                          if tensor.dim() > 0 and sizes[tensor.shape[0]] == max(sizes.values()))
+        if not self.rows:
+            raise InputError("example_batch has 0 rows; give at least one")
 
     def fakes(self, mode: FakeTensorMode, rows: int, float_dtype: torch.dtype | None) -> list[Tensor]:
         """One distinct fake tensor for each batch tensor, with `rows` rows."""
@@ -176,6 +178,12 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         raise CaptureError(f"{type(model).__name__}: the model returns {what} and no scalar loss; "
                            "put labels into the batch or give loss_fn(output, batch)")
     return loss
+
+
+def _check_trains(model: nn.Module, loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise CaptureError(f"{type(model).__name__}: the loss has no gradient to any parameter, so that nothing can be "
+                           "trained; look for detach(), no_grad, frozen parameters, or a model without any")
 
 
 class _Builder:

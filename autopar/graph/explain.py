@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from types import TracebackType
@@ -24,7 +25,8 @@ def explained(model: nn.Module, prefix: str = "") -> Iterator[None]:
     `prefix` is the FQN of `model` in the user's model.
     """
     try:
-        yield
+        with _without_torchs_report():
+            yield
     except AutoparError:
         raise
     except Exception as error:
@@ -36,6 +38,18 @@ def explained(model: nn.Module, prefix: str = "") -> Iterator[None]:
             ) from error
         lines = str(error).strip().splitlines()
         raise CaptureError(f"{place}: {type(error).__name__}: {lines[0] if lines else 'no message'}") from error
+
+
+@contextlib.contextmanager
+def _without_torchs_report() -> Iterator[None]:
+    """While inside, torch does not log the traceback of an op that fails on fake tensors: the error says it all."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_data_dependent(error: BaseException | None) -> bool:
@@ -66,7 +80,8 @@ def _place(traceback: TracebackType | None, model: nn.Module, prefix: str) -> st
         frame = traceback.tb_frame
         if is_users_file(frame.f_code.co_filename):
             line = f"{os.path.basename(frame.f_code.co_filename)}:{traceback.tb_lineno}"
-            owner = frame.f_locals.get("self")
+            first = frame.f_code.co_varnames[:1]  # "self", or what else a method calls its first argument
+            owner = frame.f_locals.get(first[0]) if first else None
             if id(owner) in names:
                 module_name = names[id(owner)]
         traceback = traceback.tb_next

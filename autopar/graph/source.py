@@ -75,6 +75,8 @@ def load_source(spec: str, *, seq_len: int | None = None, dtype: str = "float32"
         path = Path(spec)
         if path.is_dir():
             path = path / "config.json"
+        if not path.is_file() and (path.suffix == ".json" or Path(spec).is_dir()):
+            raise InputError(f"no file {str(path)!r}: name a Hugging Face config.json or its folder")
         if not path.is_file():
             near = difflib.get_close_matches(spec, preset_names(), n=3, cutoff=0.4)
             hint = f"did you mean {', '.join(near)}?" if near else f"presets: {', '.join(preset_names())}"
@@ -94,10 +96,10 @@ def capture_source(source: ModelSource) -> ModelGraph:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise InputError(f"{path}: not a Hugging Face config (no \"model_type\")")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error}); name a Hugging Face config.json") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise InputError(f"{path}: not a Hugging Face config (no \"model_type\" with a name)")
     return values
 
 
@@ -122,26 +124,39 @@ def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype:
     with _quiet_transformers():
         values = dict(values)
         model_type = values.pop("model_type")
+        if model_type not in transformers.CONFIG_MAPPING:
+            near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=3, cutoff=0.4)
+            raise InputError(f"{spec}: transformers {transformers.__version__} does not know the model_type "
+                             f"{model_type!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
         try:
             config = transformers.AutoConfig.for_model(model_type, **values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{spec}: transformers {transformers.__version__} does not know this config "
-                             f"({str(error).splitlines()[0]})") from error
-        config.use_cache = False
-        options: dict[str, Any] = {"attn_implementation": attention, "dtype": _DTYPES[dtype]}
-        if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-            options["experts_implementation"] = "grouped_mm"
-        model_class = _model_class(transformers, config)
-        with values_not_needed():
-            model = model_class._from_config(config, **options)
+            config.use_cache = False
+            options: dict[str, Any] = {"attn_implementation": attention, "dtype": _DTYPES[dtype]}
+            if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+                options["experts_implementation"] = "grouped_mm"
+            model_class = _model_class(transformers, config)
+            with values_not_needed():
+                model = model_class._from_config(config, **options)
+            batch = _example_batch(spec, model, config, seq_len)
+        except AutoparError:
+            raise
+        except Exception as error:  # whatever transformers raises for a value that it cannot work with
+            raise InputError(f"{spec}: transformers {transformers.__version__} cannot build a model of this config "
+                             f"({type(error).__name__}: {_one_line(error)}); correct the value") from error
     model.train()
-    return model, _example_batch(spec, model, config, seq_len), None
+    return model, batch, None
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, without line breaks and not endlessly."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
     """The class that computes a training loss for this config: its architecture's, or the causal language model."""
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, str(name), None)
         if found is not None and "labels" in found.forward.__code__.co_varnames:
             return found
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification,
@@ -189,8 +204,8 @@ def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:
             found.loader.exec_module(module)
     except AutoparError:
         raise
-    except Exception as error:
-        raise InputError(f"{path}: importing it failed: {type(error).__name__}: {error}".splitlines()[0]) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path}: importing it failed: {type(error).__name__}: {_one_line(error)}") from error
     function = getattr(module, factory, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -218,9 +233,8 @@ def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype:
             made = function()
     except AutoparError:
         raise
-    except Exception as error:
-        line = f"{path}:{factory} failed: {type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(line) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path}:{factory} failed: {type(error).__name__}: {_one_line(error)}") from error
     finally:
         torch.set_default_dtype(before)
     if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
@@ -228,5 +242,3 @@ def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype:
         if isinstance(made[1], (dict, tuple)) and (loss_fn is None or callable(loss_fn)):
             return made[0], made[1], loss_fn
     raise InputError(f"{path}:{factory} must return (model, example_batch) or (model, example_batch, loss_fn)")
-
-

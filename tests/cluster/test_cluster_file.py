@@ -59,7 +59,14 @@ def test_yaml(tmp_path: Path) -> None:
     ("- 1", "c.yaml: a cluster file is a mapping"),
     ("", "c.yaml: a cluster file is a mapping"),
     ("nodes: []", "c.yaml, line 1: nodes: "),
-    ("name: a", "c.yaml, line 1: nodes: Field required"),
+    ("name: a", "c.yaml, line 1: nodes: it is missing"),
+    ("nodes: " + "[" * 3000, "c.yaml: nested too deep"),
+    ("nodes: [{devices: 1, device: T4}]\nnodes: [{devices: 2, device: T4}]", "c.yaml, line 2: nodes: given twice"),
+    ("nodes: [{devices: 1, devices: 2, device: T4}]", "c.yaml, line 1: devices: given twice"),
+    ("a: &a [*a]\nnodes: *a", "c.yaml, line 1: a: unknown key"),
+    ("nodes:\n  - 7", "c.yaml, line 2: nodes.0: give a mapping with keys"),
+    ("nodes:\n  - devices: 2\n    device: {preset: T4, peak_tflops: {bf17: 3}}",
+     "c.yaml, line 3: nodes.0.device: peak_tflops has an unknown dtype 'bf17': use float64, "),
     ("version: 2\nnodes: [{devices: 1, device: T4}]", "c.yaml, line 1: version: "),
     ("nodes:\n  - devices: 0\n    device: T4", "c.yaml, line 2: nodes.0.devices: "),
     ("nodes:\n  - devices: -1\n    device: T4", "c.yaml, line 2: nodes.0.devices: "),
@@ -78,6 +85,11 @@ def test_bad_yaml_names_file_and_line(text: str, said: str) -> None:
         cluster_from_yaml(text, where="c.yaml")
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+def test_short_dtypes_are_understood() -> None:
+    text = "nodes: [{devices: 1, device: {preset: H100-80GB, peak_tflops: {bf16: 100}}}]"
+    assert cluster_from_yaml(text).device(0).peak("bfloat16") == 100e12
 
 
 @pytest.mark.parametrize("text", ["8xH100-80GB", "1x8xA100-80GB+2x4xV100-16GB@100Gbps", "local:3"])
@@ -109,6 +121,11 @@ def bad_json(change: str) -> str:
         del data["nodes"][0]["node"]["link"]
     text = json.dumps(data)
     return text[: len(text) // 2] if change == "cut" else text
+
+
+def test_json_nested_too_deep_is_one_line() -> None:
+    with pytest.raises(InputError, match="nested too deep"):
+        cluster_from_json("[" * 100_000, where="c.json")
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,54 @@ def test_no_loss() -> None:
     assert "no scalar loss" in text
 
 
+class Deaf(nn.Module):
+    """Its loss reaches no parameter that trains."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(8, 8) if kind != "bare" else nn.Identity()
+        self.requires_grad_(kind != "frozen")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x).mean()
+        return y.detach() if self.kind == "detached" else y
+
+
+@pytest.mark.parametrize("kind", ["bare", "frozen", "detached"])
+def test_nothing_to_train(kind: str) -> None:
+    assert message_of(capture, Deaf(kind), (torch.randn(3, 8),)).startswith("Deaf: the loss has no gradient")
+
+
+def test_module_is_named_whatever_its_methods_call_it() -> None:
+    class Inner(nn.Module):
+        def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+            return x if x.sum() > 0 else -x
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.gate = nn.Linear(8, 8), Inner()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.gate(self.linear(x)).mean()
+
+    assert message_of(capture, Outer(), (torch.randn(3, 8),)).startswith("gate (test_capture_errors.py:")
+
+
+def test_torch_logs_nothing_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    class Mismatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(9, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.weight).mean()
+
+    message_of(capture, Mismatched(), (torch.randn(3, 8),))
+    assert not caplog.records
+
+
 def test_users_own_error_is_shown_with_its_place() -> None:
     text = message_of(capture, Model(), (torch.randn(3, 9),))
     assert "layers.0" in text
@@ -117,7 +166,7 @@ def test_write_into_the_batch() -> None:
     assert "writes into the input" in message_of(capture, Overwriting(), (torch.randn(3, 8),))
 
 
-@pytest.mark.parametrize("batch", [(), {}, [torch.zeros(())], {"x": object()}, "x"])
+@pytest.mark.parametrize("batch", [(), {}, (torch.zeros(0, 8),), [torch.zeros(())], {"x": object()}, "x"])
 def test_bad_batches(batch) -> None:
     message_of(capture, Model(), batch)
 
@@ -136,6 +185,10 @@ def test_missing_files_and_functions(tmp_path: Path) -> None:
     assert "name the factory" in message_of(load_source, str(path))
     path.write_text("def make_model(:\n")
     assert "SyntaxError" in message_of(load_source, f"{path}:make_model")
+    path.write_text("raise SystemExit(3)\n")
+    assert "SystemExit: 3" in message_of(load_source, f"{path}:make_model")
+    path.write_text("def make_model():\n    exit()\n")
+    assert "SystemExit" in message_of(load_source(f"{path}:make_model").build)
     path.write_text("def make_model():\n    return {}['x']\n")
     assert "KeyError" in message_of(load_source(f"{path}:make_model").build)
 
@@ -147,7 +200,25 @@ def test_bad_configs(tmp_path: Path) -> None:
     path.write_text("{}")
     assert "model_type" in message_of(load_source, str(path))
     path.write_text('{"model_type": "no_such_model"}')
-    assert "does not know" in message_of(load_source(str(path)).build)
+    assert "does not know the model_type" in message_of(load_source(str(path)).build)
+    path.write_text("[" * 100_000)
+    assert "not a readable JSON" in message_of(load_source, str(path))
+    assert "name a Hugging Face config.json" in message_of(load_source, str(tmp_path / "other.json"))
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in message_of(load_source, str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("wrong", [
+    {"hidden_size": "big"}, {"hidden_size": -4}, {"num_attention_heads": 7}, {"num_attention_heads": 0},
+    {"vocab_size": None}, {"hidden_act": "zilu"}, {"rope_scaling": {"rope_type": "zzz"}}, {"model_type": "clip"},
+])
+def test_configs_that_transformers_refuses(wrong: dict[str, object], tmp_path: Path) -> None:
+    values = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 97, "max_position_embeddings": 64, **wrong}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    text = message_of(capture_source, load_source(str(path)))
+    assert text.startswith(f"{path}: transformers ")
 
 
 def test_bad_options() -> None:
