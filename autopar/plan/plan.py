@@ -72,7 +72,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baseline:
-    """An expert's plan under the same cost model. `step_time_s` is None where it does not fit in memory."""
+    """An expert's plan under the same cost model; `summary` says its settings.
+
+    `step_time_s` is None where it fits no device's memory or needs what the cluster lacks, and `summary` says which.
+    """
 
     name: str
     step_time_s: float | None

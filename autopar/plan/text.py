@@ -150,7 +150,7 @@ def _baselines_table(plan: Plan) -> Table:
         time_s = baseline.step_time_s
         ratio = f"{time_s / own:.2f}x" if time_s is not None and own else "-"
         table.add_row(
-            baseline.name, seconds(time_s) if time_s is not None else "does not fit", ratio, baseline.summary,
+            baseline.name, seconds(time_s) if time_s is not None else "-", ratio, baseline.summary,
         )
     return table
 
