@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from autopar.errors import CaptureError
 from autopar.graph.lift import Call, Leaf, Lifted
 from autopar.graph.model_graph import Arg, Block, BlockClass, Op, Ref, TensorInfo
 
@@ -178,12 +179,29 @@ def assemble(outer: Lifted, bound: list[BoundBlock]) -> Chain:
         block_ = replace(block_, cls=cls_name)
         if name == "shared":
             shared = block_
-        elif block_.outputs or block_.params:
+        elif block_.outputs or block_.params or any(mutates(op) for op in cls.ops):
             blocks.append(block_)
+            _check_writes(block_, cls, outer, bound, order)
     assert shared is not None
     used_classes = {block.cls for block in blocks} | {shared.cls}
     return Chain(classes=tuple(cls for name, cls in classes.items() if name in used_classes), blocks=tuple(blocks),
                  shared=shared, loss=global_name[loss])
+
+
+def _check_writes(block: Block, cls: BlockClass, outer: Lifted, bound: list[BoundBlock],
+                  order: list[tuple[str, list[Op | Call]]]) -> None:
+    """CaptureError where another block reads a buffer that this one writes: in another stage it would have a copy."""
+    name_of = dict(zip(cls.buffers, block.buffers, strict=True))
+    written = {op.args[0].name: op for op in cls.ops if mutates(op) and isinstance(op.args[0], Ref)}
+    for local, op in written.items():
+        buffer = name_of.get(local)
+        for other, items in order:
+            read = {outer.leaves[name].name for item in items for name in item.operands if name in outer.leaves}
+            read |= {name for item in items if isinstance(item, Call) for name in bound[item.index].buffers}
+            if other != block.name and buffer in read:
+                place = f" at {op.source}" if op.source else ""
+                raise CaptureError(f"buffer {buffer} is written{place}, in the {block.name}, and read in the {other}; "
+                                   "write it where it is read, or keep it out of the forward")
 
 
 def _without_dead_ops(outer: Lifted, bound: list[BoundBlock]) -> Lifted:

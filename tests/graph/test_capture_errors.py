@@ -11,6 +11,7 @@ from torch import nn
 
 from autopar.errors import CaptureError, InputError
 from autopar.graph.capture import capture
+from autopar.graph.interpret import run
 from autopar.graph.source import capture_source, load_source, preset_names
 
 
@@ -164,6 +165,33 @@ def test_write_into_the_batch() -> None:
             return self.linear(x).sum()
 
     assert "writes into the input" in message_of(capture, Overwriting(), (torch.randn(3, 8),))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer; what it multiplies with follows `reads`."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.linear, self.reads = nn.Linear(8, 8), reads
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.linear(x).sum() * (self.calls if self.reads else 1)
+
+
+def test_a_buffer_written_and_read_in_different_blocks() -> None:
+    text = message_of(capture, Counting(reads=True), (torch.randn(3, 8),))
+    assert "buffer calls is written" in text
+    assert "test_capture_errors.py:" in text
+
+
+def test_a_buffer_that_is_only_written_is_kept() -> None:
+    model = Counting(reads=False)
+    captured = capture(model, (torch.randn(3, 8),))
+    params = dict(model.named_parameters())
+    run(captured.graph, inputs={"0": torch.randn(3, 8)}, params=params, constants=captured.constants)
+    assert captured.constants["calls"] == 2
 
 
 @pytest.mark.parametrize("batch", [(), {}, (torch.zeros(0, 8),), [torch.zeros(())], {"x": object()}, "x"])
