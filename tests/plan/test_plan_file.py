@@ -27,7 +27,7 @@ PLAN = Plan(
         ops=(("op", Strategy(factor="n", inputs=(RP, shard(0)), outputs=(shard(2),), lowering="axis_random")),),
     ),),
     certificate=Certificate(upper_bound_s=1.1, lower_bound_s=1.0, searched="12 settings", not_searched=("chance",)),
-    baselines=(Baseline(name="ddp", step_time_s=None, feasible=False, summary="too large"),
+    baselines=(Baseline(name="ddp", step_time_s=None, feasible=False, summary="does not fit in memory"),
                Baseline(name="fsdp", step_time_s=1.2, feasible=True, summary="zero 3")),
     notes=("a note",), blocks=("prologue", "layers.0", "epilogue"),
 )
@@ -101,7 +101,7 @@ REPORT = {
 def test_the_printed_plan_names_its_parts() -> None:
     for text in (str(PLAN), plan_text(PLAN, REPORT)):
         for part in ("prologue .. layers.0 (2)", "epilogue", "dp_shard 2", "2.8 / 14.9", "gap 10.0%", "chance",
-                     "1.09x", "a note"):
+                     "does not fit in memory", "1.09x", "a note"):
             assert part in text
     assert "MFU 40.0%" in plan_text(PLAN, REPORT)
     assert "2.0 / -" in plan_text(PLAN, REPORT)
