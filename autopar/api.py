@@ -23,6 +23,7 @@ from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError, PlanMismatchError
 from autopar.graph.capture import Captured, capture
 from autopar.graph.model_graph import ModelGraph
+from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 LossFn = Callable[[Any, Any], Tensor]
-_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 _OPTIMIZERS = {"AdamW": "adamw", "Adam": "adam", "SGD": "sgd"}
 
 
@@ -61,7 +61,7 @@ def plan(
     compute = _dtype(dtype, model)
     graph = _captured(model, example_batch, loss_fn, compute).graph
     request = PlanRequest(
-        global_batch=global_batch, seq_len=_sequence_length(graph), dtype=compute, param_dtype=_param_dtype(compute),
+        global_batch=global_batch, seq_len=graph.sequence_length, dtype=compute, param_dtype=param_dtype(compute),
         optimizer=optimizer, micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile,
     )
     found = find_plan(graph, machine, request)
@@ -118,8 +118,8 @@ def parallelize(
         captured = _captured(model, example_batch, loss_fn, compute)
         rows = global_batch if global_batch is not None else _rows(example_batch)
         request = PlanRequest(
-            global_batch=rows, seq_len=_sequence_length(captured.graph), dtype=compute,
-            param_dtype=_param_dtype(compute), optimizer=_optimizer_name(optimizer), micro_batch=micro_batch,
+            global_batch=rows, seq_len=captured.graph.sequence_length, dtype=compute,
+            param_dtype=param_dtype(compute), optimizer=_optimizer_name(optimizer), micro_batch=micro_batch,
             max_search_seconds=max_search_seconds,
         )
         return plan_to_json(find_plan(captured.graph, machine, request))
@@ -210,14 +210,7 @@ def _dtype(name: str | None, model: nn.Module) -> str:
     if name is None:
         own = next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
         return str(own).removeprefix("torch.")
-    full = _SHORT.get(name, name)
-    if full not in _SHORT.values():
-        raise InputError(f"unknown dtype {name!r}; use one of {', '.join(_SHORT)}")
-    return full
-
-
-def _param_dtype(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
+    return torch_dtype(name)
 
 
 def _optimizer_name(factory: OptimizerFactory) -> str:
@@ -231,11 +224,6 @@ def _optimizer_name(factory: OptimizerFactory) -> str:
 def _rows(example: Example) -> int:
     values = example.values() if isinstance(example, Mapping) else example
     return next(value.shape[0] for value in values if isinstance(value, Tensor) and value.dim())
-
-
-def _sequence_length(graph: ModelGraph) -> int | None:
-    """Tokens a row: the second dim of the first batch tensor of integers with two dims."""
-    return next((i.shape[1] for i in graph.inputs if i.dtype in ("int64", "int32") and len(i.shape) == 2), None)
 
 
 @contextlib.contextmanager

@@ -18,9 +18,11 @@ from typing import Annotated, Any
 import typer
 
 from autopar.cli_output import Answer, answer, check_writable, only_answers, print_json, progress, report_table
-from autopar.cli_requests import DTYPES, SimulateRequest, Simulations, param_dtype, sequence_length, torch_dtype
+from autopar.cli_requests import SimulateRequest, Simulations
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
+from autopar.plan.dtypes import SHORT_NAMES, param_dtype, torch_dtype
+from autopar.plan.plan import Recompute, Schedule
 
 INTERRUPTED = 130
 
@@ -31,19 +33,6 @@ app = typer.Typer(add_completion=False, help="Plans, checks and runs the paralle
 class Attention(StrEnum):
     SDPA = "sdpa"
     EAGER = "eager"
-
-
-class RecomputeWord(StrEnum):
-    NONE = "none"
-    SELECTIVE = "selective"
-    FULL = "full"
-
-
-class ScheduleWord(StrEnum):
-    GPIPE = "gpipe"
-    ONE_F_ONE_B = "1f1b"
-    INTERLEAVED = "interleaved"
-    ZERO_BUBBLE = "zb"
 
 
 class Target(StrEnum):
@@ -66,7 +55,7 @@ GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", min=1, 
 OptionalGlobalBatch = Annotated[int | None, typer.Option("--global-batch", metavar="N", min=1)]
 SeqLen = Annotated[int | None, typer.Option(
     "--seq-len", metavar="S", min=1, help="Tokens a row; the model's own if left out.")]
-Dtype = Annotated[str, typer.Option("--dtype", help=f"Compute dtype: {', '.join(DTYPES)}.")]
+Dtype = Annotated[str, typer.Option("--dtype", help=f"Compute dtype: {', '.join(SHORT_NAMES)}.")]
 Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, adam or sgd.")]
 AttentionKind = Annotated[Attention, typer.Option("--attention", help="Fused (sdpa) or plain (eager) attention.")]
 SearchedMicroBatch = Annotated[int | None, typer.Option(
@@ -86,8 +75,8 @@ DpShard = Annotated[int | None, typer.Option(
     "--dp-shard", metavar="D", min=1, help="Devices that share the states of a replica.")]
 Zero = Annotated[int | None, typer.Option("--zero", min=0, max=3, help="ZeRO level: what --dp-shard splits.")]
 MicroBatch = Annotated[int, typer.Option("--micro-batch", metavar="M", min=1, help="Rows of a micro-batch.")]
-RecomputeOption = Annotated[RecomputeWord, typer.Option("--recompute", help="Activations to compute again.")]
-ScheduleOption = Annotated[ScheduleWord | None, typer.Option("--schedule", help="The pipeline's schedule.")]
+RecomputeOption = Annotated[Recompute, typer.Option("--recompute", help="Activations to compute again.")]
+ScheduleOption = Annotated[Schedule | None, typer.Option("--schedule", help="The pipeline's schedule.")]
 SequenceParallel = Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence between blocks.")]
 Trace = Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write the step as a Chrome trace.")]
 Requests = Annotated[Path | None, typer.Option(
@@ -137,7 +126,7 @@ def plan(
             machine = simulations.cluster(cluster, profile)
             graph = simulations.graph(model, seq_len, name, attention)
             request = PlanRequest(
-                global_batch=global_batch, seq_len=sequence_length(graph), dtype=name,
+                global_batch=global_batch, seq_len=graph.sequence_length, dtype=name,
                 param_dtype=param_dtype(name), optimizer=optimizer,
                 micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
             )
@@ -166,7 +155,7 @@ def simulate(
     attention: AttentionKind = Attention.SDPA, plan_: PlanOption = None, tp: Tp = 1, pp: Pp = 1,
     virtual_stages: VirtualStages = 1, cp: Cp = 1, ep: Ep = 1, dp_replicate: DpReplicate = None,
     dp_shard: DpShard = None, zero: Zero = None, micro_batch: MicroBatch = 1,
-    recompute: RecomputeOption = RecomputeWord.NONE, schedule: ScheduleOption = None,
+    recompute: RecomputeOption = Recompute.NONE, schedule: ScheduleOption = None,
     sequence_parallel: SequenceParallel = False, compile_: Compile = False, profile: ProfileOption = None,
     trace: Trace = None, requests: Requests = None, json_: Json = False,
 ) -> None:
@@ -182,7 +171,7 @@ def simulate(
         model=model, cluster=cluster, global_batch=global_batch, seq_len=seq_len, dtype=dtype, optimizer=optimizer,
         attention=str(attention), plan=str(plan_) if plan_ else None, tp=tp, pp=pp, virtual_stages=virtual_stages,
         cp=cp, ep=ep, dp_replicate=dp_replicate, dp_shard=dp_shard, zero=zero, micro_batch=micro_batch,
-        recompute=str(recompute), schedule=str(schedule) if schedule else None, sequence_parallel=sequence_parallel,
+        recompute=recompute, schedule=schedule, sequence_parallel=sequence_parallel,
         compile=compile_, profile=str(profile) if profile else None,
     ))
     with answer(as_json=json_) as reply:

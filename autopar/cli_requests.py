@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autopar.errors import AutoparError, InputError
+from autopar.plan.dtypes import param_dtype, torch_dtype
+from autopar.plan.plan import Recompute, Schedule
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
@@ -18,22 +20,8 @@ if TYPE_CHECKING:
     from autopar.plan.plan import Plan
     from autopar.simulate.timeline import Timeline
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 Degree = Annotated[int, Field(ge=1)]
 Value = TypeVar("Value")
-
-
-def torch_dtype(word: str) -> str:
-    """torch's name of a dtype given by that or by its short name; InputError for another word."""
-    name = DTYPES.get(word, word)
-    if name not in DTYPES.values():
-        raise InputError(f"unknown dtype {word!r}: use one of {', '.join(DTYPES)}")
-    return name
-
-
-def param_dtype(dtype: str) -> str:
-    """The dtype that parameters rest in while the model computes in `dtype`: four bytes, or float64's own."""
-    return "float64" if dtype == "float64" else "float32"
 
 
 class SimulateRequest(BaseModel):
@@ -58,8 +46,8 @@ class SimulateRequest(BaseModel):
     dp_shard: Degree | None = None
     zero: Annotated[int, Field(ge=0, le=3)] | None = None
     micro_batch: Degree = 1
-    recompute: Literal["none", "selective", "full"] = "none"
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb"] | None = None
+    recompute: Annotated[Recompute, Field(strict=False)] = Recompute.NONE
+    schedule: Annotated[Schedule, Field(strict=False)] | None = None
     sequence_parallel: bool = False
     compile: bool = False
     profile: str | None = None
@@ -101,14 +89,6 @@ class SimulateRequest(BaseModel):
     def zero_level(self, dp_shard: int) -> int:
         """What was asked; else 3 where states are shared, as fully sharded data parallelism does, and 0 elsewhere."""
         return self.zero if self.zero is not None else (3 if dp_shard > 1 else 0)
-
-
-def sequence_length(graph: ModelGraph) -> int | None:
-    """Tokens a row as the model was captured: the second dim of its first batch of integers; None without one."""
-    for info in graph.inputs:
-        if info.dtype in ("int64", "int32") and len(info.shape) == 2:
-            return info.shape[1]
-    return None
 
 
 class Cache:
@@ -186,7 +166,6 @@ class Simulations:
                 raise InputError(f"{request.plan}: the plan is for a global batch of {plan.global_batch}, not "
                                  f"{request.global_batch}; plan again for that batch")
             return plan
-        from autopar.plan.plan import Recompute, Schedule
         from autopar.search.degrees import Degrees, plan_from_degrees
         from autopar.search.shardings import ShardingChooser
 
@@ -196,12 +175,12 @@ class Simulations:
         )
         replicate, shard = request.data_degrees(cluster.num_devices)
         return plan_from_degrees(graph, cluster, Degrees(
-            global_batch=request.global_batch, seq_len=sequence_length(graph), dtype=dtype,
+            global_batch=request.global_batch, seq_len=graph.sequence_length, dtype=dtype,
             param_dtype=param_dtype(dtype),
             optimizer=request.optimizer, tp=request.tp, pp=request.pp, virtual_stages=request.virtual_stages,
             cp=request.cp, ep=request.ep, dp_replicate=replicate, dp_shard=shard, zero=request.zero_level(shard),
-            micro_batch=request.micro_batch, recompute=Recompute(request.recompute),
-            schedule=Schedule(request.schedule) if request.schedule else None,
+            micro_batch=request.micro_batch, recompute=request.recompute,
+            schedule=request.schedule,
             sequence_parallel=request.sequence_parallel, compile=request.compile,
         ), chooser=chooser)
 

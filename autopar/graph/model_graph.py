@@ -160,6 +160,11 @@ class ModelGraph:
     def num_params(self) -> int:
         return sum(info.numel for info in self.params)
 
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens a row: the second dim of the first batch tensor of integers with two dims; None without one."""
+        return next((i.shape[1] for i in self.inputs if i.dtype in ("int64", "int32") and len(i.shape) == 2), None)
+
     def depends_on_rows(self, numel: int) -> bool:
         return numel > 0 and numel % self.rows == 0
 
