@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,8 @@ class Trainer:
         self.layout = parameter_layout(graph, plan, (name for name, _ in model.named_modules()))
         tied = tuple(sorted({param.stages for param in self.layout.params if len(param.stages) > 1}))
         self.groups = make_groups(plan, tied, self.device, timeout, needs_mesh=needs_mesh)
-        self.terms = loss_terms(graph)
+        parts = plan.num_micro_batches * plan.stages[0].mesh.dp
+        self.terms = loss_terms(graph, captured.graph, num_parts=parts)
         self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes)
         self.batch = BatchReader(graph, plan)
         self._seed()
@@ -95,7 +97,8 @@ class Trainer:
         mine = [action for actions in lists for action in actions if action.stage in self.modules]
         self.executor = Executor(self.stages, mine, self.device)
         self._count = self._count_function(builder, constants)
-        self.optimizer = optimizer(list(self.named_parameters().values()))
+        held: list[Any] = list(self.named_parameters().values())
+        self.optimizer = optimizer(held or [{"params": []}])  # a stage of activations alone has nothing to train
         own = {id(param) for param in self.named_parameters().values()}
         if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
             raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")

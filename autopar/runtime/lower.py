@@ -197,14 +197,15 @@ def _program(
 
 
 def _with_sum(op: Op) -> Op:
-    """A cross-entropy with reduction "sum"."""
-    assert op.target == "aten.cross_entropy_loss.default"
+    """A cross-entropy, or the negative log-likelihood in its place, with reduction "sum"."""
+    keywords = ["self", "target", "weight", "reduction", "ignore_index", "label_smoothing"]
     defaults: tuple[Arg, ...] = (None, None, None, MEAN, -100, 0.0)
-    args = list(op.args) + list(defaults[len(op.args) :])
+    if op.target.startswith("aten.nll_loss"):
+        keywords.pop()
     named = dict(op.kwargs)
-    for position, keyword in enumerate(("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")):
-        if keyword in named:
-            args[position] = named[keyword]
+    args = [
+        op.args[i] if len(op.args) > i else named.get(keyword, defaults[i]) for i, keyword in enumerate(keywords)
+    ]
     args[3] = SUM
     return Op(
         name=op.name, target=op.target, args=tuple(args), outputs=op.outputs, module=op.module, source=op.source

@@ -68,10 +68,56 @@ def mean_of_rows(out: Tensor, batch: Any) -> Tensor:
     return (out.exp().sum(dim=-1) + 1).mean()
 
 
+def square_a_row(out: Tensor, batch: Any) -> Tensor:
+    return out.pow(2).sum() / out.shape[0]
+
+
+def square_an_element(out: Tensor, batch: Any) -> Tensor:
+    return out.pow(2).sum() / out.numel()
+
+
+def mean_times_rows(out: Tensor, batch: Any) -> Tensor:
+    return F.mse_loss(out, torch.zeros_like(out)) * out.shape[0]
+
+
+def likelihood(out: Tensor, batch: Any) -> Tensor:
+    logits, labels = flat(out, batch)
+    return F.nll_loss(F.log_softmax(logits, dim=-1), labels)
+
+
+def mean_of_sums(out: Tensor, batch: Any) -> Tensor:
+    return out.pow(2).sum(dim=0).mean() * 0.5
+
+
+def masked_mean(out: Tensor, batch: Any) -> Tensor:
+    valid = batch["labels"].ne(-100).unsqueeze(-1).double()
+    return (out.pow(2) * valid).sum() / valid.sum()
+
+
+def entropy_over_own_count(out: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(*flat(out, batch), reduction="sum") / batch["labels"].ne(-100).sum()
+
+
+def contrastive(out: Tensor, batch: Any) -> Tensor:
+    pooled = out.mean(dim=1)
+    return F.cross_entropy(pooled @ pooled.T, torch.arange(pooled.shape[0]))
+
+
+def root_of_mean(out: Tensor, batch: Any) -> Tensor:
+    return out.pow(2).mean().sqrt()
+
+
+def log_of_sum(out: Tensor, batch: Any) -> Tensor:
+    return out.flatten().logsumexp(dim=0)
+
+
 TERMS = {
     mean_entropy: [Term.COUNT], summed_entropy: [Term.SUM], smooth_entropy: [Term.COUNT], mean_square: [Term.SHARE],
     entropy_and_penalty: [Term.COUNT, Term.SHARE, Term.SUM], mean_of_rows: [Term.SHARE],
+    square_a_row: [Term.SHARE], square_an_element: [Term.SHARE], mean_times_rows: [Term.SUM], likelihood: [Term.COUNT],
+    mean_of_sums: [Term.SUM],
 }
+WHOLE_ONLY = [masked_mean, entropy_over_own_count, contrastive, root_of_mean, log_of_sum]
 
 
 def numbers(loss_fn: Callable[[Tensor, Any], Tensor], micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,6 +144,29 @@ def test_micro_batches_add_up_to_the_whole_batch(loss_fn: Callable[[Tensor, Any]
     for name, param in model.named_parameters():
         assert param.grad is not None
         torch.testing.assert_close(gradients[name], param.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_fn", WHOLE_ONLY, ids=lambda fn: fn.__name__)
+def test_a_loss_that_parts_do_not_give_runs_whole_or_is_refused(loss_fn: Callable[[Tensor, Any], Tensor]) -> None:
+    with pytest.raises(InputError, match="does not follow from those of its parts"):
+        numbers(loss_fn, micro_batch=2)
+    torch.manual_seed(0)
+    model = Classifier().double()
+    batch = rows()
+    expected = loss_fn(model(**batch), batch)
+    torch.testing.assert_close(numbers(loss_fn, micro_batch=8)[0], expected.detach(), rtol=1e-12, atol=0)
+
+
+def test_an_op_across_rows_is_noted() -> None:
+    class Centred(Classifier):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            hidden = torch.tanh(self.body(x))
+            return self.head(hidden - hidden.mean(dim=0)).mean()
+
+    graph = capture(Centred().double(), rows(), tag_rows=True).graph
+    assert any("aten.mean.dim" in note and "mixes rows" in note for note in loss_terms(graph).notes)
+    assert not loss_terms(graph, num_parts=1).notes
+    assert not loss_terms(capture(Classifier().double(), rows(), loss_fn=mean_entropy, tag_rows=True).graph).notes
 
 
 def test_class_weights_are_counted_with_their_weight() -> None:
