@@ -52,3 +52,37 @@ def llama(tied: bool = True) -> tuple[nn.Module, dict[str, Tensor], Any]:
 
 def llama_untied() -> tuple[nn.Module, dict[str, Tensor], Any]:
     return llama(tied=False)
+
+
+def bert() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """BERT with masked words: attention both ways, and key biases whose gradient is zero but for rounding."""
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.BertConfig(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForMaskedLM(config), causal_batch(), None
+
+
+class Perceptron(nn.Module):
+    """Layers in a row, some of them without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 5))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+def mean_square(output: Tensor, batch: Any) -> Tensor:
+    return nn.functional.mse_loss(output, batch["y"])
+
+
+def perceptron() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    generator = torch.Generator().manual_seed(3)
+    batch = {"x": torch.randn(ROWS, 12, generator=generator), "y": torch.randn(ROWS, 5, generator=generator)}
+    return Perceptron(), batch, mean_square

@@ -1,0 +1,43 @@
+"""Models of other kinds than the language models, under plans with something odd in them, against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import runtime_models
+
+from autopar.cluster.local import local_cluster
+from autopar.plan.plan import Recompute
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import capture_for, compare
+from autopar.search.degrees import Degrees, plan_from_degrees
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.mark.parametrize("degrees", [
+    dict(pp=2, micro_batch=2, recompute=Recompute.FULL), dict(dp_shard=2, tp=2, zero=3, micro_batch=2),
+], ids=["pp2", "fsdp2xtp2"])
+def test_bert_whose_key_bias_has_no_gradient(pool: LocalPool, degrees: dict[str, Any]) -> None:
+    size = degrees.get("pp", 1) * degrees.get("dp_shard", 1) * degrees.get("tp", 1)
+    graph = capture_for(runtime_models.bert, "float64").graph
+    wanted = Degrees(global_batch=8, dtype="float64", param_dtype="float64", optimizer="sgd", **degrees)
+    plan = plan_from_degrees(graph, local_cluster(size, device="cpu"), wanted)
+    report = compare(runtime_models.bert, plan, steps=2, pool=pool)
+    assert report.passed, (report.loss_error, report.worst)
+
+
+def test_a_stage_without_parameters_trains(pool: LocalPool) -> None:
+    graph = capture_for(runtime_models.perceptron, "float64").graph
+    wanted = Degrees(global_batch=8, dtype="float64", param_dtype="float64", optimizer="sgd", pp=3, micro_batch=2)
+    plan = plan_from_degrees(graph, local_cluster(3, device="cpu"), wanted)
+    bare = [i for i, block in enumerate(graph.blocks) if not block.params]
+    cuts = [0, bare[0], bare[0] + 1, len(graph.blocks)]
+    stages = tuple(
+        replace(stage, first=first, last=last) for stage, (first, last) in zip(plan.stages, pairwise(cuts), strict=True)
+    )
+    report = compare(runtime_models.perceptron, replace(plan, stages=stages), steps=2, pool=pool)
+    assert report.passed, (report.loss_error, report.worst)
