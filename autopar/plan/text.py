@@ -59,10 +59,14 @@ def _count(number: int, word: str, plural: str = "s") -> str:
 
 def certificate_line(certificate: Certificate) -> str:
     """Upper bound, lower bound, gap and what was searched, in one line."""
-    early = ", stopped at the time limit" if certificate.stopped_early else ""
+    early = ", stopped early" if certificate.stopped_early else ""
+    proved = (
+        f"no plan of the searched space is under {seconds(certificate.lower_bound_s)} in this cost model "
+        f"(gap {certificate.gap:.1%})" if certificate.lower_bound_s > 0
+        else "no time is proved that no plan can beat"
+    )
     return (
-        f"step {seconds(certificate.upper_bound_s)}; no plan of the searched space is under "
-        f"{seconds(certificate.lower_bound_s)} in this cost model (gap {certificate.gap:.1%}); "
+        f"step {seconds(certificate.upper_bound_s)}; {proved}; "
         f"searched {certificate.searched} in {certificate.search_seconds:.1f} s{early}"
     )
 

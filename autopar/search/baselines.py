@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autopar.plan.plan import Baseline
-from autopar.search.best_first import Engine, Found
+from autopar.search.best_first import Engine
 from autopar.search.candidates import Candidate
 
 
@@ -40,12 +40,9 @@ FAMILIES = (
 )
 
 
-def run_baselines(
-    engine: Engine, candidates: Sequence[Candidate], deadline: float | None
-) -> tuple[tuple[Baseline, ...], Found | None]:
-    """The baselines, and the best plan among them to start the search from."""
+def run_baselines(engine: Engine, candidates: Sequence[Candidate], deadline: float | None) -> tuple[Baseline, ...]:
+    """The best of each family; `engine.best` is then the best of them."""
     found: list[Baseline] = []
-    best: Found | None = None
     for family in FAMILIES:
         allowed = [candidate for candidate in candidates if family.allows(candidate)]
         if not allowed:
@@ -60,5 +57,4 @@ def run_baselines(
             name=family.name, step_time_s=outcome.best.step_time_s, feasible=True,
             summary=outcome.best.candidate.summary,
         ))
-        best = outcome.best if best is None else min(best, outcome.best)
-    return tuple(found), best
+    return tuple(found)

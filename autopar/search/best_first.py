@@ -14,7 +14,7 @@ from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import InputError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Plan, Schedule, Stage
+from autopar.plan.plan import Plan, Recompute, Schedule, Stage
 from autopar.search.bounds import Bounds, Cuts
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.degrees import even_cuts, stage_devices
@@ -26,6 +26,7 @@ Progress = Callable[[int, int, float | None], None]  # candidates settled, of ho
 # A limit in work, not in time, so that the same input gives the same plan on every machine.
 MAX_SIMULATED_ACTIONS = 1_500_000
 MAX_SIMULATIONS = 400
+SPREAD = 61  # under a time limit the candidates are bounded in strides of this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -41,13 +42,30 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The best found (None: nothing fits) and what no candidate can beat. `complete`: all candidates are settled."""
+    """The best found (None: nothing fits) and what no candidate can beat. `complete`: all candidates are settled.
+
+    `timed_out`: the time limit or an interrupt came first; then some candidates may not even have been bounded.
+    """
 
     best: Found | None
     lower_bound_s: float
     num_simulated: int
     complete: bool
     timed_out: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """How far a search is; whole enough at every moment that an interrupt leaves a true outcome."""
+
+    best: Found | None
+    # (bound, refined, candidate, the cuts to simulate); a bound is infinite where the candidate cannot fit.
+    queue: list[tuple[float, bool, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
+    lower: float = math.inf
+    bound: float = 0.0  # of the candidate in hand
+    simulations: int = 0
+    timed_out: bool = False
+    stopped: bool = False
 
 
 class Engine:
@@ -59,6 +77,8 @@ class Engine:
         self.layout = StageLayout(cluster, request.dtype)
         self.bounds = Bounds(graph, self.layout, request, self.chooser)
         self._model, self._machine = model_fingerprint(graph), cluster_fingerprint(cluster)
+        self.best: Found | None = None  # of all that was simulated
+        self.interrupted = False  # by the user, with a plan already found: every search from then on ends at once
         self._simulated: dict[tuple[Candidate, Cuts], Found | None] = {}
         self._quick: dict[Candidate, float] = {}
         self._even: dict[int, Cuts | None] = {}
@@ -67,27 +87,66 @@ class Engine:
         self, candidates: Sequence[Candidate], *, even: bool = False, incumbent: Found | None = None,
         deadline: float | None = None, progress: Progress | None = None,
     ) -> Outcome:
-        """The best of the candidates over all cuts, or over even ones alone; never worse than the incumbent."""
-        best = incumbent
-        # (bound, refined, candidate, the cuts to simulate); a bound is infinite where the candidate cannot fit.
-        queue: list[tuple[float, bool, Candidate, tuple[Cuts, ...]]] = [
-            (bound, False, candidate, ()) for candidate in candidates
-            if (bound := self._quick_bound(candidate)) < math.inf
-        ]
-        heapq.heapify(queue)
-        lower, simulations, actions = math.inf, 0, 0
-        timed_out = stopped = False
+        """The best of the candidates over all cuts, or over even ones alone; never worse than the incumbent.
+
+        An interrupt ends it as the time limit does where a plan was found before; else the caller gets the interrupt.
+        """
+        state = _State(best=incumbent)
+        try:
+            self._fill(state, candidates, deadline)
+            self._settle(state, len(candidates), even, deadline, progress)
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            self.interrupted = state.timed_out = state.stopped = True
+            state.lower = min(state.lower, state.bound)  # of the candidate in hand
+        best, lower = state.best, min((state.lower, *(entry[0] for entry in state.queue)))
+        if best is not None:
+            lower = min(lower, best.step_time_s)
+        if progress is not None:
+            progress(len(candidates), len(candidates), best.step_time_s if best else None)
+        return Outcome(
+            best=best, lower_bound_s=lower, num_simulated=state.simulations, complete=not state.stopped,
+            timed_out=state.timed_out,
+        )
+
+    def _fill(self, state: _State, candidates: Sequence[Candidate], deadline: float | None) -> None:
+        """Bounds the candidates; under a deadline for half the time that is left, and spread over all settings."""
+        until, order = None, candidates
+        if deadline is not None:
+            now = time.monotonic()
+            until = now + (deadline - now) / 2
+            order = [candidate for first in range(SPREAD) for candidate in candidates[first::SPREAD]]
+        for candidate in order:
+            if self._out_of_time(until):
+                state.timed_out = state.stopped = True
+                state.lower = 0.0  # nothing is known of the rest
+                break
+            bound = self._quick_bound(candidate)
+            if bound < math.inf:
+                state.queue.append((bound, False, candidate, ()))
+        heapq.heapify(state.queue)
+
+    def _settle(
+        self, state: _State, total: int, even: bool, deadline: float | None, progress: Progress | None
+    ) -> None:
+        """Refines and simulates what may beat the best, the smallest bound first."""
+        queue, actions = state.queue, 0
         while queue:
             bound, refined, candidate, cuts = queue[0]
+            best = state.best
             if best is not None and bound >= best.step_time_s:
                 break
-            timed_out = deadline is not None and time.monotonic() > deadline
-            stopped = timed_out or simulations >= MAX_SIMULATIONS or actions >= MAX_SIMULATED_ACTIONS
+            timed_out = self._out_of_time(deadline)
+            stopped = timed_out or state.simulations >= MAX_SIMULATIONS or actions >= MAX_SIMULATED_ACTIONS
             if stopped and (best is not None or timed_out):
+                state.stopped = True
+                state.timed_out = state.timed_out or timed_out
                 break
+            state.bound = bound
             heapq.heappop(queue)
-            if progress is not None and (len(candidates) - len(queue)) % 50 == 0:
-                progress(len(candidates) - len(queue), len(candidates), best.step_time_s if best else None)
+            if progress is not None and (total - len(queue)) % 50 == 0:
+                progress(total - len(queue), total, best.step_time_s if best else None)
             if not refined:
                 entry = self._refine(candidate, even)
                 if entry is not None:
@@ -95,22 +154,26 @@ class Engine:
                 continue
             for cut in cuts:
                 if (candidate, cut) not in self._simulated:
-                    simulations += 1
+                    state.simulations += 1
                     actions += 2 * candidate.pp * candidate.num_micro_batches
                 found = self.simulate(candidate, cut)
-                if found is not None and (best is None or found < best):
-                    best = found
+                if found is not None and (state.best is None or found < state.best):
+                    state.best = found
             if not even and candidate.pp > 1 and len(self.graph.blocks) > candidate.pp:
-                lower = min(lower, bound)  # its other cuts
-        if queue:
-            lower = min(lower, queue[0][0])
-        if best is not None:
-            lower = min(lower, best.step_time_s)
-        if progress is not None:
-            progress(len(candidates), len(candidates), best.step_time_s if best else None)
-        return Outcome(
-            best=best, lower_bound_s=lower, num_simulated=simulations, complete=not stopped, timed_out=timed_out,
-        )
+                state.lower = min(state.lower, bound)  # its other cuts
+
+    def _out_of_time(self, deadline: float | None) -> bool:
+        return self.interrupted or (deadline is not None and time.monotonic() > deadline)
+
+    def probe(self, candidates: Sequence[Candidate], deadline: float) -> None:
+        """Simulates candidates that need little memory, evenly cut, until one fits, for half the time at most."""
+        until = time.monotonic() + (deadline - time.monotonic()) / 2
+        for candidate in lean_first(candidates):
+            cuts = self.even_cuts(candidate.pp)
+            if cuts is not None and self.simulate(candidate, cuts) is not None:
+                return
+            if self._out_of_time(until):
+                return
 
     def _quick_bound(self, candidate: Candidate) -> float:
         if candidate not in self._quick:
@@ -152,7 +215,10 @@ class Engine:
                 step_time_s=timeline.step_time_s, candidate=candidate, cuts=cuts, limit_bytes=limits,
                 peak_bytes=tuple(group.memory.total for group in timeline.groups),
             ) if timeline.feasible else None
-        return self._simulated[key]
+        found = self._simulated[key]
+        if found is not None and (self.best is None or found < self.best):
+            self.best = found
+        return found
 
     def plan(self, c: Candidate, cuts: Cuts) -> Plan:
         """The candidate as a plan, with no certificate yet."""
@@ -178,3 +244,15 @@ class Engine:
                 for stage, (first, last) in enumerate(pairwise(cuts))
             ),
         )
+
+
+def lean_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """For each mesh the candidates with the fewest rows; those that most often need least memory come first.
+
+    Recomputation and ZeRO mostly save memory, but not always: a single layer is not held at all while it recomputes.
+    """
+    fewest: dict[tuple[int, int], int] = {}
+    for c in candidates:
+        fewest[c.pp, c.tp] = min(c.micro_batch, fewest.get((c.pp, c.tp), c.micro_batch))
+    lean = [c for c in candidates if c.micro_batch == fewest[c.pp, c.tp]]
+    return sorted(lean, key=lambda c: (c.recompute is not Recompute.FULL, -c.zero, -c.dp_shard, c.pp, -c.tp, c))

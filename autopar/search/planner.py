@@ -12,7 +12,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
-from autopar.search.best_first import Engine, Progress
+from autopar.search.best_first import Engine, Outcome, Progress
 from autopar.search.candidates import PlanRequest, candidates
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.need import smallest_need
@@ -26,6 +26,8 @@ NOT_SEARCHED = (
     "interleaved, zero-bubble and other schedules than 1F1B",
     "context and expert parallelism",
     "devices in another order than the cluster's",
+    "leaving devices unused",
+    "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     "op strategies other than each block's own fastest at the smallest micro-batch",
 )
 
@@ -35,15 +37,18 @@ def find_plan(
 ) -> Plan:
     """The fastest plan of the searched space in the cost model, with its certificate and baselines.
 
-    The same input gives the same plan, unless `request.max_search_seconds` cuts the search short. InfeasibleError where
-    nothing fits, with the smallest change that would make something fit.
+    The same input gives the same plan, unless `request.max_search_seconds` or an interrupt
+    cuts the search short: then it is the best so far. InfeasibleError where nothing fits, with a change that would make
+    something fit, or where the time limit came before any plan was found.
     """
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
     engine = Engine(graph, cluster, request)
     space = candidates(cluster, request, engine.chooser, len(graph.blocks))
-    baselines, incumbent = run_baselines(engine, space, deadline)
-    outcome = engine.search(space, incumbent=incumbent, deadline=deadline, progress=progress)
+    if deadline is not None:
+        engine.probe(space, deadline)
+    baselines = run_baselines(engine, space, deadline)
+    outcome = engine.search(space, incumbent=engine.best, deadline=deadline, progress=progress)
     if outcome.best is None and not outcome.timed_out:
         wider = candidates(cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes=True)
         if len(wider) > len(space):
@@ -53,16 +58,16 @@ def find_plan(
     if best is None:
         if outcome.timed_out:
             raise InfeasibleError(
-                f"no plan was found within {request.max_search_seconds:g} s; give --max-search-seconds more time"
+                f"the time limit of {request.max_search_seconds:g} s came before any plan was found; give "
+                f"--max-search-seconds more time"
             )
-        raise InfeasibleError(smallest_need(engine, space))
+        raise InfeasibleError(smallest_need(engine, space, deadline))
     searched_s = time.monotonic() - began
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
-    early = "" if outcome.complete else f"; the limit of {outcome.num_simulated} simulations came first"
     certificate = Certificate(
         upper_bound_s=best.step_time_s, lower_bound_s=outcome.lower_bound_s,
         searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO, recomputation and micro-batch, "
-                 f"each over all cuts of {len(graph.blocks)} blocks{early}",
+                 f"each over all cuts of {len(graph.blocks)} blocks{_early(engine, outcome)}",
         not_searched=NOT_SEARCHED, search_seconds=searched_s, stopped_early=not outcome.complete,
     )
     plan = engine.plan(best.candidate, best.cuts)
@@ -75,3 +80,14 @@ def find_plan(
     )
     verify_plan(plan, graph, cluster)
     return plan
+
+
+def _early(engine: Engine, outcome: Outcome) -> str:
+    """Why the search ended before all was settled."""
+    if outcome.complete:
+        return ""
+    if engine.interrupted:
+        return "; an interrupt came first"
+    if outcome.timed_out:
+        return f"; the time limit of {engine.request.max_search_seconds:g} s came first"
+    return f"; the limit of work, here {outcome.num_simulated} simulations, came first"

@@ -166,3 +166,13 @@ def test_what_only_the_simulator_knows(degrees: Degrees) -> None:
 def test_degrees_that_do_not_fit_together(degrees: Degrees, message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_from_degrees(SMALL, cluster(1, 4), degrees)
+
+
+def test_what_is_not_searched_is_said() -> None:
+    """A tensor axis that only repeats work can win on a tiny model, and no candidate has one."""
+    certificate = find_plan(SMALL, cluster(), PlanRequest(global_batch=8)).certificate
+    assert certificate is not None
+    text = "; ".join(certificate.not_searched)
+    assert "a tensor axis that repeats all work" in text
+    assert "across nodes" in text
+    assert "leaving devices unused" in text

@@ -1,0 +1,71 @@
+"""What an infeasible request is told that it needs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_graphs import cluster, mlp_chain
+
+from autopar.errors import InfeasibleError
+from autopar.search import need
+from autopar.search.need import counts_to_try, gib_up
+from autopar.search.planner import PlanRequest, find_plan
+
+GRAPH = mlp_chain(num_layers=6, hidden=512, inner=2048, seq_len=128, vocab=4096)
+
+
+def told(per_node: int, memory_gib: float, batch: int, num_nodes: int = 1) -> str:
+    with pytest.raises(InfeasibleError) as caught:
+        find_plan(GRAPH, cluster(num_nodes, per_node, memory_gib=memory_gib), PlanRequest(global_batch=batch))
+    return str(caught.value)
+
+
+def fits(num_nodes: int, per_node: int, memory_gib: float, batch: int) -> bool:
+    try:
+        find_plan(GRAPH, cluster(num_nodes, per_node, memory_gib=memory_gib), PlanRequest(global_batch=batch))
+    except InfeasibleError:
+        return False
+    return True
+
+
+@given(st.floats(1, 1e15))
+def test_sizes_are_rounded_up(size: float) -> None:
+    value = float(gib_up(size)) * 2**30
+    assert size * (1 - 1e-12) <= value <= max(size * 1.11, size + 0.1001 * 2**30 * (size >= 2**30))
+
+
+def test_a_size_of_two_digits_stays() -> None:
+    assert (gib_up(0.25 * 2**30), gib_up(1.5 * 2**30), gib_up(0.0301 * 2**30)) == ("0.25", "1.5", "0.031")
+
+
+@pytest.mark.parametrize(("per_node", "batch"), [(1, 6), (1, 9), (1, 15), (2, 10)])
+def test_the_number_of_nodes_is_the_smallest_that_fits(per_node: int, batch: int) -> None:
+    """Batches that few numbers divide, so that more nodes are not always better."""
+    text = told(per_node, 0.06, batch)
+    found = re.search(r"or \d+ devices \((\d+)x", text)
+    assert found, text
+    count = int(found[1])
+    assert fits(count, per_node, 0.06, batch)
+    assert not any(fits(fewer, per_node, 0.06, batch) for fewer in range(2, count))
+
+
+def test_the_memory_that_is_named_is_enough_and_little_less_is_not() -> None:
+    found = re.search(r"at least ([\d.]+) GiB", told(1, 0.06, 6))
+    assert found
+    assert fits(1, 1, float(found[1]), 6)
+    assert not fits(1, 1, float(found[1]) * 0.89, 6)
+
+
+def test_where_no_number_helps_only_what_was_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = told(1, 0.0001, 1)
+    assert "that was tried is enough" in text
+    monkeypatch.setattr(need, "MAX_SECONDS", -1.0)
+    assert "that was tried is enough" in told(1, 0.06, 6)
+
+
+def test_the_clusters_own_number_is_tried_only_where_its_nodes_differ() -> None:
+    assert list(counts_to_try(cluster(2)))[:7] == [3, 4, 5, 6, 7, 8, 16]
+    assert next(counts_to_try(cluster(speeds=(1.0, 0.5)))) == 2

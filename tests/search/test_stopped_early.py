@@ -1,0 +1,109 @@
+"""A search that the time limit or the user ends before its time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from toy_graphs import cluster, mlp_chain
+
+from autopar.cluster.parse import parse_cluster
+from autopar.errors import InfeasibleError
+from autopar.plan.text import certificate_line
+from autopar.plan.verify import verify_plan
+from autopar.search import best_first
+from autopar.search.best_first import Engine, Found
+from autopar.search.bounds import Bounds, Cuts
+from autopar.search.candidates import Candidate, candidates
+from autopar.search.planner import PlanRequest, find_plan
+from autopar.simulate.simulator import simulate
+
+GRAPH = mlp_chain(num_layers=6, hidden=512, inner=2048, seq_len=128, vocab=4096)
+MACHINE = cluster(2, 4)
+
+
+def test_the_time_limit_holds_while_bounds_are_computed() -> None:
+    graph, machine = mlp_chain(96, 12288, 49152, 2048, 50000), parse_cluster("64x8xH100")
+    began = time.monotonic()
+    plan = find_plan(graph, machine, PlanRequest(global_batch=1536, max_search_seconds=1))
+    assert time.monotonic() - began < 4  # all bounds take longer, the whole search some 20 s
+    verify_plan(plan, graph, machine)
+    assert simulate(graph, machine, plan).feasible
+    assert plan.certificate is not None
+    assert plan.certificate.stopped_early
+    assert "the time limit of 1 s came first" in plan.certificate.searched
+    assert "simulations" not in plan.certificate.searched
+
+
+def test_no_time_at_all_gives_the_first_plan_that_fits_and_proves_nothing() -> None:
+    plan = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24, max_search_seconds=0))
+    assert plan.certificate is not None
+    assert plan.certificate.lower_bound_s == 0
+    assert "no time is proved" in certificate_line(plan.certificate)
+    assert certificate_line(plan.certificate).endswith("stopped early")
+
+
+def test_a_limit_before_any_plan_says_so() -> None:
+    with pytest.raises(InfeasibleError, match="the time limit of 0 s came before any plan was found"):
+        find_plan(GRAPH, cluster(2, 4, memory_gib=0.001), PlanRequest(global_batch=24, max_search_seconds=0))
+
+
+def test_the_limit_of_work_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(best_first, "MAX_SIMULATIONS", 1)
+    certificate = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24)).certificate
+    assert certificate is not None
+    assert certificate.stopped_early
+    assert "the limit of work, here 2 simulations, came first" in certificate.searched
+
+
+@pytest.mark.parametrize("after", [1, 3, 6, 9])
+def test_an_interrupt_gives_the_best_so_far(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = Engine.simulate, []
+
+    def interrupted(self: Engine, candidate: Candidate, cuts: Cuts) -> Found | None:
+        if len(seen) == after:
+            raise KeyboardInterrupt
+        seen.append(real(self, candidate, cuts))
+        return seen[-1]
+
+    whole = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24)).certificate
+    monkeypatch.setattr(Engine, "simulate", interrupted)
+    plan = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24))
+    assert plan.certificate is not None
+    assert whole is not None
+    assert plan.certificate.stopped_early
+    assert plan.certificate.searched.endswith("an interrupt came first")
+    assert plan.certificate.upper_bound_s == min(found.step_time_s for found in seen if found)
+    assert plan.certificate.lower_bound_s <= whole.upper_bound_s
+    verify_plan(plan, GRAPH, MACHINE)
+
+
+def test_an_interrupt_loses_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was proved at an interrupt holds for the plan that the whole search finds, wherever the interrupt comes."""
+    best = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24)).certificate
+    assert best is not None
+    real = Engine._refine
+    for after in range(0, 40, 3):
+        calls = iter(range(after))
+
+        def interrupted(self: Engine, candidate: Candidate, even: bool, calls: object = calls) -> object:
+            if next(calls, None) is None:  # type: ignore[call-overload]
+                raise KeyboardInterrupt
+            return real(self, candidate, even)
+
+        engine = Engine(GRAPH, MACHINE, PlanRequest(global_batch=24))
+        space = candidates(MACHINE, engine.request, engine.chooser, len(GRAPH.blocks))
+        engine.probe(space, time.monotonic() + 60)
+        monkeypatch.setattr(Engine, "_refine", interrupted)
+        outcome = engine.search(space, incumbent=engine.best)
+        assert outcome.lower_bound_s <= best.upper_bound_s
+        monkeypatch.setattr(Engine, "_refine", real)
+
+
+def test_an_interrupt_before_any_plan_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bounds, "quick", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24))
