@@ -44,7 +44,8 @@ def plan_from_degrees(
     """The plan with these degrees; layers are dealt out evenly, the first stages take what is left over.
 
     InputError where the degrees don't make the cluster's devices or don't divide the batch. Nothing is checked against
-    memory: the simulator says what fits.
+    memory: the simulator says what fits. A tensor axis splits the layers even where repeating them would be faster;
+    the plan's notes say so, and say where nothing can be split.
     """
     notes: list[str] = []
     d = degrees
@@ -59,13 +60,15 @@ def plan_from_degrees(
         raise InputError(f"virtual stages need the interleaved schedule, not {schedule}; leave --schedule out")
     chooser = chooser or ShardingChooser(graph, cluster, d.dtype, rows=d.micro_batch)
     sequence_parallel = d.sequence_parallel and d.tp > 1
-    choice = chooser.choose(d.tp, sequence_parallel=sequence_parallel)
+    choice = chooser.choose(d.tp, sequence_parallel=sequence_parallel, split_products=True)
     if choice is None:
         raise InputError(
             f"sequence parallel over tp {d.tp} does not divide what passes between the blocks of {graph.name}; "
             f"choose another tp or sequence length, or leave --sequence-parallel out"
         )
-    shardings = chooser.shardings(d.tp, d.micro_batch, sequence_parallel=sequence_parallel)
+    shardings = chooser.shardings(
+        d.tp, d.micro_batch, sequence_parallel=sequence_parallel, split_products=True
+    )
     cuts = even_cuts(graph, d.pp * d.virtual_stages)
     stages = tuple(
         Stage(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.model_graph import BlockClass, ModelGraph
+from autopar.plan.plan import is_layer
 from autopar.search.intra_op import is_hidden, shard_class
 from autopar.sharding.propagate import ClassStrategies, class_strategies
 from autopar.sharding.state import Kind, R, State, shard
-from autopar.sharding.strategy import ClassSharding
+from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.class_costs import ClassCosts
 
 
@@ -35,8 +37,8 @@ class ShardingChooser:
     def __init__(self, graph: ModelGraph, cluster: Cluster, dtype: str, *, rows: float = 1) -> None:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
         self._rows = rows if graph.rows_are_tagged else graph.rows
-        self._kept: dict[tuple[int, bool, bool], Choice | None] = {}
-        self._at_rows: dict[tuple[int, bool, bool, int], tuple[ClassSharding, ...]] = {}
+        self._kept: dict[tuple[int, bool, bool, bool], Choice | None] = {}
+        self._at_rows: dict[tuple[int, bool, bool, bool, int], tuple[ClassSharding, ...]] = {}
         self._strategies: dict[tuple[str, int], ClassStrategies] = {}
         self._costs: dict[tuple[str, int], ClassCosts] = {}
         self.classes: tuple[BlockClass, ...] = tuple(
@@ -48,48 +50,72 @@ class ShardingChooser:
         """Whether anything passes between blocks that sequence parallelism could split."""
         return any(is_hidden(cls.tensor[name]) for cls in self.classes for name in cls.outputs)
 
-    def choose(self, tp: int, *, sequence_parallel: bool, split_weights: bool = True) -> Choice | None:
+    def choose(
+        self, tp: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False
+    ) -> Choice | None:
         """The shardings under an axis of `tp` ranks; None where a block allows no such boundary.
 
         `split_weights`: what a rank stores is charged as in a step of one micro-batch; else it is free.
+        `split_products`: where the fastest choice repeats every product of every layer, the fastest that splits them.
         """
-        key = (tp, sequence_parallel, split_weights)
+        key = (tp, sequence_parallel, split_weights, split_products)
         if key not in self._kept:
             self._kept[key] = self._choose(*key) if tp > 1 else Choice(shardings=(), notes=())
         return self._kept[key]
 
     def shardings(
-        self, tp: int, rows: int, *, sequence_parallel: bool, split_weights: bool = True
+        self, tp: int, rows: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False
     ) -> tuple[ClassSharding, ...]:
         """The chosen shardings as a plan with micro-batches of `rows` rows holds them; the same objects each time."""
-        key = (tp, sequence_parallel, split_weights, rows)
+        key = (tp, sequence_parallel, split_weights, split_products, rows)
         if key not in self._at_rows:
-            choice = self.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights)
+            choice = self.choose(
+                tp, sequence_parallel=sequence_parallel, split_weights=split_weights, split_products=split_products
+            )
             assert choice is not None, "only for an axis that has shardings"
             self._at_rows[key] = at_rows(choice.shardings, self._graph, rows)
         return self._at_rows[key]
 
-    def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool) -> Choice | None:
-        shardings: list[ClassSharding] = []
+    def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool, split_products: bool) -> Choice | None:
+        boundary, weight = shard(1) if sequence_parallel else R, float(split_weights)
+        found: dict[str, ClassSharding] = {}
+        for cls in self.classes:
+            strategies, costs = self._of_class(cls, tp)
+            sharding = shard_class(cls, strategies, boundary, costs, parameter_weight=weight)
+            if sharding is None:
+                return None
+            found[cls.name] = sharding
+        notes: list[str] = []
+        layers = [cls for cls in self.classes if cls.name in self._layer_classes and _products(cls)]
+        if split_products and layers and not any(_splits_products(cls, found[cls.name]) for cls in layers):
+            names = {True: list[str](), False: list[str]()}
+            for cls in layers:
+                strategies, costs = self._of_class(cls, tp)
+                split = shard_class(cls, _without_repetition(cls, strategies), boundary, costs, parameter_weight=weight)
+                found[cls.name] = split or found[cls.name]
+                names[_splits_products(cls, found[cls.name])].append(cls.name)
+            if names[True]:
+                notes.append(f"tp {tp} splits {', '.join(names[True])} as asked; repeating the work is faster here")
+            if names[False]:
+                notes.append(
+                    f"tp {tp} can split no product of {', '.join(names[False])}: each tensor rank repeats them"
+                )
         unruled: set[str] = set()
         whole: list[str] = []
         for cls in self.classes:
-            strategies, costs = self._of_class(cls, tp)
-            found = shard_class(
-                cls, strategies, shard(1) if sequence_parallel else R, costs, parameter_weight=float(split_weights)
-            )
-            if found is None:
-                return None
-            shardings.append(found)
+            strategies, _ = self._of_class(cls, tp)
             unruled |= {op.target for op in cls.ops if op.name in strategies.unruled}
-            if cls.params and not any(state.kind is Kind.SHARDED for state in found.params):
+            if cls.params and not any(state.kind is Kind.SHARDED for state in found[cls.name].params):
                 whole.append(cls.name)
-        notes = []
         if unruled:
             notes.append(f"ops without a sharding rule run whole on every tensor rank: {', '.join(sorted(unruled))}")
         if whole:
             notes.append(f"tp {tp} splits no parameter of {', '.join(whole)}: each tensor rank stores all of them")
-        return Choice(shardings=tuple(shardings), notes=tuple(notes))
+        return Choice(shardings=tuple(found.values()), notes=tuple(notes))
+
+    @property
+    def _layer_classes(self) -> set[str]:
+        return {block.cls for block in self._graph.blocks if is_layer(block.name)}
 
     def _of_class(self, cls: BlockClass, tp: int) -> tuple[ClassStrategies, ClassCosts]:
         key = (cls.name, tp)
@@ -100,6 +126,27 @@ class ShardingChooser:
                 tp_group=tp_group(self._cluster, tp), dtype=self._dtype,
             )
         return self._strategies[key], self._costs[key]
+
+
+def _products(cls: BlockClass) -> list[str]:
+    """The ops of matrix products, attention and the like that a gradient passes."""
+    return [
+        op.name for op in cls.ops if op.flops and any(cls.tensor[name].requires_grad for name in op.outputs if name)
+    ]
+
+
+def _splits_products(cls: BlockClass, sharding: ClassSharding) -> bool:
+    return any(sharding.strategy[name].factor for name in _products(cls))
+
+
+def _without_repetition(
+    cls: BlockClass, strategies: Mapping[str, tuple[Strategy, ...]]
+) -> Mapping[str, tuple[Strategy, ...]]:
+    """The strategies, less those that run a product whole on every rank where it has others."""
+    kept = dict(strategies)
+    for name in _products(cls):
+        kept[name] = tuple(strategy for strategy in kept[name] if strategy.factor) or kept[name]
+    return kept
 
 
 def at_rows(shardings: tuple[ClassSharding, ...], graph: ModelGraph, rows: int) -> tuple[ClassSharding, ...]:

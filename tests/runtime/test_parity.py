@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import runtime_models
 
-from autopar.cluster.local import local_cluster
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Plan, Recompute, Schedule
+from autopar.plan.plan import Plan, Recompute, Schedule, is_layer
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import capture_for, compare, distributed_numbers, relative_error
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.sharding.state import Kind, R, shard
 
 pytestmark = pytest.mark.processes
 
@@ -55,7 +55,32 @@ def plan_of(model: str, name: str, dtype: str) -> Plan:
     for axis in ("tp", "pp", "dp_replicate", "dp_shard"):
         size *= degrees.get(axis, 1)
     wanted = Degrees(global_batch=8, dtype=dtype, param_dtype=dtype, optimizer="sgd", **degrees)
-    return plan_from_degrees(graph_of(model, dtype), local_cluster(size, device="cpu"), wanted)
+    cluster = runtime_models.slow_cluster(size)
+    plan = plan_from_degrees(graph_of(model, dtype), cluster, wanted)
+    assert_splits(graph_of(model, dtype), plan)
+    return plan
+
+
+def num_split(plan: Plan) -> int:
+    """How many parameters of the block classes are stored in shards of the tensor axis."""
+    return sum(state.kind is Kind.SHARDED for choice in plan.shardings for state in choice.params)
+
+
+def assert_splits(graph: ModelGraph, plan: Plan) -> None:
+    """A tensor axis of these plans splits weights and products of every layer, and hidden states where it is asked."""
+    if plan.stages[0].mesh.tp == 1:
+        return
+    layers = {block.cls for block in graph.blocks if is_layer(block.name)}
+    for name in layers:
+        choice, cls = plan.sharding[name], graph.block_class[name]
+        products = [op for op in cls.ops if op.flops and cls.tensor[op.outputs[0]].requires_grad and
+                    any(operand in cls.params for operand in op.operands)]
+        whole = [op.name for op in products if not choice.strategy[op.name].factor]
+        assert products and not whole, f"{name} repeats {whole}"
+        matrices = [s for s, p in zip(choice.params, cls.params, strict=True) if len(cls.tensor[p].shape) == 2]
+        assert sum(state.kind is Kind.SHARDED for state in matrices) >= 0.7 * len(matrices), f"{name}: {matrices}"
+        expected = shard(1) if plan.sequence_parallel else R
+        assert expected in choice.inputs and choice.outputs == (expected,)
 
 
 def check(pool: LocalPool, model: str, name: str, dtype: str, steps: int = 2) -> None:
@@ -86,6 +111,7 @@ def test_float32(pool: LocalPool, model: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["fsdp2_zero3", "tp2_sequence", "pp2xfsdp2_zero1"])
 def test_bfloat16_keeps_the_loss_and_nearly_the_gradients(pool: LocalPool, name: str) -> None:
     plan = replace(plan_of("llama", name, "float32"), dtype="bfloat16")
+    assert (num_split(plan) > 0) == (plan.stages[0].mesh.tp > 1)
     report = compare(runtime_models.llama, plan, pool=pool)
     assert report.loss_error < 1e-3
     assert report.worst[1] < 2e-2
