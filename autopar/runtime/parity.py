@@ -88,22 +88,22 @@ def summary(plan: Plan) -> str:
 
 def compare(
     factory: ModelFactory, plan: Plan, *, dtype: str | None = None, steps: int = 1, seed: int = 0,
-    pool: LocalPool | None = None, timeout_s: float = 600.0,
+    pool: LocalPool | None = None, timeout_s: float = 600.0, captured: Captured | None = None,
 ) -> ParityReport:
     """Run a plan on local processes and in one process with the same weights and batches.
 
     `factory` is importable and returns (model, example batch of any number of rows, loss function or None), all real;
     its random weights follow `seed`. Both sides run plain SGD steps between gradients, so that errors don't hide
-    behind an optimizer's normalization.
+    behind an optimizer's normalization. `captured` is what `capture_for` gave for the factory and dtype; without it
+    every process captures the model for itself.
     """
     chosen = plan.dtype if dtype is None else dtype
+    task = (distributed_numbers, factory, plan, chosen, steps, seed, captured)
     if pool is None:
         with LocalPool(plan.num_devices) as own:
-            results = own.run(distributed_numbers, factory, plan, chosen, steps, seed, timeout_s=timeout_s)
+            results = own.run(*task, timeout_s=timeout_s)
     else:
-        results = pool.run(
-            distributed_numbers, factory, plan, chosen, steps, seed, num_ranks=plan.num_devices, timeout_s=timeout_s
-        )
+        results = pool.run(*task, num_ranks=plan.num_devices, timeout_s=timeout_s)
     expected = reference_numbers(factory, plan, chosen, steps, seed)
     return report(plan, chosen, results, expected)
 
@@ -196,10 +196,12 @@ def make_batch(example: Mapping[str, Tensor], rows: int, step: int) -> dict[str,
     }
 
 
-def distributed_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int) -> Numbers:
+def distributed_numbers(
+    factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int, captured: Captured | None = None
+) -> Numbers:
     """This rank's view of the plan's numbers: gradients on rank 0 alone. Runs under a process group."""
     model, example, loss_fn = _make(factory, dtype, seed)
-    captured = _capture(model, example, loss_fn, dtype)
+    captured = captured or _capture(model, example, loss_fn, dtype)
     trainer = Trainer(model, plan, captured, lambda params: torch.optim.SGD(params, lr=0.1))
     losses, gradients = [], []
     for step in range(steps):

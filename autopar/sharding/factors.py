@@ -91,6 +91,8 @@ class OpFactors:
         length = self.sizes[name]
         if name in self.blocked:
             return Refusal(factor=name, size=length, reason=self.blocked[name])
+        if not length:
+            return Refusal(factor=name, size=0, reason="the dim is empty")
         if inner > 1 and name in self.rigid:
             return Refusal(factor=name, size=length, reason="splits at its outermost level only")
         if length % (inner * size):

@@ -19,7 +19,7 @@ from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
 
 # Views that reorder memory, so that a later reshape or contiguous() has to copy. Swapping twice restores the order.
-_SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT"}
+_SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T"}
 _REORDERS = {"permute", "movedim", "expand", "expand_as"}
 _MAY_COPY = {"reshape", "contiguous", "flatten", "reshape_as"}
 

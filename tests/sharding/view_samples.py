@@ -56,6 +56,11 @@ def matrix_transpose(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(*pick.shape(3)),))
 
 
+@sample("numpy_T.default")
+def numpy_transpose(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(*pick.shape(pick.one_of(1, 2, 2, 3))),))
+
+
 @sample("permute.default")
 def permute(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(*pick.shape(3)), pick.one_of([2, 0, 1], [1, 2, 0], [0, -1, 1])))
@@ -139,6 +144,12 @@ def narrow(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 12), 1, *pick.one_of((0, 6), (4, 8), (3, 3), (6, 6))))
 
 
+@sample("slice.Tensor", "narrow.default", draws=1)
+def slice_nothing(pick: Pick, target: str) -> Sample:
+    """Rotary embeddings of the first few features leave a rest, which may be empty."""
+    return Sample(target, (pick.x(4, 12, 6), 1, *((12, 2**63 - 1) if "slice" in target else (12, 0))))
+
+
 @sample("select.int")
 def select(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6, 3), *pick.one_of((0, 1), (1, -1), (2, 0))))
@@ -176,6 +187,23 @@ def cat(pick: Pick, target: str) -> Sample:
     return Sample(
         target, ([pick.x(*((n, 4, 6) if dim == 0 else (4, n) if dim == 1 else (4, 6, n))) for n in lengths], dim)
     )
+
+
+@sample("cat.default", draws=2)
+def cat_with_nothing(pick: Pick, target: str) -> Sample:
+    dim = pick.one_of(1, -1)
+    shapes = [(4, n, 6) if dim == 1 else (4, 6, n) for n in (6, 0)]
+    return Sample(target, ([pick.x(*shape) for shape in shapes], dim))
+
+
+@sample("split_with_sizes.default", draws=1)
+def split_off_nothing(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(4, 24), [12, 0, 12], 1))
+
+
+@sample("add.Tensor", draws=1)
+def add_nothing(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(4, 0, 6), pick.x(4, 0, 6)))
 
 
 @sample("stack.default")

@@ -34,7 +34,7 @@ def view_dtype(call: Call) -> OpFactors:
 
 @rule(
     "aten.transpose", "aten.permute", "aten.t", "aten.movedim", "aten.swapaxes", "aten.swapdims", "aten.mT",
-    signature="self a b",
+    "aten.numpy_T", signature="self a b",
 )  # fmt: skip
 def permutation(call: Call) -> OpFactors:
     shape = call.shape("self")
@@ -48,6 +48,8 @@ def _order(call: Call, name: str, rank: int) -> list[int]:
     order = list(range(rank))
     if name == "permute":
         return [normal_dim(dim, rank) for dim in call.ints("a" if call.has("a") else "dims")]
+    if name == "numpy_T":
+        return order[::-1]
     if name in ("t", "mT"):
         return order if rank < 2 else [*order[:-2], rank - 1, rank - 2]
     first = [normal_dim(dim, rank) for dim in call.ints("a")]
@@ -125,6 +127,8 @@ def slice_(call: Call) -> OpFactors:
     if (start, end) == (0, shape[dim]):
         dims = call.factors("i", shape)
         return call.build({"self": dims}, (dims,), linear=_FIRST)
+    if start == end:
+        return _blocked_dim(call, dim, out, "nothing of the dim is taken")
     return _cut(call, dim, (start, end), (end - start,))
 
 
@@ -133,6 +137,8 @@ def narrow(call: Call) -> OpFactors:
     shape, out = call.shape("self"), call.output_shape()
     dim = normal_dim(call.number("dim", 0), len(shape))
     start, end = slice_range(shape[dim], call.number("start", 0), out[dim])
+    if start == end:
+        return _blocked_dim(call, dim, out, "nothing of the dim is taken")
     return _cut(call, dim, (start, end), (end - start,))
 
 
@@ -182,7 +188,7 @@ def cat(call: Call) -> OpFactors:
 
     def along(name: str, length: int) -> Dims:
         blocks = call.factor(name, length // common if common else length, reason)
-        return (*rest[:dim], (*blocks, *inner), *rest[dim + 1 :])
+        return (*rest[:dim], (*blocks, *inner) if length else blocks, *rest[dim + 1 :])
 
     pieces = [along(f"p{i}", shape[dim]) for i, shape in enumerate(shapes)]
     return call.build({"tensors": pieces}, (along("all", out[dim]),), linear=(tuple(range(len(shapes))),))

@@ -1,0 +1,60 @@
+"""What the tests and the benchmark of the zoo do with an entry: capture it, plan it, compare its numbers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from all_entries import ENTRIES
+from entry import ROWS, Entry
+
+from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
+from autopar.graph.capture import Captured
+from autopar.plan.plan import Plan
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import ParityReport, capture_for, compare
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.sharding.state import Kind, State
+
+DTYPE = "float64"
+BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+
+def slow_cluster(num_devices: int) -> Cluster:
+    """Devices so slow, on links so fast, that splitting even these tiny models over a tensor axis pays."""
+    device = DeviceType(
+        name="slow", memory_bytes=2**30, memory_bandwidth_bytes_per_s=1e9, kernel_launch_s=5e-7,
+        peak_flops=(("float32", 1e7), ("float64", 5e6), ("bfloat16", 2e7)),
+    )
+    link = Link(name="fast", latency_s=1e-8, bandwidth_bytes_per_s=1e11)
+    return Cluster(name="slow", nodes=(Node(device=device, num_devices=num_devices, link=link, network=link),))
+
+
+@cache
+def captured(name: str) -> Captured:
+    """The entry in float64 with tagged rows, captured once a session."""
+    return capture_for(BY_NAME[name].build, DTYPE)
+
+
+def tensor_plan(entry: Entry, tp: int = 2) -> Plan:
+    """The best plan that is one tensor axis of `tp` ranks."""
+    wanted = Degrees(
+        global_batch=ROWS, micro_batch=ROWS, tp=tp, dtype=DTYPE, param_dtype=DTYPE, optimizer="sgd",
+    )
+    return plan_from_degrees(captured(entry.name).graph, slow_cluster(tp), wanted)
+
+
+def parity(entry: Entry, plan: Plan, pool: LocalPool) -> ParityReport:
+    """The plan's loss and gradients on the pool against one process's."""
+    return compare(entry.build, plan, pool=pool, captured=captured(entry.name))
+
+
+def num_split_ops(plan: Plan) -> int:
+    """Ops of the plan's classes that split a factor."""
+    return sum(bool(strategy.factor) for choice in plan.shardings for _, strategy in choice.ops)
+
+
+def is_even(shape: tuple[int, ...], state: State, size: int) -> bool:
+    """Whether every rank of the axis gets a shard of the same size."""
+    if state.kind is not Kind.SHARDED:
+        return True
+    return state.dim < len(shape) and shape[state.dim] % (state.outer * size) == 0
