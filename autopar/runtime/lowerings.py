@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 
 from autopar.runtime.collectives import Axis, all_reduce
 from autopar.sharding.lowering import Lowering
@@ -108,6 +110,29 @@ def axis_random(axis: Axis, op: Program, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
 
 
+def causal_context(
+    axis: Axis, op: Program, query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0,
+    is_causal: bool = True, **keywords: Any,
+) -> Tensor:
+    """Causal attention of this rank's part of the queries (..., q/n, d) to whole keys and values (..., q, d).
+
+    Only the keys up to the part's last row are read. Fused kernels take the mask's alignment as a flag; where there is
+    none (on a CPU), a mask of this rank's rows is made.
+    """
+    assert attn_mask is None and is_causal, "a causal mask alone"
+    rows = query.shape[-2]
+    reach = (axis.rank + 1) * rows
+    key, value = key[..., :reach, :], value[..., :reach, :]
+    run: Program = scaled_dot_product_attention if axis.rank else op
+    if dropout_p:
+        run = partial(axis_random, axis, run)
+    if axis.rank == 0:
+        result: Tensor = run(query, key, value, None, dropout_p, True, **keywords)
+        return result
+    result = run(query, key, value, causal_lower_right(rows, reach), dropout_p, False, **keywords)
+    return result
+
+
 def sum_over_count(axis: Axis, op: Program, ignore_index: int, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
     """A cross-entropy `op` that sums over this rank's rows, divided by the valid targets of the whole axis."""
     count = all_reduce(axis, (target != ignore_index).sum())
@@ -128,4 +153,6 @@ def special_program(name: str, op: Program, axis: Axis, *, bias_position: int = 
             return partial(scaled, 1 / axis.size, op)
         case Lowering.AXIS_RANDOM:
             return partial(axis_random, axis, op)
+        case Lowering.CAUSAL_CONTEXT:
+            return partial(causal_context, axis, op)
     raise AssertionError(f"no lowering is called {name!r}")

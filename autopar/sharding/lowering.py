@@ -18,6 +18,8 @@ class Lowering(StrEnum):
     VOCAB_PARALLEL_CROSS_ENTROPY: the logits hold classes [i*c/n, (i+1)*c/n): maximum, sum of exponentials and the
         target's logit are reduced over the axis; the output is whole and the logits' gradient is
         (softmax - one_hot) of the local classes, with no communication.
+    CAUSAL_CONTEXT: causal attention of queries [i*q/n, (i+1)*q/n) to the keys before (i+1)*q/n, the mask aligned to the
+        lower right; dropout draws from a random stream of the rank's own.
     """
 
     AXIS_RANDOM = "axis_random"
@@ -26,3 +28,13 @@ class Lowering(StrEnum):
     VOCAB_PARALLEL_EMBEDDING = "vocab_parallel_embedding"
     SUM_OVER_COUNT = "sum_over_count"
     VOCAB_PARALLEL_CROSS_ENTROPY = "vocab_parallel_cross_entropy"
+    CAUSAL_CONTEXT = "causal_context"
+
+
+def busiest_share(lowering: str, size: int) -> float:
+    """The largest part of an op's work that one rank of a split over `size` ranks does.
+
+    1/n, but for causal attention over parts of the queries: rank i has i*q/n keys before its own part and on average
+    half of that, so of n*n/2 blocks the last rank has n - 1/2, which is (2n-1)/n times the mean.
+    """
+    return (2 * size - 1) / size**2 if lowering == Lowering.CAUSAL_CONTEXT else 1 / size

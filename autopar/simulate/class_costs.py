@@ -14,6 +14,7 @@ from autopar.cost_models.compute import LocalTensor, OpTime, is_identity_cast, m
 from autopar.cost_models.memory import GRADIENT_BYTES, OPTIMIZER_STEP_BYTES
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
+from autopar.sharding.lowering import busiest_share
 from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
@@ -86,7 +87,9 @@ class ClassCosts:
         found = self._times.get(key)
         if found is not None:
             return found
-        share = self.scale(op) / (self.tp if _splits(strategy) else 1)
+        share = self.scale(op)
+        if strategy is not None and strategy.factor:
+            share *= busiest_share(strategy.lowering, self.tp)
         operands = [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)]
         results = [self.local(name, state) for name, state in zip(op.outputs, outputs, strict=False) if name]
         saved = sum(

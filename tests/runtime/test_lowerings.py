@@ -7,7 +7,7 @@ import torch
 from test_runtime_collectives import world_axis
 from torch.utils.checkpoint import checkpoint
 
-from autopar.runtime.collectives import all_gather, all_reduce
+from autopar.runtime.collectives import Axis, all_gather, all_reduce
 from autopar.runtime.local import LocalPool
 from autopar.runtime.lowerings import special_program
 
@@ -87,6 +87,54 @@ def first_rank_bias_errors() -> list[float]:
     addmm = special_program("bias_on_first_rank", aten.addmm.default, axis, bias_position=0)
     found = (linear(part, columns, bias), linear(part, columns, bias=bias), addmm(bias, part, columns.t()))
     return [(all_reduce(axis, one) - expected).abs().max().item() for one in found]
+
+
+def causal_context_errors(size: int) -> list[float]:
+    """Of the output and of the three gradients, for the parts of the queries one after another: nothing is sent."""
+    generator = torch.Generator().manual_seed(0)
+    op = aten.scaled_dot_product_attention.default
+    errors = []
+    for heads, keywords in ((2, {}), (6, {"enable_gqa": True, "scale": 0.4})):
+        query, key, value, upstream = (
+            torch.randn(3, number, 12, 4, dtype=torch.float64, generator=generator) for number in (heads, 2, 2, heads)
+        )
+        whole = [x.clone().requires_grad_() for x in (query, key, value)]
+        expected = op(*whole, None, 0.0, True, **keywords)
+        expected.backward(upstream)
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        outputs = []
+        for rank, part in enumerate(leaves[0].chunk(size, dim=2)):
+            axis = Axis(group_name="", size=size, rank=rank)
+            outputs.append(special_program("causal_context", op, axis)(part, *leaves[1:], None, 0.0, True, **keywords))
+        found = torch.cat(outputs, dim=2)
+        found.backward(upstream)
+        errors.append((found - expected).abs().max().item())
+        errors += [(a.grad - b.grad).abs().max().item() for a, b in zip(leaves, whole, strict=True)]
+    return errors
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_causal_attention_of_a_part_of_the_queries(size: int) -> None:
+    assert max(causal_context_errors(size)) < 1e-12
+
+
+def causal_dropout() -> tuple[bool, bool]:
+    """Ranks drop different weights, and a recomputation the same; key 0 alone is reached by query 0."""
+    query = torch.ones(1, 1, 8, 4)
+    value = torch.eye(16)[None, None]
+    op = aten.scaled_dot_product_attention.default
+    drawn = []
+    for rank in (0, 1, 1):
+        torch.manual_seed(0)
+        program = special_program("causal_context", op, Axis(group_name="", size=2, rank=rank))
+        drawn.append(program(query, torch.ones(1, 1, 16, 4), value, None, 0.5, True)[0, 0])
+    return torch.equal(drawn[1], drawn[2]), torch.equal(drawn[0][:, :8] > 0, drawn[1][:, 8:] > 0)
+
+
+def test_causal_attention_with_dropout() -> None:
+    repeats, equal = causal_dropout()
+    assert repeats
+    assert not equal
 
 
 def test_embedding_with_a_split_vocabulary(pool: LocalPool) -> None:

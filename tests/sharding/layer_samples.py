@@ -35,6 +35,18 @@ def attention(pick: Pick, target: str) -> Sample:
     return Sample(target, (q, k, v, *mask), given, frozen=(3,) if "mask" in kind else ())
 
 
+@sample("scaled_dot_product_attention.default", draws=8)
+def causal_attention(pick: Pick, target: str) -> Sample:
+    """With as many keys as queries, which split, and with fewer, which do not."""
+    b, g, r, d, s = pick.one_of(1, 2), pick.one_of(1, 3), pick.one_of(1, 2), pick.one_of(2, 4), pick.one_of(4, 6, 12)
+    keys = s if pick.rng.random() < 0.8 else 3
+    given = {"enable_gqa": True, **pick.one_of({}, {"scale": 0.3})}
+    operands = (pick.x(b, g * r, s, d), pick.x(b, g, keys, d), pick.x(b, g, keys, d))
+    if pick.flag():
+        return Sample(target, operands, {"is_causal": True, **given})
+    return Sample(target, (*operands, None, 0.0, True), given)
+
+
 @sample("layer_norm.default")
 def layer_norm(pick: Pick, target: str) -> Sample:
     normalized = pick.one_of((6,), (3, 4))

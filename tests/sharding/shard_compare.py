@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -202,6 +202,12 @@ def reference(
             shifted = ids - rank * weight.shape[0]
             inside = (shifted >= 0) & (shifted < weight.shape[0])
             results.append([weight[shifted.clamp(0, weight.shape[0] - 1)] * inside.unsqueeze(-1)])
+        elif lowering == Lowering.CAUSAL_CONTEXT:
+            rows, keys = given[0].shape[-2], given[1].shape[-2]
+            mask = torch.ones(keys, keys, dtype=torch.bool).tril()[rank * rows : (rank + 1) * rows]
+            kwargs = tuple(item for item in op.kwargs if item[0] != "is_causal")
+            masked = replace(op, args=(*op.args[:3], Ref("mask")), kwargs=kwargs)
+            results.append(call(masked, [*given, mask]))
         else:
             assert lowering in ("", Lowering.AXIS_RANDOM), lowering
             results.append(call(local, given))

@@ -108,6 +108,19 @@ def test_grouped_queries_split_by_key_head_or_inside_a_group() -> None:
     assert "g" not in by_factor
 
 
+def test_queries_under_a_causal_mask_split_with_whole_keys() -> None:
+    pick = Pick(0)
+    given = (pick.x(2, 4, 6, 2), pick.x(2, 4, 6, 2), pick.x(2, 4, 6, 2))
+    built = build(Sample("aten.scaled_dot_product_attention.default", given, {"is_causal": True}))
+    found = {s.factor: s for s in strategies(built.op, built.tensors, 3)}["q"]
+    assert (found.inputs, found.outputs) == ((shard(2), RP, RP), (shard(2),))
+    assert found.lowering == Lowering.CAUSAL_CONTEXT
+    given = (given[0], *(pick.x(2, 4, 3, 2) for _ in range(2)))
+    built = build(Sample("aten.scaled_dot_product_attention.default", given, {"is_causal": True}))
+    reasons = {refusal.factor: refusal.reason for refusal in refusals(built.op, built.tensors, 3)}
+    assert "differ in number" in reasons["q"]
+
+
 def test_random_ops_draw_apart_on_shards_alone() -> None:
     built = build(Sample("aten.dropout.default", (Pick(0).x(4, 6), 0.1, True)))
     found = strategies(built.op, built.tensors, 2)

@@ -1,4 +1,4 @@
-"""Scaled dot product attention: batch and heads split, queries too where no causal mask is implied."""
+"""Scaled dot product attention: batch, heads and queries split; keys and values are whole for a part of the queries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from autopar.sharding.rules.registry import Call, Factor, aligned, broadcast, ru
 
 @rule("aten.scaled_dot_product_attention", signature="query key value attn_mask dropout_p is_causal")
 def attention(call: Call) -> OpFactors:
-    """`b h q d, b g k d, b g k e -> b h q e`; with grouped queries h is (g, r) and r shares a key head."""
+    """`b h q d, b g k d, b g k e -> b h q e`; with grouped queries h is (g, r) and r shares a key head.
+
+    Under an implied causal mask, a part of the queries needs the mask from its own first row on: a lowering, which
+    knows parts of consecutive rows.
+    """
     query, key, value = (call.shape(name) for name in ("query", "key", "value"))
     grouped = call.get("enable_gqa", False) is True and len(query) > 2
     lead = len(query) - 3 if grouped else len(query) - 2
@@ -21,8 +25,9 @@ def attention(call: Call) -> OpFactors:
         heads, shared = ((*groups, *call.factor("r", query[-3] // key[-3])),), (groups,)
         if key[-3] != value[-3]:
             return call.unsplit("key and value differ in heads")
-    causal = "a causal mask counts positions from the start" if call.get("is_causal", False) is True else ""
-    q = call.factor("q", query[-2], causal)
+    causal = call.get("is_causal", False) is True
+    uneven = causal and query[-2] != key[-2]
+    q = call.factor("q", query[-2], "a causal mask over queries and keys that differ in number" if uneven else "")
     k = call.factor("k", key[-2], "a softmax over the keys")
     d = call.factor("d", query[-1], "the head dim is summed before a softmax")
     e = call.factor("e", value[-1], "the head dim stays whole")
@@ -35,4 +40,10 @@ def attention(call: Call) -> OpFactors:
     if call.has("attn_mask"):
         operands["attn_mask"] = aligned(call.shape("attn_mask"), scores)
     random = call.get("dropout_p", 0.0) != 0.0
-    return call.build(operands, ((*batch, *heads, q, e),), split_lowering=Lowering.AXIS_RANDOM if random else "")
+    return call.build(
+        operands,
+        ((*batch, *heads, q, e),),
+        rigid=(q,) if causal else (),
+        lowerings=dict.fromkeys(q, Lowering.CAUSAL_CONTEXT) if causal else None,
+        split_lowering=Lowering.AXIS_RANDOM if random else "",
+    )
