@@ -121,15 +121,14 @@ def causal_context(
     """
     assert attn_mask is None and is_causal, "a causal mask alone"
     rows = query.shape[-2]
+    assert key.shape[-2] == rows * axis.size, "the queries are split over this axis alone"
     reach = (axis.rank + 1) * rows
-    key, value = key[..., :reach, :], value[..., :reach, :]
-    run: Program = scaled_dot_product_attention if axis.rank else op
+    first = axis.rank == 0
+    run: Program = op if first else scaled_dot_product_attention
+    mask = None if first else causal_lower_right(rows, reach)
     if dropout_p:
         run = partial(axis_random, axis, run)
-    if axis.rank == 0:
-        result: Tensor = run(query, key, value, None, dropout_p, True, **keywords)
-        return result
-    result = run(query, key, value, causal_lower_right(rows, reach), dropout_p, False, **keywords)
+    result: Tensor = run(query, key[..., :reach, :], value[..., :reach, :], mask, dropout_p, first, **keywords)
     return result
 
 

@@ -33,14 +33,14 @@ def causal_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def gpt2(dropout: float = 0.0) -> tuple[nn.Module, dict[str, Tensor], Any]:
+def gpt2(dropout: float = 0.0, attention: str = "sdpa") -> tuple[nn.Module, dict[str, Tensor], Any]:
     """GPT-2: fused QKV, biases, tied embeddings."""
     import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = transformers.GPT2Config(
         n_layer=2, n_embd=32, n_head=4, vocab_size=VOCABULARY, n_positions=LENGTH, resid_pdrop=dropout,
-        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0,
+        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, attn_implementation=attention,
     )
     return transformers.GPT2LMHeadModel(config), causal_batch(), None
 
@@ -48,6 +48,11 @@ def gpt2(dropout: float = 0.0) -> tuple[nn.Module, dict[str, Tensor], Any]:
 def gpt2_dropout() -> tuple[nn.Module, dict[str, Tensor], Any]:
     """GPT-2 with random ops on hidden states, in attention and on embeddings."""
     return gpt2(dropout=0.2)
+
+
+def gpt2_eager() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """GPT-2 with attention written out: products, a mask and a softmax."""
+    return gpt2(attention="eager")
 
 
 def llama(tied: bool = True) -> tuple[nn.Module, dict[str, Tensor], Any]:
