@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autopar.plan.file import load_plan as load_plan
     from autopar.plan.plan import Plan as Plan
     from autopar.runtime.engine import Trainer as Trainer
+    from autopar.sharding.rules import register_rule as register_rule
     from autopar.simulate.timeline import Timeline as Timeline
 else:
     from autopar import plan, simulate
@@ -46,6 +47,7 @@ _HOMES = {
     "load_plan": "autopar.plan.file",
     "parallelize": "autopar.api",
     "parse_cluster": "autopar.cluster.parse",
+    "register_rule": "autopar.sharding.rules",
 }
 
 __all__ = [*_HOMES, "plan", "simulate"]

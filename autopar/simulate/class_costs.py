@@ -186,10 +186,10 @@ class ClassCosts:
     def view_of(self) -> dict[str, str]:
         """For each output of a view that does not copy, and of a cast that changes nothing: what it is a view of."""
         return {
-            output: op.operands[0]
+            output: op.operands[place if len(op.outputs) == len(op.operands) else 0]
             for op in self.cls.ops
             if op.operands and op.name not in self.copies and (op_kind(op.target) is OpKind.VIEW or self._is_same(op))
-            for output in op.outputs if output
+            for place, output in enumerate(op.outputs) if output
         }
 
     def _is_same(self, op: Op) -> bool:

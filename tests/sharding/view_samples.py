@@ -111,6 +111,13 @@ def expand_as(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(6, 1, 4), pick.x(2, 6, 3, 4)), frozen=(1,))
 
 
+@sample("broadcast_tensors.default")
+def broadcast_tensors(pick: Pick, target: str) -> Sample:
+    shape = (4, 6, 3)
+    tensors = [pick.x(*shape), *(pick.x(*pick.broadcast(shape)) for _ in range(pick.one_of(0, 1, 2)))]
+    return Sample(target, (tensors,), frozen=(1,))
+
+
 @sample("repeat.default")
 def repeat(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(3, 4), pick.one_of([2, 3], [6, 1, 2], [1, 6])))

@@ -34,6 +34,23 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True,
                               new_decoder_architecture=False, parallel_attn=True, **_TOKENS)),
     "olmo2": ("Olmo2", _MODERN),
+    # Variants of the same families: what does not divide, other attention, other block layouts.
+    "gpt2_odd": ("GPT2", dict(n_layer=2, n_embd=40, n_head=5, n_positions=LENGTH, resid_pdrop=0.0, embd_pdrop=0.0,
+                              attn_pdrop=0.0, **_TOKENS | dict(vocab_size=97), scale_attn_by_inverse_layer_idx=True)),
+    "opt_projected": ("OPT", dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+                                  word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.0,
+                                  do_layer_norm_before=False, **_TOKENS)),
+    "gpt_neox_serial": ("GPTNeoX", dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=4, max_position_embeddings=32, rotary_pct=0.25,
+                                        use_parallel_residual=False, **_TOKENS)),
+    "llama_eager": ("Llama", _MODERN | dict(attn_implementation="eager", attention_bias=True, mlp_bias=True)),
+    "falcon_new": ("Falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2,
+                                  new_decoder_architecture=True, bias=True, **_TOKENS)),
+    "falcon_alibi": ("Falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=False,
+                                    alibi=True, parallel_attn=False, **_TOKENS)),
+    "phi_normed": ("Phi", _MODERN | dict(num_key_value_heads=2, partial_rotary_factor=1.0, qk_layernorm=True)),
+    "bloom_odd": ("Bloom", dict(hidden_size=40, n_layer=2, n_head=5, hidden_dropout=0.0, attention_dropout=0.0,
+                                slow_but_exact=False, apply_residual_connection_post_layernorm=True, **_TOKENS)),
 }
 
 

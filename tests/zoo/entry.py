@@ -14,7 +14,7 @@ ROWS, LENGTH, VOCABULARY = 4, 16, 96
 Built = tuple[nn.Module, dict[str, Tensor], Any]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Entry:
     """A model of the zoo. `build` gives (model, batch of ROWS rows by keyword, loss function or None).
 

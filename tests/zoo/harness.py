@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-from all_entries import ENTRIES
 from entry import ROWS, Entry
 
 from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
@@ -16,7 +15,6 @@ from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.sharding.state import Kind, State
 
 DTYPE = "float64"
-BY_NAME = {entry.name: entry for entry in ENTRIES}
 
 
 def slow_cluster(num_devices: int) -> Cluster:
@@ -30,9 +28,9 @@ def slow_cluster(num_devices: int) -> Cluster:
 
 
 @cache
-def captured(name: str) -> Captured:
+def captured(entry: Entry) -> Captured:
     """The entry in float64 with tagged rows, captured once a session."""
-    return capture_for(BY_NAME[name].build, DTYPE)
+    return capture_for(entry.build, DTYPE)
 
 
 def tensor_plan(entry: Entry, tp: int = 2) -> Plan:
@@ -40,12 +38,12 @@ def tensor_plan(entry: Entry, tp: int = 2) -> Plan:
     wanted = Degrees(
         global_batch=ROWS, micro_batch=ROWS, tp=tp, dtype=DTYPE, param_dtype=DTYPE, optimizer="sgd",
     )
-    return plan_from_degrees(captured(entry.name).graph, slow_cluster(tp), wanted)
+    return plan_from_degrees(captured(entry).graph, slow_cluster(tp), wanted)
 
 
 def parity(entry: Entry, plan: Plan, pool: LocalPool) -> ParityReport:
     """The plan's loss and gradients on the pool against one process's."""
-    return compare(entry.build, plan, pool=pool, captured=captured(entry.name))
+    return compare(entry.build, plan, pool=pool, captured=captured(entry))
 
 
 def num_split_ops(plan: Plan) -> int:

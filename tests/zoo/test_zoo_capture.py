@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from all_entries import ENTRIES
 from entry import Entry
-from harness import BY_NAME, captured, is_even
+from harness import captured, is_even
 
 from autopar.graph.model_graph import BlockClass
 from autopar.sharding.propagate import class_strategies
@@ -15,17 +15,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and torch.expo
 
 
 def classes_of(entry: Entry) -> tuple[BlockClass, ...]:
-    graph = captured(entry.name).graph
+    graph = captured(entry).graph
     return tuple(graph.block_class[name] for name in dict.fromkeys(block.cls for block in graph.blocks))
 
 
 def test_names_are_unique() -> None:
-    assert len(BY_NAME) == len(ENTRIES)
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_every_op_has_a_rule(entry: Entry) -> None:
-    graph = captured(entry.name).graph
+    graph = captured(entry).graph
     assert graph.blocks and graph.loss
     unread = [note for note in graph.notes if "do not reach the loss" in note]
     assert not unread, unread

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from autopar.sharding.factors import Dims, OpFactors
 from autopar.sharding.refine import refine
-from autopar.sharding.rules.registry import Call, Shape, normal_dim, rule, slice_range, split_lengths
+from autopar.sharding.rules.registry import (
+    Call,
+    Shape,
+    aligned,
+    broadcast,
+    normal_dim,
+    rule,
+    slice_range,
+    split_lengths,
+)
 
 _FIRST = ((0,),)
 _MANY_DIM = "a part of the dim is taken"
@@ -69,6 +78,14 @@ def expand(call: Call) -> OpFactors:
     padded = (1,) * (len(out) - len(shape)) + shape
     own = tuple(names if size != 1 else () for size, names in zip(padded, dims, strict=True))
     return call.build({"self": own[len(out) - len(shape) :]}, (dims,), linear=_FIRST)
+
+
+@rule("aten.broadcast_tensors", signature="tensors")
+def broadcast_tensors(call: Call) -> OpFactors:
+    """Each operand is expanded to the shape that all share; no partial value passes, for each output is another's."""
+    shapes = call.operand_shapes()
+    dims = call.factors("i", broadcast(shapes))
+    return call.build({"tensors": [aligned(shape, dims) for shape in shapes]}, (dims,) * len(call.op.outputs))
 
 
 @rule("aten.repeat", signature="self repeats")
