@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autopar.cluster.cluster import DeviceType
 from autopar.cluster.names import resolve_name
+from autopar.errors import InputError
 from autopar.graph.model_graph import DTYPE_BYTES
 
 GRADIENT_BYTES = 4  # reduced and accumulated in float32
@@ -67,6 +69,40 @@ def static_bytes(
         parameters=parameters, gradients=gradients, buffers=buffers,
         optimizer=OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] * numel / shards,
     )
+
+
+# What pinned copies reach of the host link's rate: 24 to 26 of 31.5 GB/s on PCIe 4, 50 to 55 of 63 on PCIe 5, one
+# device copying one way (assumed from reports of CUDA's bandwidthTest, range 0.7-0.87; not measured here). Devices that
+# share a PCIe switch's way to the host get less when they copy at once.
+HOST_LINK_EFFICIENCY = 0.8
+
+
+def host_copy_s(size_bytes: float, device: DeviceType) -> float:
+    """Seconds of copying so much between a device and pinned host memory, one way.
+
+    InputError where the tables know no link to the host.
+    """
+    if device.host_bandwidth_bytes_per_s is None:
+        raise InputError(
+            f"{device.name} has no known link to host memory, so nothing can be offloaded: give host_gb_per_s in a "
+            "cluster file, or plan without offload"
+        )
+    return size_bytes / (HOST_LINK_EFFICIENCY * device.host_bandwidth_bytes_per_s)
+
+
+def offloaded_step_s(numel: float, *, zero: int, num_shards: int, optimizer: str, device: DeviceType) -> float:
+    """Seconds that streaming the optimizer's state from host memory and back adds to a step; nothing overlaps."""
+    state = OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] * numel / (num_shards if zero > 0 else 1)
+    return 2 * host_copy_s(state, device) if state else 0.0
+
+
+def step_temporary_bytes(param_dtype: str, *, zero: int, num_shards: int, optimizer: str | None = None) -> float:
+    """Bytes of temporaries in the optimizer's step for each parameter that is stepped at once.
+
+    With the name of an `optimizer` whose state is streamed from host memory: the state that is fetched, too.
+    """
+    state = OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] if optimizer is not None else 0
+    return (DTYPE_BYTES[param_dtype] + state) / (num_shards if zero > 0 else 1)
 
 
 def optimizer_step_bytes(numel: float, *, zero: int, num_shards: int, optimizer: str) -> float:

@@ -20,6 +20,7 @@ class DeviceType:
     kernel_launch_s: float  # shortest time between two dependent kernels
     usable_memory_fraction: float = 0.92  # what the allocator can get, after context and reserve
     price_per_hour: float | None = None
+    host_bandwidth_bytes_per_s: float | None = None  # to and from host memory, each way; None: unknown, or one memory
     sources: tuple[tuple[str, str], ...] = ()
 
     @property

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autopar.errors import InputError
 from autopar.files import write_text
-from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage
+from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
 
@@ -35,6 +35,12 @@ class _Mesh(_Record):
     ep: Count = 1
 
 
+class _Variant(_Record):
+    recompute: Recompute
+    offload: bool = False
+    layers: Count
+
+
 class _Stage(_Record):
     first: Index
     last: Index
@@ -43,6 +49,8 @@ class _Stage(_Record):
     zero: Annotated[int, Field(ge=0, le=3)]
     recompute: Recompute
     virtual: Index = 0
+    variants: tuple[_Variant, ...] = ()
+    offload_optimizer: bool = False
     peak_memory_bytes: Amount | None = None
     memory_limit_bytes: Amount | None = None
 
@@ -186,6 +194,11 @@ def _stage_record(stage: Stage) -> _Stage:
     return _Stage(
         first=stage.first, last=stage.last, devices=stage.devices, zero=stage.zero, recompute=stage.recompute,
         virtual=stage.virtual, peak_memory_bytes=stage.peak_memory_bytes, memory_limit_bytes=stage.memory_limit_bytes,
+        variants=tuple(
+            _Variant(recompute=variant.recompute, offload=variant.offload, layers=count)
+            for variant, count in stage.variants
+        ),
+        offload_optimizer=stage.offload_optimizer,
         mesh=_Mesh(dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, tp=mesh.tp, cp=mesh.cp, ep=mesh.ep),
     )
 
@@ -229,7 +242,13 @@ def _plan(record: _PlanFile) -> Plan:
     return Plan(
         **plain,
         stages=tuple(
-            Stage(**{**dict(stage), "mesh": Mesh(**dict(stage.mesh))}) for stage in record.stages
+            Stage(**{
+                **dict(stage), "mesh": Mesh(**dict(stage.mesh)),
+                "variants": tuple(
+                    (Variant(recompute=item.recompute, offload=item.offload), item.layers) for item in stage.variants
+                ),
+            })
+            for stage in record.stages
         ),
         shardings=tuple(
             ClassSharding(

@@ -6,7 +6,8 @@ Ranks inside a stage are laid out with tp fastest, then dp_shard, then dp_replic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,24 @@ class Recompute(StrEnum):
     NONE = "none"
     SELECTIVE = "selective"
     FULL = "full"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """How the activations of one layer get from its forward to its backward.
+
+    `recompute` says what is kept: all of it, all but the attention core's, or the layer's inputs alone. `offload` sends
+    what is kept to host memory and fetches it back for the backward.
+    """
+
+    recompute: Recompute = Recompute.NONE
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.recompute}, offloaded" if self.offload else str(self.recompute)
+
+
+MIXED = "mixed"
 
 
 class Schedule(StrEnum):
@@ -57,6 +76,11 @@ class Stage:
 
     `virtual` is the stage's chunk number under an interleaved schedule (0 elsewhere): with p pipeline groups, stage i
     runs on group i % p as its chunk i // p.
+
+    `recompute` holds for all layers where `variants` is empty; else `variants` says in the order of the layers how many
+    of them take which variant. The planner puts those that keep least on the device first: a micro-batch's forward
+    fills the first layers first and its backward empties them last. `offload_optimizer` keeps the optimizer's state in
+    host memory and streams it through the device in the optimizer's step.
     """
 
     first: int
@@ -66,8 +90,48 @@ class Stage:
     zero: int
     recompute: Recompute
     virtual: int = 0
+    variants: tuple[tuple[Variant, int], ...] = ()
+    offload_optimizer: bool = False
     peak_memory_bytes: float | None = field(default=None, compare=False)  # simulated, of its fullest device
     memory_limit_bytes: float | None = field(default=None, compare=False)  # usable on its smallest device
+
+    def layer_variants(self, num_layers: int) -> tuple[Variant, ...]:
+        """The variant of each of the stage's layers, in order."""
+        if not self.variants:
+            return (Variant(recompute=self.recompute),) * num_layers
+        found = tuple(variant for variant, count in self.variants for _ in range(count))
+        assert len(found) == num_layers, "verify_plan checks that the counts add up"
+        return found
+
+    def recompute_layers(self, num_layers: int) -> dict[str, int]:
+        """How many layers recompute what, by none, selective and full."""
+        counts = {str(word): 0 for word in Recompute}
+        for variant in self.layer_variants(num_layers):
+            counts[str(variant.recompute)] += 1
+        return counts
+
+    @property
+    def recompute_word(self) -> str:
+        """What all layers recompute, or "mixed"."""
+        words = {variant.recompute for variant, _ in self.variants} or {self.recompute}
+        return MIXED if len(words) > 1 else str(words.pop())
+
+    @property
+    def num_offloaded(self) -> int:
+        """How many layers keep their activations in host memory."""
+        return sum(count for variant, count in self.variants if variant.offload)
+
+    def with_variants(self, variants: Sequence[Variant]) -> Stage:
+        """The stage with these variants of its layers, in order."""
+        runs: list[tuple[Variant, int]] = []
+        for variant in variants:
+            if runs and runs[-1][0] == variant:
+                runs[-1] = (variant, runs[-1][1] + 1)
+            else:
+                runs.append((variant, 1))
+        if not runs or (len(runs) == 1 and not runs[0][0].offload):
+            return replace(self, recompute=runs[0][0].recompute if runs else self.recompute, variants=())
+        return replace(self, recompute=Recompute.NONE, variants=tuple(runs))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +198,12 @@ class Plan:
     @cached_property
     def sharding(self) -> dict[str, ClassSharding]:
         return {choice.cls: choice for choice in self.shardings}
+
+    def num_layers(self, stage: Stage) -> int:
+        """How many blocks of a stage are layers; where the plan names no blocks, as many as its counts say."""
+        if not self.blocks:
+            return sum(count for _, count in stage.variants)
+        return sum(map(is_layer, self.blocks[stage.first : stage.last]))
 
     @property
     def num_stages(self) -> int:

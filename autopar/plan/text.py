@@ -104,6 +104,12 @@ def _blocks_text(plan: Plan, stage: Stage) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
 
 
+def recompute_text(stage: Stage) -> str:
+    """How many layers take which variant, in their order, or the one that all take; and what else is offloaded."""
+    counts = ", ".join(f"{count} {variant}" for variant, count in stage.variants) or str(stage.recompute)
+    return counts + ("; optimizer offloaded" if stage.offload_optimizer else "")
+
+
 def _stages_table(plan: Plan, report: Report | None) -> Table:
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for name in ("stage", "blocks", "devices", "mesh", "zero", "recompute"):
@@ -115,7 +121,7 @@ def _stages_table(plan: Plan, report: Report | None) -> Table:
         limit = stage.memory_limit_bytes / GIB if stage.memory_limit_bytes is not None else None
         table.add_row(
             str(index), _blocks_text(plan, stage), ranges(stage.devices), mesh_text(stage.mesh), str(stage.zero),
-            str(stage.recompute), f"{_gib(peak)} / {_gib(limit)}",
+            recompute_text(stage), f"{_gib(peak)} / {_gib(limit)}",
         )
     return table
 
@@ -186,7 +192,10 @@ def plan_json(plan: Plan, report: Report) -> dict[str, Any]:
                     "cp": stage.mesh.cp, "ep": stage.mesh.ep,
                 },
                 "zero": stage.zero,
-                "recompute": str(stage.recompute),
+                "recompute": stage.recompute_word,
+                "recompute_layers": stage.recompute_layers(plan.num_layers(stage)),
+                "offload_layers": stage.num_offloaded,
+                "offload_optimizer": stage.offload_optimizer,
             }
             for stage in plan.stages
         ],

@@ -10,7 +10,7 @@ from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Plan, Schedule, Stage
+from autopar.plan.plan import Plan, Schedule, Stage, is_layer
 from autopar.plan.sharding_checks import sharding_problems
 from autopar.sharding.state import R, State, shard
 
@@ -124,6 +124,18 @@ def _meshes_match(subject: _Subject) -> Iterator[str]:
             yield f"stage {index} has zero 0, which keeps whole replicas, and dp_shard {mesh.dp_shard}"
 
 
+def _layer_counts_add_up(subject: _Subject) -> Iterator[str]:
+    plan, graph = subject.plan, subject.graph
+    names = tuple(block.name for block in graph.blocks) if graph is not None else plan.blocks
+    for index, stage in enumerate(plan.stages):
+        given = sum(count for _, count in stage.variants)
+        if not stage.variants or not names:
+            continue
+        layers = sum(map(is_layer, names[stage.first : stage.last]))
+        if given != layers or any(count < 1 for _, count in stage.variants):
+            yield f"the variants of stage {index} are counts of {given} layers, and it has {layers}"
+
+
 def _batch_adds_up(subject: _Subject) -> Iterator[str]:
     plan = subject.plan
     for index, stage in enumerate(plan.stages):
@@ -195,6 +207,6 @@ def _one_tp_size(subject: _Subject) -> Iterator[str]:
 
 
 CHECKS = (
-    _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _batch_adds_up, _schedule_fits, _one_tp_size,
-    _shardings_complete, _boundaries_agree,
+    _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _layer_counts_add_up, _batch_adds_up,
+    _schedule_fits, _one_tp_size, _shardings_complete, _boundaries_agree,
 )

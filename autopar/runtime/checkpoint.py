@@ -89,10 +89,12 @@ def save(trainer: Trainer, directory: Path) -> None:
     options = _group_options(trainer)
     for stage, param, parameter in own_parameters(trainer):
         speaks = _speaks(trainer, stage, param)
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            full = _gathered(trainer, value, param) if _is_laid_out(value, parameter) else value
-            if speaks:
-                state[f"optimizer.{param.name}.{key}"] = full.detach().cpu() if isinstance(full, Tensor) else full
+        with _state_on_device(trainer, parameter):
+            for key, value in trainer.optimizer.state.get(parameter, {}).items():
+                full = _gathered(trainer, value, param) if _is_laid_out(value, parameter) else value
+                if speaks:
+                    copied = full.detach().to("cpu", copy=True) if isinstance(full, Tensor) else full
+                    state[f"optimizer.{param.name}.{key}"] = copied
         if speaks and parameter in options:
             state[f"optimizer.{param.name}.options"] = options[parameter]
     partial, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
@@ -147,17 +149,24 @@ def load(trainer: Trainer, directory: Path) -> None:
             options[parameter] = own.pop("options", None)
             if own:
                 shape = trainer.graph.param[param.name].shape
-                trainer.optimizer.state[parameter] = {
-                    key: _laid_out(trainer, value, param, parameter)
-                    if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == shape else value
-                    for key, value in own.items()
-                }
+                with _state_on_device(trainer, parameter):
+                    trainer.optimizer.state[parameter] = {
+                        key: _laid_out(trainer, value, param, parameter)
+                        if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == shape else value
+                        for key, value in own.items()
+                    }
         for name, value in buffers.items():
             value.copy_(wanted[f"model.{name}"])
     for group in trainer.optimizer.param_groups:
         saved = next((options[p] for p in group["params"] if options.get(p)), None)
         if saved is not None:
             _restore_options(group, json.loads(saved))
+
+
+def _state_on_device(trainer: Trainer, parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:
+    """Meanwhile the optimizer's state of the parameter is on the device, where the plan keeps it elsewhere."""
+    offloaded = trainer.offloaded_state
+    return contextlib.nullcontext() if offloaded is None else offloaded.on_device([parameter])
 
 
 def _is_laid_out(value: Any, parameter: Tensor) -> bool:

@@ -26,6 +26,7 @@ from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_
 from autopar.runtime.groups import Groups, check_runnable, make_groups
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
+from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.rows import at_rows
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.sharding.reshard import local_shape
@@ -103,6 +104,9 @@ class Trainer:
         if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
             raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")
 
+        units = self._offloaded_units()
+        self.offloaded_state = OffloadedState(self.optimizer, units) if units else None
+
     # -- what users call
 
     @property
@@ -114,8 +118,15 @@ class Trainer:
     def step(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
         """Train on the global batch (the same on every rank) and return its loss, equal on every rank."""
         loss = self.forward_backward(batch, observe)
-        self.optimizer.step()
+        self.optimizer_step()
         return loss
+
+    def optimizer_step(self) -> None:
+        """Step the optimizer with the gradients that are there."""
+        if self.offloaded_state is not None:
+            self.offloaded_state.step()
+        else:
+            self.optimizer.step()
 
     def forward_backward(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
         """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters."""
@@ -162,6 +173,18 @@ class Trainer:
                 name = param.name if param.name not in found else f"{param.name}@{stage.index}"
                 found[name] = own[param.name]
         return found
+
+    def _offloaded_units(self) -> list[list[nn.Parameter]]:
+        """The parameters whose optimizer state the plan keeps in host memory, by the blocks that they belong to."""
+        units: dict[tuple[int, str], list[nn.Parameter]] = {}
+        taken: set[int] = set()
+        stepped = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
+        for stage, param, parameter in checkpoint.own_parameters(self):
+            if not self.plan.stages[stage].offload_optimizer or id(parameter) in taken or id(parameter) not in stepped:
+                continue
+            taken.add(id(parameter))
+            units.setdefault((stage, param.unit), []).append(parameter)
+        return list(units.values())
 
     def _local_parameters(self, model: nn.Module, *, sent: bool) -> dict[str, nn.Parameter]:
         """This rank's parts of the model's parameters, on its device; `sent`: as rank 0 has them.

@@ -57,8 +57,6 @@ def check_runnable(plan: Plan, world_size: int) -> None:
             raise InputError(f"the plan has cp {mesh.cp} and ep {mesh.ep}, which can be simulated, not yet run")
     if plan.schedule not in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
         raise InputError(f"schedule {plan.schedule} can be simulated, not yet run; plan with 1f1b or gpipe")
-    if any(stage.recompute == "selective" for stage in plan.stages):
-        raise InputError("recompute selective can be simulated, not yet run; plan with none or full")
     if plan.dtype == "float16":
         raise InputError("training in float16 needs loss scaling, which is not there; plan with bfloat16")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,10 +22,12 @@ from autopar.graph.model_graph import Arg, BlockClass, Literal, Op, Ref
 from autopar.runtime.collectives import Axis, converter
 from autopar.runtime.loss import Term, ignored_index
 from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
+from autopar.runtime.recompute import OpGroup, op_groups, recompute
 from autopar.sharding.local_args import bias_operand, local_op
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.state import R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.simulate.attention_core import AttentionCore
 
 Code = Callable[..., tuple[Any, ...]]
 
@@ -82,6 +85,7 @@ class _Writer:
         self.cls, self.axis, self.device = cls, axis, device
         self.globals: dict[str, Any] = {}
         self.lines: list[str] = []
+        self.functions: list[str] = []  # source texts of what is recomputed
         self.where: dict[tuple[str, State], str] = {}  # variable that holds a tensor in a state
         self.state: dict[str, State] = {}
         self.identifiers: dict[str, str] = {}
@@ -136,14 +140,42 @@ class _Writer:
                 self.define(output, result, state)
 
 
+    @contextmanager
+    def recomputed(self, group: OpGroup, wanted: Callable[[Op], Sequence[State]]) -> Iterator[None]:
+        """Makes what is written meanwhile a function that runs again in the backward; its inputs alone are kept.
+
+        Conversions of tensors from outside stay outside, so that no communication of theirs runs again.
+        """
+        produced = {output for op in group.ops for output in op.outputs if output}
+        for op in group.ops:
+            for name, state in zip(op.operands, wanted(op), strict=True):
+                if name not in produced:
+                    self.in_state(name, state)
+        outer, before = self.lines, dict(self.where)
+        self.lines = []
+        yield
+        inner, self.lines = self.lines, outer
+        results = {name: self.where[name, self.state[name]] for name in group.leaving}
+        words = {word for line in inner for word in re.findall(r"\w+", line.split("  # ")[0])}
+        arguments = [variable for variable in dict.fromkeys(before.values()) if variable in words]
+        self.where = {**before, **{(name, self.state[name]): variable for name, variable in results.items()}}
+        function = f"attention_core_{len(self.functions)}"
+        lines = _drop_early(inner, arguments, tuple(results.values()))
+        self.functions.append(_function(function, arguments, lines, tuple(results.values())))
+        self.globals["recompute"] = recompute
+        self.lines.append(f"many = recompute({', '.join([function, *arguments])})")
+        self.lines += [f"{variable} = many[{i}]" for i, variable in enumerate(results.values())]
+        self.lines.append("del many")
+
+
 def lower_class(
     cls: BlockClass, sharding: ClassSharding | None, axis: Axis | None, device: torch.device,
-    terms: Mapping[str, Term] | None = None,
+    terms: Mapping[str, Term] | None = None, cores: Sequence[AttentionCore] = (),
 ) -> LoweredClass:
     """The program of a class on one rank of the tensor axis (`axis` None: whole tensors, no sharding).
 
     `terms` are the loss's terms in this class: a counted cross-entropy sums, and terms that are counted or shared are
-    multiplied with the factor that the caller passes under the op's name.
+    multiplied with the factor that the caller passes under the op's name. `cores` are computed again in the backward.
     """
     terms = terms or {}
     if axis is None or axis.size == 1:
@@ -157,21 +189,31 @@ def lower_class(
             writer.define(name, arguments[-1], state)
     factors = tuple(op.name for op in cls.ops if terms.get(op.name) in (Term.COUNT, Term.SHARE))
     arguments += [f"factor_{writer.identifier(name)}" for name in factors]
-    for op in cls.ops:
-        strategy = sharding.strategy[op.name] if sharding else None
-        inputs = strategy.inputs if strategy else (R,) * len(op.operands)
-        outputs = strategy.outputs if strategy else (R,) * len(op.outputs)
-        counted = terms.get(op.name) is Term.COUNT
-        writer.call(*_program(cls, op, strategy, axis, counted), inputs, outputs)
-        if op.name in factors:
-            variable = writer.where[op.outputs[0], outputs[0]]
-            writer.lines.append(f"{variable} = {variable} * factor_{writer.identifier(op.name)}")
+
+    def wanted(op: Op) -> tuple[State, ...]:
+        return sharding.strategy[op.name].inputs if sharding else (R,) * len(op.operands)
+
+    for group in op_groups(cls, cores):
+        with writer.recomputed(group, wanted) if group.is_core else nullcontext():
+            for op in group.ops:
+                strategy = sharding.strategy[op.name] if sharding else None
+                outputs = strategy.outputs if strategy else (R,) * len(op.outputs)
+                counted = terms.get(op.name) is Term.COUNT
+                writer.call(*_program(cls, op, strategy, axis, counted), wanted(op), outputs)
+                if op.name in factors:
+                    variable = writer.where[op.outputs[0], outputs[0]]
+                    writer.lines.append(f"{variable} = {variable} * factor_{writer.identifier(op.name)}")
     leaving = sharding.outputs if sharding else (R,) * len(cls.outputs)
     results = [writer.in_state(name, state) for name, state in zip(cls.outputs, leaving, strict=True)]
     lines = _drop_early(writer.lines, arguments, results)
-    source = "\n    ".join([f"def {_identifier(cls.name)}({', '.join(arguments)}):", *lines])
-    source += f"\n    return ({''.join(result + ', ' for result in results)})\n"
+    source = "\n\n".join([*writer.functions, _function(_identifier(cls.name), arguments, lines, results)])
     return LoweredClass(name=cls.name, code=_compile(cls.name, source, writer.globals), source=source, factors=factors)
+
+
+def _function(name: str, arguments: Sequence[str], lines: Sequence[str], results: Sequence[str]) -> str:
+    """The source text of a function."""
+    text = "\n    ".join([f"def {name}({', '.join(arguments)}):", *lines])
+    return f"{text}\n    return ({''.join(result + ', ' for result in results)})\n"
 
 
 def _program(

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from autopar.graph.capture import Captured, capture
 from autopar.plan.plan import Plan
+from autopar.plan.text import recompute_text
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 
@@ -82,7 +83,8 @@ def summary(plan: Plan) -> str:
     sequence = " with sequence parallelism" if plan.sequence_parallel else ""
     return (
         f"pp {plan.num_stages} x dp {mesh.dp_replicate}x{mesh.dp_shard} (zero {stage.zero}) x tp {mesh.tp}{sequence}, "
-        f"{plan.num_micro_batches} micro-batches of {plan.micro_batch}, {plan.schedule}, recompute {stage.recompute}"
+        f"{plan.num_micro_batches} micro-batches of {plan.micro_batch}, {plan.schedule}, recompute "
+        + " | ".join(dict.fromkeys(recompute_text(stage) for stage in plan.stages))
     )
 
 
@@ -207,7 +209,7 @@ def distributed_numbers(
     for step in range(steps):
         losses.append(trainer.forward_backward(make_batch(example, plan.global_batch, step)).item())
         gradients.append(trainer.full_gradients())
-        trainer.optimizer.step()
+        trainer.optimizer_step()
     trainer.close()
     return Numbers(losses=tuple(losses), gradients=tuple(gradients), notes=trainer.notes)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from autopar.graph.model_graph import Block, ModelGraph, Op
-from autopar.plan.plan import Plan, Recompute, is_layer
+from autopar.plan.plan import Plan, Recompute, Variant, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
 from autopar.runtime.layout import Layout, local_part
 from autopar.runtime.loss import LossTerms
 from autopar.runtime.lower import LoweredClass, lower_class, run_ops
+from autopar.runtime.offload import Offloader
+from autopar.runtime.recompute import recompute
 from autopar.sharding.state import R, State
+from autopar.simulate.attention_core import attention_cores
 
 
 class BlockModule(nn.Module):
@@ -28,13 +31,14 @@ class BlockModule(nn.Module):
 
     def bind(
         self, program: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]], buffers: Sequence[Tensor], *,
-        recompute: bool,
+        variant: Variant, offloader: Offloader | None,
     ) -> None:
         """`params` says where each parameter is and how it comes from its stored state to the one that is wanted."""
         self._autopar_program = program
         self._autopar_params = list(params)
         self._autopar_buffers = list(buffers)
-        self._autopar_recompute = recompute
+        self._autopar_variant = variant
+        self._autopar_offloader = offloader
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
         assert self._autopar_program is not None
@@ -45,10 +49,19 @@ class BlockModule(nn.Module):
         return self._autopar_program.code(*params, *self._autopar_buffers, *inputs)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        if self._autopar_recompute and torch.is_grad_enabled():
-            outputs: tuple[Any, ...] = checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=True)
-            return outputs
-        return self._run(*inputs)
+        if not torch.is_grad_enabled():
+            return self._run(*inputs)
+        variant, offloader = self._autopar_variant, self._autopar_offloader
+        run = partial(recompute, self._run) if variant.recompute is Recompute.FULL else self._run
+        if offloader is None:
+            return run(*inputs)
+        return offloader.run(run, inputs, self._held(inputs) if variant.offload else None)
+
+    def _held(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """What is on the device in any case: parameters, buffers, and inputs without gradient that all layers share."""
+        params = [getattr(module, name) for module, name, _ in self._autopar_params]
+        shared = [value for value in inputs if isinstance(value, Tensor) and not value.requires_grad]
+        return [*params, *self._autopar_buffers, *shared]
 
 
 class StageModule(nn.Module):
@@ -57,10 +70,13 @@ class StageModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._autopar_chain: list[tuple[Block, BlockModule]] = []
+        self._autopar_offloader: Offloader | None = None
         self._autopar_free: list[BlockModule] = []  # blocks that are no module of the model
 
     def forward(self, values: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From batch inputs and received tensors by their global names to the tensors that leave the stage."""
+        if self._autopar_offloader is not None:
+            self._autopar_offloader.begin()
         env = dict(values)
         if self._autopar_shared is not None:
             names, outputs, program, buffers = self._autopar_shared
@@ -103,20 +119,24 @@ class StageBuilder:
         self.graph, self.plan, self.layout, self.terms = graph, plan, layout, terms
         self.axis, self.device = axis, device
         self.stored = {param.name: param.state for param in layout.params}
-        self.programs: dict[str, LoweredClass] = {}
+        self.programs: dict[tuple[str, bool], LoweredClass] = {}
 
-    def program(self, name: str) -> LoweredClass:
-        """The program of a class, compiled by torch.compile where the plan says so."""
-        if name not in self.programs:
+    def program(self, name: str, *, selective: bool = False) -> LoweredClass:
+        """The program of a class, compiled by torch.compile where the plan says so.
+
+        `selective`: one whose attention cores are computed again in the backward.
+        """
+        if (name, selective) not in self.programs:
             cls = self.graph.block_class[name]
             terms = dict(self.terms.terms) if cls is self.terms.cls else {}
-            lowered = lower_class(cls, self.plan.sharding.get(name), self.axis, self.device, terms)
+            cores = attention_cores(cls) if selective else ()
+            lowered = lower_class(cls, self.plan.sharding.get(name), self.axis, self.device, terms, cores)
             if self.plan.compile:
                 lowered = LoweredClass(
                     name=name, code=torch.compile(lowered.code), source=lowered.source, factors=lowered.factors
                 )
-            self.programs[name] = lowered
-        return self.programs[name]
+            self.programs[name, selective] = lowered
+        return self.programs[name, selective]
 
     def stage(
         self, index: int, params: Mapping[str, nn.Parameter], constants: Mapping[str, Tensor],
@@ -142,7 +162,10 @@ class StageBuilder:
                 owner, name = _owner(module, path)
                 owner.register_parameter(name, params[param.name])
         buffers = self._add_buffers(module, blocks, constants, persistent)
+        variants = iter(stage.layer_variants(sum(is_layer(block.name) for block in blocks)))
+        offloader = module._autopar_offloader = Offloader(self.device) if stage.num_offloaded else None
         for block, made in module._autopar_chain:
+            variant = next(variants) if is_layer(block.name) else Variant()
             sharding = self.plan.sharding.get(block.cls) if self.axis is not None else None
             places = [
                 (*_owner(module, name), self._from_storage(name, sharding.params[i] if sharding else R))
@@ -151,8 +174,8 @@ class StageBuilder:
             states = sharding.buffers if sharding else (R,) * len(block.buffers)
             held = [local_part(buffers[n], state, self.axis) for n, state in zip(block.buffers, states, strict=True)]
             made.bind(
-                self.program(block.cls), places, held,
-                recompute=stage.recompute is Recompute.FULL and is_layer(block.name),
+                self.program(block.cls, selective=variant.recompute is Recompute.SELECTIVE), places, held,
+                variant=variant, offloader=offloader,
             )
         module._autopar_shared = self._shared(blocks, buffers)
         sent = self.graph.boundary(stage.last)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, dispatch_s, kernel_time_s, memory_bandwidth
-from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
+from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.reshard import Conversion, LocalAction, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.simulate.attention_core import attention_cores
 from autopar.simulate.class_costs import ClassCosts
 
 
@@ -20,8 +21,8 @@ class BlockCost:
 
     `saved_bytes` is what autograd keeps from forward to backward; `boundary_bytes` is what is kept instead where the
     block is recomputed (its inputs that carry gradients). Under selective recomputation `selective_saved_bytes` are
-    kept, and `selective_recompute_s` is added to the backward. `transient_bytes`: the most that one op's results and
-    gradients take beside what is kept.
+    kept, and `selective_recompute_s` with its communication `selective_recompute_tp_s` is added to the backward.
+    `transient_bytes`: the most that one op's results and gradients take beside what is kept.
     """
 
     forward_compute_s: float
@@ -33,6 +34,7 @@ class BlockCost:
     transient_bytes: float
     selective_saved_bytes: float
     selective_recompute_s: float
+    selective_recompute_tp_s: float
     weight_backward_s: float  # the part of backward_compute_s that computes gradients of parameters alone
     forward_flops: float  # of the whole block at these rows, over all ranks of the tensor axis
     key_value_bytes: float  # keys and values on this rank, before heads are repeated
@@ -82,21 +84,26 @@ class _Summation:
         ):
             for i, name in enumerate(names):
                 self.state[name], self.storage[name] = (states[i] if states else R), name
-        region = attention_region(costs)
+        cores = attention_cores(cls)
+        core_of = {name: core for core in cores for name in core.ops}
         fused = _FusedGroups(costs) if self.compile else None
-        forward = backward = weights = flops = recompute = transient = 0.0
+        forward = backward = weights = flops = recompute = again_tp = transient = 0.0
         saved: dict[tuple[str, str], float] = {}
         dropped: set[tuple[str, str]] = set()
+        kept_anyway: set[tuple[str, str]] = set()
         extra = selective_extra = 0.0
         for op in cls.ops:
             strategy = sharding.strategy.get(op.name) if sharding else None
             wanted = strategy.inputs if strategy else (R,) * len(op.operands)
+            core, before = core_of.get(op.name), self.comm[0]
             reads = {name: self.read(name, state) for name, state in zip(op.operands, wanted, strict=True)}
             for i, output in enumerate(op.outputs):
                 if output:
                     self.state[output] = strategy.outputs[i] if strategy else R
                     source = costs.view_of.get(output)
                     self.storage[output] = reads.get(source or "", output)
+            if core is not None and core.internal.intersection(op.operands):
+                again_tp += self.comm[0] - before
             time = costs.op_time(op, strategy)
             if fused is None or op.name not in fused.group_of:
                 forward += time.forward_s
@@ -106,12 +113,12 @@ class _Summation:
             self.host[1] += issue.backward_s
             weights += _weight_share(costs, op) * time.backward_s
             flops += op.flops * costs.scale(op)
-            if op.name in region.recomputed:
+            if core is not None:
                 recompute += time.forward_s
             op_extra = costs.saved_extra_bytes(op, strategy)
             extra += op_extra
             # A product's own copies of queries, keys and values stay: recomputation starts from them.
-            dropped_extra = op.name in region.recomputed and op_kind(op.target) is not OpKind.MATMUL
+            dropped_extra = core is not None and op_kind(op.target) is not OpKind.MATMUL
             selective_extra += 0.0 if dropped_extra else op_extra
             for name in op.saved:
                 key, size = self.saved_storage(op, strategy, name, reads)
@@ -120,8 +127,10 @@ class _Summation:
                 if fused is not None and fused.is_internal(name):
                     continue
                 saved[key] = size
-                if name in region.internal:
+                if core is not None and name in core.internal:
                     dropped.add(key)
+                else:
+                    kept_anyway.add(key)
             out_bytes = sum(costs.local(o, self.state[o]).size_bytes for o in op.outputs if o)
             grads = sum(
                 local.size_bytes for name, state in zip(op.operands, wanted, strict=True)
@@ -154,11 +163,12 @@ class _Summation:
                 for name in cls.inputs if costs.whole(name).requires_grad
             ),
             transient_bytes=transient,
-            selective_saved_bytes=sum(size for key, size in saved.items() if key not in dropped) + selective_extra,
-            selective_recompute_s=recompute,
+            selective_saved_bytes=sum(size for key, size in saved.items() if key not in dropped - kept_anyway)
+            + selective_extra,
+            selective_recompute_s=recompute, selective_recompute_tp_s=again_tp,
             weight_backward_s=min(weights, backward),
             forward_flops=flops,
-            key_value_bytes=sum(self.smallest_view_bytes(name) for name in region.keys_and_values),
+            key_value_bytes=sum(self.smallest_view_bytes(name) for core in cores for name in core.keys_and_values),
             param_numel_local=sum(local_params),
             params=tuple(local_params),
             partial_params=tuple(self.state[name].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params),
@@ -230,79 +240,6 @@ def _weight_share(costs: ClassCosts, op: Op) -> float:
     if not others:
         return 1.0
     return 0.5 if op_kind(op.target) in (OpKind.MATMUL, OpKind.CONVOLUTION) else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRegion:
-    """The core of attention in a class: what selective recomputation drops and runs again (Korthikanti et al. 2022).
-
-    From the product of queries and keys through softmax and dropout to the product with the values, or one fused op.
-    `internal` are the tensors inside it: a fused op's output is kept, because the next op needs it.
-    """
-
-    recomputed: frozenset[str]  # ops
-    internal: frozenset[str]  # tensors
-    keys_and_values: tuple[str, ...]
-
-
-def attention_region(costs: ClassCosts) -> AttentionRegion:
-    """The attention cores of a class; empty where none is recognized."""
-    cls = costs.cls
-    ops: set[str] = set()
-    internal: set[str] = set()
-    keys_and_values: list[str] = []
-    consumers: dict[str, list[Op]] = {}
-    for op in cls.ops:
-        for name in set(op.operands):
-            consumers.setdefault(name, []).append(op)
-    for op in cls.ops:
-        if op_kind(op.target) is OpKind.ATTENTION:
-            ops.add(op.name)
-            keys_and_values += op.operands[1:3]
-        if base_name(op.target) not in ("softmax", "_softmax"):
-            continue
-        before, scores = _walk_back(cls, op)
-        after, mixed = _walk_on(consumers, op)
-        if scores is None or mixed is None:
-            continue
-        ops.update(item.name for item in (*before, op, *after, scores, mixed))
-        internal.update(o for item in (*before, op, *after, scores) for o in item.outputs if o)
-        keys_and_values += [scores.operands[-1], mixed.operands[-1]]
-    return AttentionRegion(
-        recomputed=frozenset(ops), internal=frozenset(internal), keys_and_values=tuple(keys_and_values)
-    )
-
-
-_BETWEEN = (OpKind.POINTWISE, OpKind.VIEW, OpKind.REDUCTION)
-
-
-def _walk_back(cls: BlockClass, op: Op) -> tuple[list[Op], Op | None]:
-    """The ops from a product to this op's first differentiable operand, and the product."""
-    passed: list[Op] = []
-    while True:
-        names = [name for name in op.operands if cls.tensor[name].requires_grad]
-        producer = cls.producer.get(names[0]) if names else None
-        if producer is None or op_kind(producer.target) is OpKind.MATMUL:
-            return passed, producer
-        if op_kind(producer.target) not in _BETWEEN:
-            return passed, None
-        passed.append(producer)
-        op = producer
-
-
-def _walk_on(consumers: dict[str, list[Op]], op: Op) -> tuple[list[Op], Op | None]:
-    """The ops from this op to the product that takes its result, and the product."""
-    passed: list[Op] = []
-    while True:
-        following = [item for name in op.outputs if name for item in consumers.get(name, ())]
-        if not following:
-            return passed, None
-        op = following[0]
-        if op_kind(op.target) is OpKind.MATMUL:
-            return passed, op
-        if op_kind(op.target) not in _BETWEEN:
-            return passed, None
-        passed.append(op)
 
 
 class _FusedGroups:

@@ -15,7 +15,7 @@ from autopar.plan.plan import Plan
 from autopar.sharding.reshard import Collective
 from autopar.simulate.events import Execution, StageTimes, execute, peak_activation_bytes
 from autopar.simulate.schedules import ActionLists, schedule_actions
-from autopar.simulate.stage_cost import StageCost, link_times, stage_cost
+from autopar.simulate.stage_cost import StageCost, is_layer, link_times, stage_cost
 from autopar.simulate.timeline import GIB, ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
 
 
@@ -88,6 +88,9 @@ def _check(graph: ModelGraph, cluster: Cluster, plan: Plan) -> None:
             raise PlanMismatchError(f"stage {i} has {len(stage.devices)} devices for a mesh of {stage.mesh.size}")
         if max(stage.devices) >= cluster.num_devices:
             raise PlanMismatchError(f"stage {i} uses rank {max(stage.devices)} of a cluster of {cluster.num_devices}")
+        layers = sum(map(is_layer, graph.blocks[stage.first : stage.last]))
+        if stage.variants and sum(count for _, count in stage.variants) != layers:
+            raise PlanMismatchError(f"the variants of stage {i} are not counts of its {layers} layers")
         if stage.mesh.tp > 1 and any(graph.blocks[b].cls not in plan.sharding for b in range(
             stage.first, min(stage.last, len(graph.blocks))
         )):
@@ -222,6 +225,11 @@ def _notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, ...]:
         )
     if any(stage.mesh.ep > 1 for stage in plan.stages):
         notes.append("ep not modelled: every rank counts all experts and no all-to-all; such a plan cannot run")
+    if any(stage.num_offloaded or stage.offload_optimizer for stage in plan.stages):
+        notes.append(
+            "offload: copies run at 0.8 of the host link's rate, each device's alone; the host's own memory is not "
+            "checked"
+        )
     unknown = sorted({op.target for cls in graph.classes for op in cls.ops if not is_known(op.target)})
     if unknown:
         notes.append(f"ops without a cost rule, counted by their bytes alone: {', '.join(unknown)}")

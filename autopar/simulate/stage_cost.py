@@ -8,16 +8,24 @@ from dataclasses import dataclass, replace
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
 from autopar.cost_models.compute import memory_bandwidth, memory_time_s
-from autopar.cost_models.memory import GRADIENT_BYTES, StaticBytes, optimizer_step_bytes, static_bytes
+from autopar.cost_models.memory import (
+    GRADIENT_BYTES,
+    StaticBytes,
+    offloaded_step_s,
+    optimizer_step_bytes,
+    static_bytes,
+    step_temporary_bytes,
+)
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, Block, ModelGraph
-from autopar.plan.plan import Plan, Recompute, Stage
+from autopar.plan.plan import Plan, Recompute, Stage, Variant
 from autopar.sharding.reshard import Collective
 from autopar.sharding.state import Kind
 from autopar.simulate.block_cost import BlockCost, block_cost
 from autopar.simulate.class_costs import captured_dtype
 from autopar.simulate.events import StageTimes
 from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
+from autopar.simulate.variant_cost import VariantCost, variant_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +37,8 @@ class StageCost:
     last backward, then `step_tp_s` (gradients that are sums over the tensor axis), then `optimizer_s`.
     """
 
-    forward_compute_s: float
-    backward_compute_s: float  # with recomputation
+    forward_compute_s: float  # with what copies to the host add
+    backward_compute_s: float  # with recomputation, and what copies from the host add
     weight_backward_s: float  # the part of it for gradients of parameters alone
     forward_tp_s: float
     backward_tp_s: float  # with recomputation's
@@ -69,7 +77,7 @@ class StageCost:
 
 
 def is_layer(block: Block) -> bool:
-    """Whether a block is one of the repeated layers: an FSDP unit, and what full recomputation recomputes."""
+    """Whether a block is one of the repeated layers: an FSDP unit, and what recomputes or offloads as one."""
     return block.name not in ("prologue", "epilogue") and not block.name.startswith("glue")
 
 
@@ -111,10 +119,15 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
     weights = sum(cost.weight_backward_s for cost in costs)
     forward_tp = sum(cost.forward_tp_comm_s for cost in costs) + cp_forward
     backward_tp = sum(cost.backward_tp_comm_s for cost in costs) + cp_backward
-    again = [_recomputed(block, cost, stage.recompute) for block, cost in zip(blocks, costs, strict=True)]
-    backward += sum(compute for compute, _ in again)
-    backward_tp += sum(comm for _, comm in again)
-    held, extra = _activations(blocks, costs, stage.recompute, graph)
+    added = added_by_variants(blocks, costs, stage, device)
+    forward += sum(more.forward_s for more in added)
+    backward += sum(more.backward_s for more in added)
+    backward_tp += sum(more.backward_tp_s for more in added)
+    held = sum(more.held_bytes for more in added)
+    extra = max((more.extra_bytes for more in added), default=0.0)
+    if index and any(more.host_bytes for more in added):
+        # What the stage received stays on the device until its backward ends.
+        held += max(cost.boundary_bytes for cost, more in zip(costs, added, strict=True) if more.host_bytes)
 
     numels, root_numel, partial = _unit_numels(blocks, costs)
     numel = sum(numels) + root_numel
@@ -129,18 +142,28 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
         adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * numel / memory_bandwidth(device)
         backward += adding
         weights += adding
-    data = _data_parallel(cluster, plan, stage, blocks, costs, again, numels, root_numel, device)
-    shards = mesh.dp_shard * mesh.cp if stage.zero else 1
-    moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, optimizer=plan.optimizer)
+    data = _data_parallel(cluster, plan, stage, blocks, costs, added, numels, root_numel, device)
+    data_shards = mesh.dp_shard * mesh.cp
+    moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer)
+    optimizer = memory_time_s(device, moved) if moved else 0.0
+    step_bytes = step_temporary_bytes(plan.param_dtype, zero=stage.zero, num_shards=data_shards) * numel
+    if stage.offload_optimizer:
+        optimizer += offloaded_step_s(
+            numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer, device=device
+        )
+        per_numel = step_temporary_bytes(
+            plan.param_dtype, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer
+        )
+        step_bytes, static = per_numel * max(unit, root_numel), replace(static, optimizer=0.0)
     return StageCost(
         forward_compute_s=forward, backward_compute_s=backward,
         weight_backward_s=weights,
         forward_tp_s=forward_tp, backward_tp_s=backward_tp,
         forward_dp_s=data.forward_s, backward_dp_s=data.backward_s, step_start_s=data.start_s, step_end_s=data.end_s,
         step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
-        optimizer_s=memory_time_s(device, moved) if moved else 0.0,
+        optimizer_s=optimizer,
         held_bytes=held + cp_bytes, extra_bytes=extra, static=static,
-        optimizer_step_bytes=DTYPE_BYTES[plan.param_dtype] * numel / shards,
+        optimizer_step_bytes=step_bytes,
         forward_flops=sum(cost.forward_flops for cost in costs) * mesh.cp, param_numel=numel,
     )
 
@@ -155,31 +178,16 @@ def _cost_of(
     )
 
 
-def _recomputed(block: Block, cost: BlockCost, recompute: Recompute) -> tuple[float, float]:
-    """Seconds of compute and of tensor-axis communication that a block's backward runs again."""
-    if recompute is Recompute.FULL and is_layer(block):
-        return cost.forward_compute_s, cost.forward_tp_comm_s
-    if recompute is Recompute.SELECTIVE:
-        return cost.selective_recompute_s, 0.0
-    return 0.0, 0.0
-
-
-def _activations(
-    blocks: Sequence[Block], costs: Sequence[BlockCost], recompute: Recompute, graph: ModelGraph
-) -> tuple[float, float]:
-    """Bytes held by a micro-batch, and the most beside them while a block's backward runs."""
-    held = extra = 0.0
-    for block, cost in zip(blocks, costs, strict=True):
-        if recompute is Recompute.FULL and is_layer(block):
-            held += cost.boundary_bytes
-            extra = max(extra, cost.saved_bytes + cost.transient_bytes)
-        elif recompute is Recompute.SELECTIVE:
-            held += cost.selective_saved_bytes
-            extra = max(extra, cost.saved_bytes - cost.selective_saved_bytes + cost.transient_bytes)
-        else:
-            held += cost.saved_bytes
-            extra = max(extra, cost.transient_bytes)
-    return held, extra
+def added_by_variants(
+    blocks: Sequence[Block], costs: Sequence[BlockCost], stage: Stage, device: DeviceType
+) -> list[VariantCost]:
+    """What each block's variant adds; blocks that are no layers keep everything."""
+    variants = iter(stage.layer_variants(sum(map(is_layer, blocks))))
+    plain = Variant(recompute=Recompute.NONE)
+    return [
+        variant_cost(cost, next(variants) if is_layer(block) else plain, device)
+        for block, cost in zip(blocks, costs, strict=True)
+    ]
 
 
 def _unit_numels(blocks: Sequence[Block], costs: Sequence[BlockCost]) -> tuple[list[float], float, float]:
@@ -234,7 +242,7 @@ class _DataTimes:
 
 def _data_parallel(
     cluster: Cluster, plan: Plan, stage: Stage, blocks: Sequence[Block], costs: Sequence[BlockCost],
-    again: Sequence[tuple[float, float]], numels: Sequence[float], root_numel: float, device: DeviceType,
+    added: Sequence[VariantCost], numels: Sequence[float], root_numel: float, device: DeviceType,
 ) -> _DataTimes:
     """What gathering parameters and reducing gradients adds, by ZeRO level (each layer a unit, the rest the root)."""
     mesh, zero, tp = stage.mesh, stage.zero, stage.mesh.tp
@@ -258,10 +266,12 @@ def _data_parallel(
         )
 
     # Units in order of the forward. What lies outside layers is one unit that is gathered first and reduced last.
-    forward_s = [0.0] + [c.forward_compute_s + c.forward_tp_comm_s for c in costs]
+    forward_s = [0.0] + [
+        c.forward_compute_s + c.forward_tp_comm_s + more.forward_s for c, more in zip(costs, added, strict=True)
+    ]
     backward_s = [0.0] + [
-        c.backward_compute_s + c.backward_tp_comm_s + more + comm
-        for c, (more, comm) in zip(costs, again, strict=True)
+        c.backward_compute_s + c.backward_tp_comm_s + more.backward_s + more.backward_tp_s
+        for c, more in zip(costs, added, strict=True)
     ]
     layer = iter(numels)
     sizes = [root_numel] + [next(layer) if is_layer(block) else 0.0 for block in blocks]

@@ -55,7 +55,12 @@ def gpt2_eager() -> tuple[nn.Module, dict[str, Tensor], Any]:
     return gpt2(attention="eager")
 
 
-def llama(tied: bool = True) -> tuple[nn.Module, dict[str, Tensor], Any]:
+def gpt2_eager_dropout() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """GPT-2 with dropout, whose attention is products and a softmax."""
+    return gpt2(dropout=0.2, attention="eager")
+
+
+def llama(tied: bool = True, attention: str = "sdpa") -> tuple[nn.Module, dict[str, Tensor], Any]:
     """Llama with grouped-query attention."""
     import transformers
 
@@ -63,8 +68,14 @@ def llama(tied: bool = True) -> tuple[nn.Module, dict[str, Tensor], Any]:
     config = transformers.LlamaConfig(
         num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=LENGTH, tie_word_embeddings=tied,
+        attn_implementation=attention,
     )
     return transformers.LlamaForCausalLM(config), causal_batch(), None
+
+
+def llama_eager() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Llama whose attention is products and a softmax."""
+    return llama(attention="eager")
 
 
 def llama_untied() -> tuple[nn.Module, dict[str, Tensor], Any]:

@@ -14,7 +14,7 @@ import torch
 
 import autopar
 from autopar.api import PlannedModel
-from autopar.plan.plan import Recompute, Schedule
+from autopar.plan.plan import Recompute, Schedule, Variant
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "train.py"
@@ -103,11 +103,12 @@ def test_plans_that_do_not_fit_are_refused() -> None:
     other, other_batch, _ = runtime_models.gpt2()
     plan = planned()
     alone = autopar.plan(module, batch, cluster="1xH100-80GB", global_batch=8)
-    stage = replace(alone.stages[0], recompute=Recompute.SELECTIVE)
+    stage = replace(alone.stages[0], variants=((Variant(recompute=Recompute.SELECTIVE), 3),))
+    wrong = replace(alone, stages=(stage,))
     for model, given, chosen, message in (
         (module, batch, plan, "the plan is for 4 devices, and the job has 1 processes"),
         (other, other_batch, alone, "the plan was made for model LlamaForCausalLM"),
-        (module, batch, replace(alone, stages=(stage,)), "recompute selective can be simulated, not yet run"),
+        (module, batch, wrong, "the variants of stage 0 are counts of 3 layers, and it has 2"),
         (module, batch, replace(alone, dtype="float16"), "needs loss scaling"),
         (module, batch, replace(alone, schedule=Schedule.ZERO_BUBBLE), "schedule zb can be simulated, not yet run"),
     ):
