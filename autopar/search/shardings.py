@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
 from autopar.search.intra_op import is_hidden, shard_class
+from autopar.search.ties import TieSearch
 from autopar.sharding.propagate import ClassStrategies, class_strategies
 from autopar.sharding.state import Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.simulate.block_cost import block_cost
 from autopar.simulate.class_costs import ClassCosts
 
 
@@ -85,6 +87,7 @@ class ShardingChooser:
             if sharding is None:
                 return None
             found[cls.name] = sharding
+        found = self._with_ties_settled(found, tp, boundary, weight)
         notes: list[str] = []
         layers = [cls for cls in self.classes if cls.name in self._layer_classes and _products(cls)]
         if split_products and layers and not any(_splits_products(cls, found[cls.name]) for cls in layers):
@@ -112,6 +115,27 @@ class ShardingChooser:
         if whole:
             notes.append(f"tp {tp} splits no parameter of {', '.join(whole)}: each tensor rank stores all of them")
         return Choice(shardings=tuple(found.values()), notes=tuple(notes))
+
+    def _with_ties_settled(
+        self, found: dict[str, ClassSharding], tp: int, boundary: State, weight: float
+    ) -> dict[str, ClassSharding]:
+        device, group = slowest_device(self._cluster), tp_group(self._cluster, tp)
+
+        def solve(cls: BlockClass, options: Mapping[str, Sequence[Strategy]]) -> ClassSharding | None:
+            return shard_class(cls, options, boundary, self._of_class(cls, tp)[1], parameter_weight=weight)
+
+        def time_s(cls: BlockClass, choice: ClassSharding) -> float:
+            cost = block_cost(
+                self._graph, cls, choice, tp=tp, rows=self._rows, device=device, tp_group=group, dtype=self._dtype
+            )
+            return (cost.forward_compute_s + cost.backward_compute_s
+                    + cost.forward_tp_comm_s + cost.backward_tp_comm_s)
+
+        def charge_s(cls: BlockClass, param: str, state: State) -> float:
+            return weight * self._of_class(cls, tp)[1].param_time_s(param, state, num_micro_batches=1)
+
+        search = TieSearch(graph=self._graph, solve=solve, time_s=time_s, charge_s=charge_s)
+        return search.settle(found, {cls.name: self._of_class(cls, tp)[0] for cls in self.classes})
 
     @property
     def _layer_classes(self) -> set[str]:
