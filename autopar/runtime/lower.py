@@ -25,6 +25,7 @@ from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
 from autopar.runtime.recompute import OpGroup, op_groups, recompute
 from autopar.sharding.local_args import bias_operand, local_op
 from autopar.sharding.lowering import Lowering
+from autopar.sharding.rules.windows import halo_of
 from autopar.sharding.state import R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.attention_core import AttentionCore
@@ -224,7 +225,7 @@ def _program(
         op = _with_sum(op)
     if strategy is None or axis is None:
         return op, resolve_target(op.target)
-    op = local_op(op, strategy, cls.tensor, axis.size)
+    whole, op = op, local_op(op, strategy, cls.tensor, axis.size)
     program = resolve_target(op.target)
     match strategy.lowering:
         case "":
@@ -235,6 +236,9 @@ def _program(
             return _with_sum(op), partial(sum_over_count, axis, program, ignored_index(op))
         case Lowering.BIAS_ON_FIRST_RANK:
             return op, special_program(strategy.lowering, program, axis, bias_position=bias_operand(op))
+        case Lowering.SPATIAL_HALO:
+            halo = halo_of(whole, strategy, cls.tensor, axis.size)
+            return op, special_program(strategy.lowering, program, axis, halo=halo)
     return op, special_program(strategy.lowering, program, axis)
 
 

@@ -12,7 +12,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from autopar.runtime.collectives import Axis, all_reduce
+from autopar.runtime.halo import channel_statistics, sync_batch_norm, with_halo
 from autopar.sharding.lowering import Lowering
+from autopar.sharding.rules.windows import Halo
 
 Program = Callable[..., Any]
 
@@ -139,7 +141,9 @@ def sum_over_count(axis: Axis, op: Program, ignore_index: int, logits: Tensor, t
     return result
 
 
-def special_program(name: str, op: Program, axis: Axis, *, bias_position: int = -1) -> Program:
+def special_program(
+    name: str, op: Program, axis: Axis, *, bias_position: int = -1, halo: Halo | None = None
+) -> Program:
     """The program called `name` for an op on this rank of the axis."""
     match name:
         case Lowering.VOCAB_PARALLEL_EMBEDDING:
@@ -154,4 +158,11 @@ def special_program(name: str, op: Program, axis: Axis, *, bias_position: int = 
             return partial(axis_random, axis, op)
         case Lowering.CAUSAL_CONTEXT:
             return partial(causal_context, axis, op)
+        case Lowering.SPATIAL_HALO:
+            assert halo is not None
+            return partial(with_halo, axis, halo, op)
+        case Lowering.SYNC_BATCH_NORM:
+            return partial(sync_batch_norm, axis)
+        case Lowering.CHANNEL_STATISTICS:
+            return partial(channel_statistics, axis, op)
     raise AssertionError(f"no lowering is called {name!r}")

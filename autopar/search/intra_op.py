@@ -130,7 +130,8 @@ class Problem:
     def _op_costs(self) -> None:
         for index, op in enumerate(self.cls.ops):
             options = self.strategies[index]
-            table = np.array([_sum(self.costs.op_time(op, s)) + _tie_break(s) for s in options], dtype=np.float64)
+            times = (_sum(self.costs.op_time(op, s)) + _sum(self.costs.lowering_comm(op, s)) for s in options)
+            table = np.array([t + _tie_break(s) for t, s in zip(times, options, strict=True)], dtype=np.float64)
             self.factors.append(Factor((index,), table))
         for name, variable in self._param_variable.items():
             prices = [self.parameter_s(name, state) for state in self._param_states[name]]

@@ -34,7 +34,8 @@ class OpFactors:
 
     `operands` is parallel to Op.operands, `outputs` to Op.outputs. `reducing` factors are summed, so a split leaves the
     outputs partial. `whole` factors have a lowering that communicates and leaves the outputs whole. `blocked` factors
-    must not be split, for the reason given. `rigid` ones split only at their outermost level. `lowerings` names the
+    must not be split, for the reason given. `rigid` ones split only at their outermost level, into parts of at least
+    `least` steps (what a part's neighbours need of it). `lowerings` names the
     special program that a factor's split needs, `split_lowering` the one that any other split needs.
     `linear` lists the sets of operand positions in which the op is jointly linear.
     """
@@ -46,6 +47,7 @@ class OpFactors:
     whole: frozenset[str] = frozenset()
     blocked: Mapping[str, str] = field(default_factory=dict)
     rigid: frozenset[str] = frozenset()
+    least: Mapping[str, int] = field(default_factory=dict)
     lowerings: Mapping[str, str] = field(default_factory=dict)
     split_lowering: str = ""
     linear: tuple[tuple[int, ...], ...] = ()
@@ -98,6 +100,10 @@ class OpFactors:
         if length % (inner * size):
             seen = f"{length}" if inner == 1 else f"{length} in {inner} parts"
             return Refusal(factor=name, size=length, reason=f"size {seen} does not divide by {size}")
+        least = self.least.get(name, 0)
+        if length // size < least:
+            reason = f"a part of {length // size} is shorter than the {least} that its neighbours need"
+            return Refusal(factor=name, size=length, reason=reason)
         return None
 
     def lowering(self, name: str) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from autopar.graph.model_graph import Arg, Op, TensorInfo
+from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import local_shape
 from autopar.sharding.rules.registry import Call, find_rule, normal_dim, slice_range, split_lengths
+from autopar.sharding.rules.windows import paddings, per_dim, reaches, split_position
 from autopar.sharding.state import Kind, State
 from autopar.sharding.strategy import Strategy
 
@@ -133,10 +135,56 @@ def _split(local: _Local) -> Op:
 
 
 def _convolution(local: _Local) -> Op:
-    if local.call.number("groups", 1) == 1:
+    values = _without_padding(local)
+    if local.call.number("groups", 1) > 1:
+        channels, weight = local.operands[0][1 - len(local.operands[1]) :][0], local.operands[1]
+        values["groups"] = channels // weight[1]
+    op = local.with_args(**values) if values else local.op
+    return replace(op, target=f"aten.{_packet(op)}.default") if "padding" in values else op
+
+
+def _without_padding(local: _Local) -> dict[str, Arg]:
+    """No padding where the positions are split and borders come from the neighbours."""
+    position = split_position(local.op, local.strategy, local.call.tensors)
+    if position is None or local.strategy.lowering != Lowering.SPATIAL_HALO:
+        return {}
+    kept = tuple(0 if dim == position else before for dim, (before, _) in enumerate(paddings(local.call)))
+    return {"padding": kept}
+
+
+def _transposed_convolution(local: _Local) -> Op:
+    """Groups as the local channels have them; split positions are made with no padding and cut to length after."""
+    values = _without_padding(local)
+    if local.call.number("groups", 1) > 1:
+        channels, weight = local.outputs[0][1 - len(local.operands[1]) :][0], local.operands[1]
+        values["groups"] = channels // weight[1]
+    if "padding" in values:
+        position = split_position(local.op, local.strategy, local.call.tensors)
+        assert position is not None
+        reach, extra = reaches(local.call)[position], list(per_dim(local.call, "output_padding", 0))
+        length, made = local.operands[0][-len(extra) + position], local.outputs[0][-len(extra) + position]
+        extent = per_dim(local.call, "dilation", 1)[position] * (local.operands[1][2 + position] - 1)
+        full = (length + reach.before + reach.after - 1) * reach.inner_out + extent + 1
+        extra[position] = max(0, reach.skip + made - full)
+        values["output_padding"] = tuple(extra)
+    return local.with_args(**values) if values else local.op
+
+
+def _pooling(local: _Local) -> Op:
+    values = _without_padding(local)
+    return local.with_args(**values) if values else local.op
+
+
+def _resized(local: _Local) -> Op:
+    """Poolings to a size and upsamplings, with the size that this part has (before its borders are cut away)."""
+    position = split_position(local.op, local.strategy, local.call.tensors)
+    if position is None or not local.call.has("output_size"):
         return local.op
-    channels, weight = local.operands[0][1 - len(local.operands[1]) :][0], local.operands[1]
-    return local.with_args(groups=channels // weight[1])
+    reaching = reaches(local.call)
+    reach, wanted = reaching[position], list(local.call.output_shape()[-len(reaching) :])
+    if wanted[position] > 1:
+        wanted[position] = wanted[position] // local.size + (reach.before + reach.after) * reach.inner_out
+    return local.with_args(output_size=tuple(wanted))
 
 
 def _group_norm(local: _Local) -> Op:
@@ -158,5 +206,19 @@ _REWRITES: dict[str, Callable[[_Local], Op]] = {
         ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split
     ),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
+    **dict.fromkeys(
+        ("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"), _pooling
+    ),
+    **dict.fromkeys(
+        (
+            "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d",
+            "adaptive_max_pool1d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d",
+            "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+            "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d",
+            "upsample_bicubic2d",
+        ),
+        _resized,
+    ),
     "group_norm": _group_norm,
 }  # fmt: skip

@@ -20,6 +20,12 @@ class Lowering(StrEnum):
         (softmax - one_hot) of the local classes, with no communication.
     CAUSAL_CONTEXT: causal attention of queries [i*q/n, (i+1)*q/n) to the keys before (i+1)*q/n, the mask aligned to the
         lower right; dropout draws from a random stream of the rank's own.
+    SPATIAL_HALO: the op on a part of the positions of its first operand, lengthened by the positions that it needs of
+        the parts before and after (`rules.windows.halo_of`); their gradient goes back and is added.
+    SYNC_BATCH_NORM: a batch norm in training on a part of the batch or of the positions, with the statistics of the
+        whole; the running statistics are whole on every rank.
+    CHANNEL_STATISTICS: a batch norm in training on channels [i*c/n, (i+1)*c/n), with running statistics that are whole
+        on every rank: each updates its part, and the parts are gathered.
     """
 
     AXIS_RANDOM = "axis_random"
@@ -29,6 +35,9 @@ class Lowering(StrEnum):
     SUM_OVER_COUNT = "sum_over_count"
     VOCAB_PARALLEL_CROSS_ENTROPY = "vocab_parallel_cross_entropy"
     CAUSAL_CONTEXT = "causal_context"
+    SPATIAL_HALO = "spatial_halo"
+    SYNC_BATCH_NORM = "sync_batch_norm"
+    CHANNEL_STATISTICS = "channel_statistics"
 
 
 def busiest_share(lowering: str, size: int) -> float:

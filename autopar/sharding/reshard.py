@@ -9,13 +9,18 @@ from autopar.sharding.state import RP, Kind, R, State
 
 
 class Collective(StrEnum):
-    """A communication among the ranks of one axis; its cost is a function of the whole tensor's bytes."""
+    """A communication among the ranks of one axis; its cost is a function of the whole tensor's bytes.
+
+    Of NEIGHBOUR_EXCHANGE, in which each rank sends to the one before and the one after it, it is one of the bytes that
+    a rank sends.
+    """
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
     SEND_RECV = "send_recv"
+    NEIGHBOUR_EXCHANGE = "neighbour_exchange"
 
 
 class LocalAction(StrEnum):

@@ -105,6 +105,7 @@ class _Summation:
             if core is not None and core.internal.intersection(op.operands):
                 again_tp += self.comm[0] - before
             time = costs.op_time(op, strategy)
+            self.add_lowering(op, strategy)
             if fused is None or op.name not in fused.group_of:
                 forward += time.forward_s
                 backward += time.backward_s
@@ -174,6 +175,14 @@ class _Summation:
             partial_params=tuple(self.state[name].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params),
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
+
+    def add_lowering(self, op: Op, strategy: Strategy | None) -> None:
+        """The collectives of the op's special program."""
+        found, time = self.costs.lowering(op, strategy), self.costs.lowering_comm(op, strategy)
+        self.comm[0] += time.forward_s
+        self.comm[1] += time.backward_s
+        self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward)
+        self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward)
 
     def read(self, name: str, wanted: State) -> str:
         """The storage of a tensor in the wanted state; a conversion is paid for the first time that it is needed."""

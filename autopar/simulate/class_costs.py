@@ -18,6 +18,7 @@ from autopar.sharding.lowering import busiest_share
 from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
+from autopar.simulate.lowering_costs import NOTHING, LoweringCost, lowering_cost
 
 # Views that reorder memory, so that a later reshape or contiguous() has to copy. Swapping twice restores the order.
 _SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T"}
@@ -77,7 +78,29 @@ class ClassCosts:
 
     def saved_extra_bytes(self, op: Op, strategy: Strategy | None) -> float:
         """What the op keeps on this rank besides tensors of the graph."""
+        return self._own_extra_bytes(op, strategy) + self.lowering(op, strategy).saved_bytes
+
+    def _own_extra_bytes(self, op: Op, strategy: Strategy | None) -> float:
         return op.saved_extra_bytes * self.scale(op) / (self.tp if _splits(strategy) else 1)
+
+    def lowering(self, op: Op, strategy: Strategy | None) -> LoweringCost:
+        """What the special program of a strategy adds to the op."""
+        if strategy is None or not strategy.lowering or self.tp == 1:
+            return NOTHING
+        return lowering_cost(self.cls, op, strategy, self.tp, self.whole)
+
+    def lowering_comm(self, op: Op, strategy: Strategy | None) -> OpTime:
+        """Seconds of the collectives of the op's special program, forward and backward."""
+        found = self.lowering(op, strategy)
+        return OpTime(*(
+            sum(
+                collective_time_s(
+                    item.collective, item.size_bytes, self.tp_group, groups_per_node=self.tp_groups_per_node
+                )
+                for item in exchanges
+            )
+            for exchanges in (found.forward, found.backward)
+        ))
 
     def op_time(self, op: Op, strategy: Strategy | None = None) -> OpTime:
         """Seconds of the op on this rank, forward and backward; without a strategy it runs whole."""
@@ -99,8 +122,15 @@ class ClassCosts:
         found = op_time_s(
             op, operands, results, self.device, self.dtype, flops=op.flops * share,
             backward_flops=op.backward_flops * share, saved_bytes=saved,
-            extra_bytes=self.saved_extra_bytes(op, strategy), is_copy=op.name in self.copies,
+            extra_bytes=self._own_extra_bytes(op, strategy), is_copy=op.name in self.copies,
         )
+        moved = self.lowering(op, strategy)
+        if moved.forward_moved_bytes or moved.backward_moved_bytes:
+            bandwidth = memory_bandwidth(self.device)
+            found = OpTime(
+                found.forward_s + moved.forward_moved_bytes / bandwidth,
+                found.backward_s + moved.backward_moved_bytes / bandwidth,
+            )
         self._times[key] = found
         return found
 

@@ -1,4 +1,4 @@
-"""Calls of attention, normalizations, convolutions, poolings and losses."""
+"""Calls of attention, normalizations and losses."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def instance_norm(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(pick.one_of(2, 6), c, 4), pick.x(c), pick.x(c), None, None, True, 0.1, 1e-5, False))
 
 
-@sample("batch_norm.default")
+@sample("batch_norm.default", draws=8)
 def batch_norm(pick: Pick, target: str) -> Sample:
     c = pick.one_of(4, 6)
     affine = (pick.x(c), pick.x(c)) if pick.flag() else (None, None)
-    x = pick.x(pick.one_of(4, 6), c, *pick.one_of((), (3,), (2, 6)))
+    x = pick.x(pick.one_of(4, 6), c, *pick.one_of((), (3,), (2, 6), (4, 4)))
     frozen = (3, 4) if affine[0] is not None else (1, 2)
     return Sample(target, (x, *affine, pick.x(c), pick.positive(c), pick.flag(), 0.1, 1e-5, False), frozen=frozen)
 
@@ -95,65 +95,6 @@ def native_batch_norm(pick: Pick, target: str) -> Sample:
     c = 6
     stats = (pick.x(c), pick.positive(c))
     return Sample(target, (pick.x(4, c, 2, 6), pick.x(c), pick.x(c), *stats, True, 0.1, 1e-5), frozen=(3, 4))
-
-
-@sample("conv1d.default", "conv2d.default", "conv3d.default")
-def convolution(pick: Pick, target: str) -> Sample:
-    space = int(target[len("aten.conv")])
-    groups = pick.one_of(1, 1, 2, 6)
-    cin, cout = groups * pick.one_of(1, 2, 3), groups * pick.one_of(1, 2, 6)
-    window = pick.one_of(1, 3)
-    bias = pick.x(cout) if pick.flag() else None
-    batch = () if pick.rng.random() < 0.2 else (pick.one_of(2, 6),)
-    x, w = pick.x(*batch, cin, *((4,) * space)), pick.x(cout, cin // groups, *((window,) * space))
-    stride, padding = [pick.one_of(1, 2)] * space, [window // 2] * space
-    return Sample(target, (x, w, bias, stride, padding, [1] * space, groups))
-
-
-@sample("max_pool2d.default", "avg_pool2d.default")
-def pooling(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(pick.one_of(2, 6), 6, 4, 4), [2, 2], [2, 2]))
-
-
-@sample("max_pool1d.default", "avg_pool1d.default")
-def pooling_1d(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(pick.one_of(2, 6), 6, 4), [2], [2]))
-
-
-@sample("max_pool3d.default", "avg_pool3d.default")
-def pooling_3d(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(2, 6, 4, 4, 4), [2, 2, 2], [2, 2, 2]))
-
-
-@sample("max_pool2d_with_indices.default")
-def pooling_indices(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(2, 6, 4, 4), [2, 2], [2, 2]))
-
-
-@sample("adaptive_avg_pool2d.default", "adaptive_max_pool2d.default", "_adaptive_avg_pool2d.default")
-def adaptive(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(pick.one_of(2, 6), 6, 4, 4), pick.one_of([1, 1], [2, 2])))
-
-
-@sample("adaptive_avg_pool1d.default", "adaptive_max_pool1d.default")
-def adaptive_1d(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(pick.one_of(2, 6), 6, 4), [2]))
-
-
-@sample("adaptive_avg_pool3d.default")
-def adaptive_3d(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(2, 6, 4, 4, 4), [2, 2, 2]))
-
-
-@sample("upsample_nearest1d.vec")
-def upsample_1d(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(2, 6, 4), [8], None))
-
-
-@sample("upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_bicubic2d.vec")
-def upsample(pick: Pick, target: str) -> Sample:
-    middle = () if "nearest" in target else (False,)
-    return Sample(target, (pick.x(2, 6, 4, 4), [8, 8], *middle, None))
 
 
 @sample("cross_entropy_loss.default")

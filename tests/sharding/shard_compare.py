@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from emulated import whole_batch_norm, with_borders
 from fx_class import info_of
 
 from autopar.graph.model_graph import Arg, Literal, Op, Ref, TensorInfo
@@ -13,6 +14,7 @@ from autopar.sharding.local_args import bias_operand, local_infos, local_op
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import divides, split_shape
 from autopar.sharding.rules import op_factors, strategies_with
+from autopar.sharding.rules.windows import halo_of
 from autopar.sharding.state import Kind, State
 from autopar.sharding.strategy import Strategy
 
@@ -155,6 +157,31 @@ def _vocab_parallel_cross_entropy(op: Op, ranks: list[list[T]]) -> list[list[T]]
     return results
 
 
+def _operand_names(op: Op) -> dict[str, int]:
+    """The positions among the operands of a batch norm's tensors by name."""
+    names = ("input", "weight", "bias", "running_mean", "running_var")
+    given = [name for name, arg in zip(names, op.args, strict=False) if isinstance(arg, Ref)]
+    return {name: position for position, name in enumerate(given)}
+
+
+def _channel_statistics(op: Op, ranks: list[list[T]]) -> list[list[T]]:
+    """Each rank's batch norm with its part of the running statistics, which all ranks then have whole."""
+    names, length = _operand_names(op), ranks[0][0].shape[1]
+    running = [names["running_mean"], names["running_var"]]
+    results, parts = [], []
+    for rank, given in enumerate(ranks):
+        own = [given[i].narrow(0, rank * length, length).clone() for i in running]
+        operands = list(given)
+        for i, value in zip(running, own, strict=True):
+            operands[i] = value
+        results.append(call(op, operands))
+        parts.append(own)
+    for given in ranks:
+        for place, i in enumerate(running):
+            given[i].copy_(torch.cat([own[place] for own in parts]))
+    return results
+
+
 def _dropout(op: Op, operands: list[T], state: State, rank: int, size: int) -> list[T]:
     """Dropout with a mask that is fixed for the whole tensor, so that shards can be compared."""
     shape = list(operands[0].shape)
@@ -186,6 +213,16 @@ def reference(
             name="", target=op.target, args=(*op.args[:3], *(None,) * (3 - len(op.args)), 2, *op.args[4:]), outputs=()
         )
         return [[value / count for value in call(summed, given)] for given in leaves]
+    if lowering == Lowering.SYNC_BATCH_NORM:
+        return whole_batch_norm(leaves, _operand_names(op), op.args[6], op.args[7])
+    if lowering == Lowering.CHANNEL_STATISTICS:
+        return _channel_statistics(op, leaves)
+    if lowering == Lowering.SPATIAL_HALO:
+        assert tensors is not None
+        halo = halo_of(op, strategy, tensors, size)
+        wider = with_borders([given[0] for given in leaves], halo)
+        made = [call(local, [x, *given[1:]])[0] for x, given in zip(wider, leaves, strict=True)]
+        return [[value.narrow(halo.dim, halo.skip, halo.keep)] for value in made]
     results = []
     for rank, given in zip(ranks, leaves, strict=True):
         if "dropout." in op.target:
@@ -290,13 +327,15 @@ def check(built: Built, strategy: Strategy, size: int) -> None:
         else [shard_of(grad, strategy.outputs[i], rank, size) for rank in range(size)]
         for i, grad in zip(with_grad, whole_grads, strict=True)
     ]  # fmt: skip
+    # All ranks at once: what a rank borrowed of another's tensors gives its gradient back.
+    together = torch.autograd.grad(
+        [outputs[rank][i] for rank in range(size) for i in with_grad],
+        [leaves[rank][i] for rank in range(size) for i in wanted],
+        [parts[rank] for rank in range(size) for parts in spread], allow_unused=True,
+    )
     found: list[tuple[T | None, ...]] = [
-        torch.autograd.grad(
-            [outputs[rank][i] for i in with_grad], [leaves[rank][i] for i in wanted],
-            [parts[rank] for parts in spread], allow_unused=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
+        tuple(together[rank * len(wanted) : (rank + 1) * len(wanted)]) for rank in range(size)
+    ]
     for position, index in enumerate(wanted):
         state = strategy.inputs[index]
         parts = [grads[position] for grads in found]

@@ -152,16 +152,20 @@ def test_a_refusal_keeps_its_reason(drawn: Sample, factor: str, words: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore:The CPU|Causal:UserWarning")
-def test_a_training_batch_norm_keeps_its_batch_whole() -> None:
+def test_a_training_batch_norm_takes_the_statistics_of_the_whole_batch() -> None:
     pick = Pick(0)
     given = (pick.x(4, 6), None, None, pick.x(6), pick.positive(6))
     training, evaluating = (
         build(Sample("aten.batch_norm.default", (*given, mode, 0.1, 1e-5, False), frozen=(1, 2)))
         for mode in (True, False)
     )
-    assert "n" in {refusal.factor for refusal in refusals(training.op, training.tensors, 2)}
+    lowerings = {s.factor: s.lowering for s in strategies(training.op, training.tensors, 2)}
+    assert (lowerings["n"], lowerings["c"]) == (Lowering.SYNC_BATCH_NORM, Lowering.CHANNEL_STATISTICS)
+    assert {s.lowering for s in strategies(evaluating.op, evaluating.tensors, 2)} == {""}
     assert "n" in {s.factor for s in strategies(evaluating.op, evaluating.tensors, 2)}
-    assert "c" in {s.factor for s in strategies(training.op, training.tensors, 2)}
+    alone = replace(next(s for s in strategies(training.op, training.tensors, 2) if s.factor == "n"), lowering="")
+    with pytest.raises(AssertionError):
+        check(training, alone, 2)
 
 
 def test_every_rule_has_a_sample() -> None:

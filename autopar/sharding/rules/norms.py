@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autopar.sharding.factors import OpFactors
+from autopar.sharding.lowering import Lowering
 from autopar.sharding.rules.registry import Call, rule
 
 
@@ -42,9 +43,8 @@ def group_norm(call: Call) -> OpFactors:
 @rule("aten.instance_norm", signature="input weight bias running_mean running_var use_input_stats")
 def instance_norm(call: Call) -> OpFactors:
     x = call.shape("input")
-    track = call.has("running_mean")
-    n = call.factor("n", x[0], "running statistics over the batch" if track else "")
-    c = call.factor("c", x[1])
+    reason = "running statistics over the batch, whole on every rank" if call.has("running_mean") else ""
+    n, c = call.factor("n", x[0], reason), call.factor("c", x[1], reason)
     dims = (n, c, *call.factors("s", x[2:], "a mean over the positions"))
     names = ("weight", "bias", "running_mean", "running_var")
     return call.build({"input": dims, **dict.fromkeys(names, (c,))}, (dims,))
@@ -64,8 +64,24 @@ def _batch_norm(call: Call, *, training: bool) -> OpFactors:
 
 
 @rule("aten.batch_norm", signature="input weight bias running_mean running_var training")
+def batch_norm(call: Call) -> OpFactors:
+    """Batch, channels and positions split. In training the running statistics are whole on every rank."""
+    if call.get("training", False) is not True:
+        return _batch_norm(call, training=False)
+    x = call.shape("input")
+    n, c, space = call.factor("n", x[0]), call.factor("c", x[1]), call.factors("s", x[2:])
+    tracked = call.has("running_mean")
+    running = call.factor("r", x[1], "the running statistics are whole on every rank") if tracked else c
+    lowerings = {name: str(Lowering.SYNC_BATCH_NORM) for names in (n, *space) for name in names}
+    if tracked:
+        lowerings |= dict.fromkeys(c, Lowering.CHANNEL_STATISTICS)
+    operands = {"input": (n, c, *space), "weight": (c,), "bias": (c,), "running_mean": (running,)}
+    operands["running_var"] = (running,)
+    return call.build(operands, ((n, c, *space),), rigid=(c,) if tracked else (), lowerings=lowerings)
+
+
 @rule("aten.native_batch_norm", signature="input weight bias running_mean running_var training")
 @rule("aten._native_batch_norm_legit_functional", signature="input weight bias running_mean running_var training")
-def batch_norm(call: Call) -> OpFactors:
+def native_batch_norm(call: Call) -> OpFactors:
     """Channels split, with the running statistics; the batch too where the stored statistics are used."""
     return _batch_norm(call, training=call.get("training", False) is True)

@@ -1,0 +1,82 @@
+"""What the special programs communicate and move beside the op itself: the collectives that the runtime issues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autopar.cost_models.compute import LocalTensor
+from autopar.graph.model_graph import BlockClass, Op
+from autopar.sharding.lowering import Lowering
+from autopar.sharding.reshard import Collective
+from autopar.sharding.rules.windows import Halo, halo_of
+from autopar.sharding.strategy import Strategy
+
+_STATISTICS_BYTES = 4  # statistics are kept in float32
+_COUNT_BYTES = 8  # a count of rows is an int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """One collective of a lowering, with the bytes that `collective_time_s` takes."""
+
+    collective: Collective
+    size_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweringCost:
+    """Collectives forward and backward, bytes moved besides the op's own, and bytes kept for the backward."""
+
+    forward: tuple[Exchange, ...] = ()
+    backward: tuple[Exchange, ...] = ()
+    forward_moved_bytes: float = 0.0
+    backward_moved_bytes: float = 0.0
+    saved_bytes: float = 0.0
+
+
+NOTHING = LoweringCost()
+
+
+def lowering_cost(
+    cls: BlockClass, op: Op, strategy: Strategy, size: int, whole: Callable[[str], LocalTensor]
+) -> LoweringCost:
+    """What `strategy.lowering` adds to an op on an axis of `size` ranks; `whole` gives a tensor at the true rows."""
+    match strategy.lowering:
+        case Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
+            logits, target = whole(op.operands[0]), whole(op.operands[1])
+            rows_bytes = target.numel * max(_STATISTICS_BYTES, logits.element_bytes)
+            # The rows' maxima; then their sums of exponentials and their targets' logits.
+            return LoweringCost(forward=(_all_reduce(rows_bytes), _all_reduce(2 * rows_bytes)))
+        case Lowering.SUM_OVER_COUNT:
+            return LoweringCost(forward=(_all_reduce(_COUNT_BYTES),))
+        case Lowering.SYNC_BATCH_NORM:
+            x = whole(op.operands[0])
+            moments = 2 * cls.tensor[op.operands[0]].shape[1] * max(_STATISTICS_BYTES, x.element_bytes)
+            gathered = Exchange(collective=Collective.ALL_GATHER, size_bytes=moments * size)
+            backward = (_all_reduce(moments),) if x.requires_grad else ()
+            moved = 2 * x.size_bytes / size if x.requires_grad else 0.0  # the input's gradient in two steps
+            return LoweringCost(forward=(gathered,), backward=backward, backward_moved_bytes=moved)
+        case Lowering.CHANNEL_STATISTICS:
+            statistics = sum(whole(name).size_bytes for name in op.operands[-2:])
+            return LoweringCost(forward=(Exchange(collective=Collective.ALL_GATHER, size_bytes=statistics),))
+        case Lowering.SPATIAL_HALO:
+            return _halo_cost(halo_of(op, strategy, cls.tensor, size), cls, op, whole(op.operands[0]), size)
+    return NOTHING
+
+
+def _all_reduce(size_bytes: float) -> Exchange:
+    return Exchange(collective=Collective.ALL_REDUCE, size_bytes=size_bytes)
+
+
+def _halo_cost(halo: Halo, cls: BlockClass, op: Op, x: LocalTensor, size: int) -> LoweringCost:
+    """The borders are sent, and put around a copy of the part, which the op keeps in the part's place."""
+    borders = halo.before + halo.after
+    position_bytes = x.size_bytes / cls.tensor[op.operands[0]].shape[halo.dim]
+    copied = x.size_bytes / size + borders * position_bytes
+    sent = (Exchange(collective=Collective.NEIGHBOUR_EXCHANGE, size_bytes=borders * position_bytes),)
+    return LoweringCost(
+        forward=sent, backward=sent if x.requires_grad else (), forward_moved_bytes=2 * copied,
+        backward_moved_bytes=2 * copied if x.requires_grad else 0.0,
+        saved_bytes=copied if op.operands[0] in op.saved else 0.0,
+    )
