@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autopar.errors import InputError
 from autopar.files import write_text
+from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
@@ -92,6 +93,20 @@ class _Baseline(_Record):
     summary: str = ""
 
 
+class _TargetShare(_Record):
+    target: str
+    time_share: Annotated[float, Field(ge=0, le=1)]
+
+
+class _Coverage(_Record):
+    num_ops: Index
+    num_ruled: Index
+    tp: Count = 1
+    num_repeated: Index = 0
+    without_rule: tuple[_TargetShare, ...] = ()
+    repeated: tuple[_TargetShare, ...] = ()
+
+
 class _PlanFile(_Record):
     format: Literal["autopar-plan"]
     version: Literal[1]
@@ -116,6 +131,7 @@ class _PlanFile(_Record):
     baselines: tuple[_Baseline, ...] = ()
     notes: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    coverage: _Coverage | None = None
 
 
 def _checked_states(states: tuple[str, ...]) -> tuple[str, ...]:
@@ -139,7 +155,7 @@ def plan_to_json(plan: Plan) -> str:
             _Baseline(name=b.name, step_time_s=b.step_time_s, feasible=b.feasible, summary=b.summary)
             for b in plan.baselines
         ),
-        notes=plan.notes, blocks=plan.blocks,
+        notes=plan.notes, blocks=plan.blocks, coverage=_coverage_record(plan.coverage),
     )
     return record.model_dump_json(indent=1) + "\n"
 
@@ -235,8 +251,29 @@ def _certificate_record(certificate: Certificate | None) -> _Certificate | None:
     )
 
 
+def _coverage_record(coverage: Coverage | None) -> _Coverage | None:
+    if coverage is None:
+        return None
+    return _Coverage(
+        num_ops=coverage.num_ops, num_ruled=coverage.num_ruled, tp=coverage.tp, num_repeated=coverage.num_repeated,
+        without_rule=_share_records(coverage.without_rule), repeated=_share_records(coverage.repeated),
+    )
+
+
+def _share_records(shares: tuple[TargetShare, ...]) -> tuple[_TargetShare, ...]:
+    return tuple(_TargetShare(target=found.target, time_share=found.time_share) for found in shares)
+
+
+def _coverage(record: _Coverage) -> Coverage:
+    without_rule, repeated = (
+        tuple(TargetShare(found.target, found.time_share) for found in shares)
+        for shares in (record.without_rule, record.repeated)
+    )
+    return Coverage(**{**dict(record), "without_rule": without_rule, "repeated": repeated})
+
+
 def _plan(record: _PlanFile) -> Plan:
-    shared = ("format", "version", "stages", "shardings", "certificate", "baselines")
+    shared = ("format", "version", "stages", "shardings", "certificate", "baselines", "coverage")
     plain = {name: getattr(record, name) for name in _PlanFile.model_fields if name not in shared}
     certificate = record.certificate
     return Plan(
@@ -264,4 +301,5 @@ def _plan(record: _PlanFile) -> Plan:
         ),
         certificate=None if certificate is None else Certificate(**dict(certificate)),
         baselines=tuple(Baseline(**dict(baseline)) for baseline in record.baselines),
+        coverage=None if record.coverage is None else _coverage(record.coverage),
     )

@@ -12,6 +12,7 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 
+from autopar.plan.coverage import Coverage
 from autopar.sharding.strategy import ClassSharding
 
 
@@ -194,6 +195,7 @@ class Plan:
     baselines: tuple[Baseline, ...] = ()
     notes: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    coverage: Coverage | None = None
 
     @cached_property
     def sharding(self) -> dict[str, ClassSharding]:

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from autopar.plan.coverage import Coverage, TargetShare, coverage_line
 from autopar.plan.plan import Certificate, Mesh, Plan, Stage
 
 GIB = 2.0**30
@@ -25,6 +26,8 @@ def plan_table(plan: Plan, report: Report | None = None) -> Group:
         parts.append(Text(certificate_line(plan.certificate)))
         if plan.certificate.not_searched:
             parts.append(Text("not searched: " + "; ".join(plan.certificate.not_searched), style="dim"))
+    if plan.coverage is not None:
+        parts.append(Text(coverage_line(plan.coverage)))
     if plan.baselines:
         parts.append(_baselines_table(plan))
     parts.extend(Text(f"note: {note}", style="dim") for note in plan.notes)
@@ -209,5 +212,17 @@ def plan_json(plan: Plan, report: Report) -> dict[str, Any]:
             {"name": b.name, "step_time_s": b.step_time_s, "feasible": b.feasible, "summary": b.summary}
             for b in plan.baselines
         ],
+        "coverage": _coverage_json(plan.coverage) if plan.coverage is not None else None,
         "notes": list(plan.notes),
+    }
+
+
+def _coverage_json(coverage: Coverage) -> dict[str, Any]:
+    def shares(found: tuple[TargetShare, ...]) -> list[dict[str, Any]]:
+        return [{"target": item.target, "time_share": item.time_share} for item in found]
+
+    return {
+        "num_ops": coverage.num_ops, "num_ruled": coverage.num_ruled, "without_rule": shares(coverage.without_rule),
+        "tp": coverage.tp, "num_repeated": coverage.num_repeated, "repeated_time_share": coverage.repeated_share,
+        "repeated": shares(coverage.repeated),
     }

@@ -14,6 +14,7 @@ from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
 from autopar.search.best_first import Engine, Outcome, Progress
 from autopar.search.candidates import PlanRequest, candidates
+from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.need import smallest_need
 
@@ -72,7 +73,7 @@ def find_plan(
     )
     plan = engine.plan(best.candidate, best.cuts)
     plan = replace(
-        plan, certificate=certificate, baselines=baselines,
+        plan, certificate=certificate, baselines=baselines, coverage=plan_coverage(graph, cluster, plan),
         stages=tuple(
             replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
             for stage, peak, limit in zip(plan.stages, best.peak_bytes, best.limit_bytes, strict=True)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopar.errors import InputError
+from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage
 from autopar.plan.text import plan_json, plan_text, ranges, seconds
@@ -30,6 +31,10 @@ PLAN = Plan(
     baselines=(Baseline(name="ddp", step_time_s=None, feasible=False, summary="does not fit in memory"),
                Baseline(name="fsdp", step_time_s=1.2, feasible=True, summary="zero 3")),
     notes=("a note",), blocks=("prologue", "layers.0", "epilogue"),
+    coverage=Coverage(
+        num_ops=9, num_ruled=8, tp=2, num_repeated=2, without_rule=(TargetShare("my.op.default", 0.125),),
+        repeated=(TargetShare("aten.add.Tensor", 0.0625), TargetShare("aten.mul.Tensor", 0.03125)),
+    ),
 )
 TEXT = plan_to_json(PLAN)
 
@@ -101,7 +106,7 @@ REPORT = {
 def test_the_printed_plan_names_its_parts() -> None:
     for text in (str(PLAN), plan_text(PLAN, REPORT)):
         for part in ("prologue .. layers.0 (2)", "epilogue", "dp_shard 2", "2.8 / 14.9", "gap 10.0%", "chance",
-                     "does not fit in memory", "1.09x", "a note"):
+                     "does not fit in memory", "1.09x", "a note", "sharding rules: 8 of 9 ops", "my.op.default 12.5%"):
             assert part in text
     assert "MFU 40.0%" in plan_text(PLAN, REPORT)
     assert "2.0 / -" in plan_text(PLAN, REPORT)
@@ -117,6 +122,9 @@ def test_json_keys() -> None:
     assert (value["lower_bound_s"], value["step_time_s"]) == (1.0, 1.1)
     assert value["gap"] == pytest.approx(0.1)
     assert [b["name"] for b in value["baselines"]] == ["ddp", "fsdp"]
+    assert value["coverage"]["without_rule"] == [{"target": "my.op.default", "time_share": 0.125}]
+    assert value["coverage"]["repeated_time_share"] == 0.09375
+    assert plan_json(dataclasses.replace(PLAN, coverage=None), REPORT)["coverage"] is None
 
 
 def test_small_words() -> None:
