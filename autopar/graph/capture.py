@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
+from autopar.graph.python_random import refusing_python_draws
 from autopar.graph.record import BlockCall, Recording, record
 from autopar.graph.trace import trace_block, trace_outer
 
@@ -72,7 +73,7 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
             def loss(*tensors: Tensor) -> Tensor:
                 return _loss(model, batch.fill(list(tensors)), loss_fn)
 
-            with traced_under(mode):
+            with traced_under(mode), refusing_python_draws(type(model).__name__):
                 recording = record(lambda: _check_trains(model, loss(*fakes)), model, candidates)
             outer = trace_outer(model, loss, fakes, recording)
             programs = {key: build.program(call) for key, call in recording.first.items()}
@@ -85,7 +86,7 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
         inputs=tuple(_info(key, fake) for key, fake in zip(batch.names, fakes, strict=True)),
         params=params,
         buffers=(), aliases=build.aliases, classes=chain.classes, blocks=chain.blocks, shared=chain.shared,
-        loss=chain.loss, notes=tuple(notes),
+        loss=chain.loss, settings=batch.settings, notes=tuple(notes),
     )
     return _finish(graph, build.constant_values)
 
@@ -106,7 +107,23 @@ def _finish(graph: ModelGraph, values: dict[str, Tensor]) -> Captured:
         shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
         notes = (*notes, f"{len(unread)} parameters do not reach the loss: {shown}")
     buffers = tuple(_info(name, values[name]) for name in used)
+    if graph.rows_are_tagged:
+        _check_constants(graph, buffers)
     return Captured(graph=replace(graph, buffers=buffers, notes=notes), constants={name: values[name] for name in used})
+
+
+def _check_constants(graph: ModelGraph, buffers: Iterable[TensorInfo]) -> None:
+    """CaptureError for a constant with the batch's rows: it could not follow another number of them."""
+    made = {info.name for info in buffers if info.name.startswith("_constants.") and graph.rows in info.shape}
+    for block in (graph.shared, *graph.blocks):
+        cls = graph.block_class[block.cls]
+        local = {name for name, known in zip(cls.buffers, block.buffers, strict=True) if known in made}
+        reader = next((op for op in cls.ops if not local.isdisjoint(op.operands)), None)
+        if reader is not None:
+            place = f" ({reader.source})" if reader.source else ""
+            raise CaptureError(f"{graph.name}: {block.name}{place} reads a tensor that the forward makes of Python or "
+                               "numpy values, with a row for each of the batch's; make it with torch, or pass it in "
+                               "the batch")
 
 
 class _Batch:
@@ -126,6 +143,7 @@ class _Batch:
                 raise InputError(f"example_batch[{key!r}] is a {type(value).__name__}; give tensors")
         self.tensors = {key: value for key, value in items if isinstance(value, Tensor)}
         self.names = tuple(self.tensors)
+        self.settings = tuple((key, repr(value)) for key, value in items if not isinstance(value, Tensor))
         sizes = Counter(tensor.shape[0] for tensor in self.tensors.values() if tensor.dim() > 0)
         if not sizes:
             raise InputError("example_batch has no tensor with a batch dim")

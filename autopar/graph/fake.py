@@ -118,15 +118,33 @@ def faked(model: nn.Module, mode: FakeTensorMode, float_dtype: torch.dtype | Non
 
 @contextlib.contextmanager
 def values_not_needed() -> Iterator[None]:
-    """While inside, under a fake mode, weight initialization does not ask for values (trunc_normal_ resamples)."""
+    """While inside, under a fake mode, building a model does not ask fake tensors for values.
+
+    `trunc_normal_`, which resamples, is left out. `torch.linspace` on the CPU gives real numbers: models read the rate
+    of each layer from it.
+    """
     from torch.nn import init
 
-    original = getattr(init, "_no_grad_trunc_normal_", None)
-    if original is None or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
         yield
         return
-    setattr(init, "_no_grad_trunc_normal_", lambda tensor, *args, **kwargs: tensor)  # noqa: B010
+    linspace = torch.linspace
+
+    def real_linspace(*args: Any, **kwargs: Any) -> Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type != "cpu":
+            return linspace(*args, **kwargs)
+        with outside_other_modes():
+            return linspace(*args, **kwargs)
+
+    replaced: list[tuple[Any, str, Any]] = [(torch, "linspace", real_linspace)]
+    if hasattr(init, "_no_grad_trunc_normal_"):
+        replaced.append((init, "_no_grad_trunc_normal_", lambda tensor, *args, **kwargs: tensor))
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
         yield
     finally:
-        setattr(init, "_no_grad_trunc_normal_", original)  # noqa: B010
+        for owner, name, value in originals:
+            setattr(owner, name, value)

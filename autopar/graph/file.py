@@ -23,6 +23,7 @@ def graph_to_json(graph: ModelGraph) -> str:
         "classes": [_class_out(cls) for cls in graph.classes],
         "blocks": [_block_out(block) for block in graph.blocks],
         "shared": _block_out(graph.shared), "loss": graph.loss, "notes": list(graph.notes),
+        "settings": [list(pair) for pair in graph.settings],
     })
 
 
@@ -44,6 +45,7 @@ def graph_from_json(text: str, source: str = "model graph") -> ModelGraph:
             classes=tuple(_class_in(cls) for cls in data["classes"]),
             blocks=tuple(_block_in(block) for block in data["blocks"]), shared=_block_in(data["shared"]),
             loss=data["loss"], notes=tuple(data["notes"]),
+            settings=tuple((name, value) for name, value in data.get("settings", [])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{source}: damaged model graph ({type(error).__name__}: {error})") from error

@@ -130,7 +130,8 @@ class ModelGraph:
     no size of the model, so that a tensor depends on the batch exactly if `rows` divides its number of elements:
     `bytes_at` and `scale` then give sizes at any other number of rows.
 
-    `inputs` are the batch's tensors, by keyword ("input_ids") or position ("0"). `shared` is a block of parameter-free
+    `inputs` are the batch's tensors, by keyword ("input_ids") or position ("0"); `settings` its other values, as
+    Python writes them ("return_loss", "True"): the graph is what the model does with these. `shared` is a block of parameter-free
     ops without gradient (masks, positions) that depend on the inputs alone: each stage computes what it needs of it.
     `aliases` maps the other names of tied parameters to the one in `params`. `loss` is the global name of the scalar.
     """
@@ -146,6 +147,7 @@ class ModelGraph:
     blocks: tuple[Block, ...]
     shared: Block
     loss: str
+    settings: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()  # what capture had to assume or could not fold, for reports
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +16,27 @@ from autopar.plan.plan import Plan
 class BatchReader:
     """Checks a global batch and gives a replica its micro-batches.
 
-    A tensor has the batch in its first dim if the captured one had the micro-batch's rows there; another tensor goes
+    Values that are no tensors may be left out; they must be those of the capture. A tensor has the batch in its first dim if the captured one had the micro-batch's rows there; another tensor goes
     whole to every replica. Replica d's micro-batch i gets the rows from (d * num_micro_batches + i) * micro_batch on.
     """
 
     def __init__(self, graph: ModelGraph, plan: Plan) -> None:
-        self.inputs, self.plan, self.rows = graph.inputs, plan, graph.rows
+        self.inputs, self.settings, self.plan, self.rows = graph.inputs, dict(graph.settings), plan, graph.rows
 
     def micro_batches(
-        self, batch: Mapping[str, Tensor] | Sequence[Tensor], data_rank: int, device: torch.device
+        self, batch: Mapping[str, Any] | Sequence[Any], data_rank: int, device: torch.device
     ) -> list[dict[str, Tensor]]:
         """One dict of local tensors for each micro-batch of a replica; InputError for a batch of another form."""
         named = dict(batch) if isinstance(batch, Mapping) else {str(i): value for i, value in enumerate(batch)}
         expected = [info.name for info in self.inputs]
         if missing := [name for name in expected if name not in named]:
             raise InputError(f"the batch has no {missing[0]!r}; the model was captured with {', '.join(expected)}")
-        if unknown := sorted(set(named) - set(expected)):
+        if unknown := sorted(set(named) - set(expected) - set(self.settings)):
             raise InputError(f"the batch has {unknown[0]!r}; the model was captured with {', '.join(expected)}")
+        for name in sorted(named.keys() & self.settings.keys()):
+            given = "a tensor" if isinstance(named[name], Tensor) else repr(named[name])
+            if given != self.settings[name]:
+                raise InputError(f"the batch has {given} as {name!r}; the model was captured with {self.settings[name]}")
         found: list[dict[str, Tensor]] = [{} for _ in range(self.plan.num_micro_batches)]
         for info in self.inputs:
             value = self._in_dtype(info, named[info.name])

@@ -36,7 +36,7 @@ from autopar.simulate.schedules import Action, schedule_actions
 log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Batch = Mapping[str, Tensor] | Sequence[Tensor]
+Batch = Mapping[str, Any] | Sequence[Any]  # tensors, and the plain values that the model was captured with
 
 
 class Trainer:

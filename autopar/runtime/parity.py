@@ -19,7 +19,7 @@ from autopar.runtime.local import LocalPool
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1}  # a sum of bfloat16 rounds at every term
 
-ModelFactory = Callable[[], tuple[nn.Module, Mapping[str, Tensor], Any]]
+ModelFactory = Callable[[], tuple[nn.Module, Mapping[str, Any], Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ def report(plan: Plan, dtype: str, results: list[Numbers], expected: Numbers) ->
     )
 
 
-def _make(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapping[str, Tensor], Any]:
+def _make(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapping[str, Any], Any]:
     torch.manual_seed(seed)
     model, batch, loss_fn = factory()
     wanted = getattr(torch, dtype)
@@ -153,7 +153,10 @@ def _make(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapp
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(wanted)
-        batch = {name: value.to(wanted) if value.is_floating_point() else value for name, value in batch.items()}
+        batch = {
+            name: value.to(wanted) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in batch.items()
+        }
     return model, batch, loss_fn
 
 
@@ -163,6 +166,8 @@ class _Widened(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.empty_strided:  # how torch copies a tensor's metadata while it traces
+            return func(*args, **(kwargs or {}))
         func = Tensor.double if func is Tensor.float else func
 
         def widen(value: Any) -> Any:
@@ -184,17 +189,18 @@ def capture_for(factory: ModelFactory, dtype: str, *, seed: int = 0) -> Captured
     return _capture(*_make(factory, dtype, seed), dtype)
 
 
-def _capture(model: nn.Module, example: Mapping[str, Tensor], loss_fn: Any, dtype: str) -> Captured:
+def _capture(model: nn.Module, example: Mapping[str, Any], loss_fn: Any, dtype: str) -> Captured:
     with precision(dtype):
         return capture(model, dict(example), loss_fn=loss_fn, tag_rows=True)
 
 
-def make_batch(example: Mapping[str, Tensor], rows: int, step: int) -> dict[str, Tensor]:
+def make_batch(example: Mapping[str, Any], rows: int, step: int) -> dict[str, Any]:
     """A global batch of `rows` rows made of the example's rows, other ones at each step."""
-    size = max(tensor.shape[0] for tensor in example.values() if tensor.dim())
+    size = max(value.shape[0] for value in example.values() if isinstance(value, Tensor) and value.dim())
     index = (torch.arange(rows) + step) % size
     return {
-        name: tensor[index] if tensor.dim() and tensor.shape[0] == size else tensor for name, tensor in example.items()
+        name: value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+        for name, value in example.items()
     }
 
 

@@ -38,10 +38,13 @@ def bias_operand(op: Op) -> int:
 def local_op(op: Op, strategy: Strategy, tensors: Mapping[str, TensorInfo], size: int) -> Op:
     """The op to call on one rank's operands. `tensors` has the whole shapes; names, operands and outputs stay.
 
-    Views become reshapes (a shard need not be contiguous), a squeeze becomes a reshape (a dim may get size 1), and the
-    literal sizes of expand, slice, split, repeat, grouped convolutions and group norms follow the local shapes. Every
-    other op, and every op that no factor splits, is returned unchanged. What a special lowering does is its own matter.
+    Views become reshapes (a shard need not be contiguous, nor what was put together from shards), a squeeze becomes a
+    reshape (a dim may get size 1), and the literal sizes of expand, slice, split, pad, roll, repeat, grouped
+    convolutions and group norms follow the local shapes. Every other op is returned unchanged where no factor splits
+    it. What a special lowering does is its own matter.
     """
+    if op.target == "aten.view.default":
+        op = replace(op, target="aten.reshape.default")
     if not any(state.kind is Kind.SHARDED for state in (*strategy.inputs, *strategy.outputs)):
         return op
     rewrite = _REWRITES.get(_packet(op))
@@ -114,8 +117,31 @@ def _slice(local: _Local) -> Op:
     dim = normal_dim(call.number("dim", 0), len(local.shape))
     if not local.shards(dim):
         return local.op
+    if call.number("step", 1) != 1:
+        start, _ = slice_range(local.shape[dim], call.number("start", 0), 0)
+        return local.with_args(start=start, end=local.operands[0][dim])
     start, end = slice_range(local.shape[dim], call.number("start", 0), call.output_shape()[dim])
     return local.with_args(start=start // local.size, end=end // local.size)
+
+
+def _slice_scatter(local: _Local) -> Op:
+    call = local.call
+    dim = normal_dim(call.number("dim", 0), len(local.shape))
+    if not local.shards(dim):
+        return local.op
+    start, end = slice_range(local.shape[dim], call.number("start", 0), call.operand_shapes()[1][dim])
+    return local.with_args(start=start // local.size, end=end // local.size)
+
+
+def _pad(local: _Local) -> Op:
+    divisor = [local.size if local.shards(dim) else 1 for dim in reversed(range(len(local.shape)))]
+    return local.with_args(pad=tuple(n // divisor[i // 2] for i, n in enumerate(local.call.ints("pad"))))
+
+
+def _roll(local: _Local) -> Op:
+    shifts, dims = local.call.ints("shifts"), local.call.ints("dims")
+    sharded = [local.shards(normal_dim(dim, len(local.shape))) for dim in dims]
+    return local.with_args(shifts=tuple(n // local.size if own else n for n, own in zip(shifts, sharded, strict=True)))
 
 
 def _narrow(local: _Local) -> Op:
@@ -201,7 +227,10 @@ _REWRITES: dict[str, Callable[[_Local], Op]] = {
     "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
     "slice": _slice,
+    "slice_scatter": _slice_scatter,
     "narrow": _narrow,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    "roll": _roll,
     **dict.fromkeys(
         ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), _split
     ),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -259,3 +262,37 @@ def test_bad_options() -> None:
 def test_capture_errors_are_input_errors() -> None:
     assert issubclass(CaptureError, InputError)
     assert "llama-3.1-405b" in preset_names()
+
+
+class Drawing(nn.Module):
+    """Multiplies by a number that is not drawn by torch, or by numbers of Python's, one for each row."""
+
+    def __init__(self, draw: Callable[[torch.Tensor], object]):
+        super().__init__()
+        self.linear, self.draw = nn.Linear(8, 8), draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) * self.draw(x)).mean()
+
+
+@pytest.mark.parametrize(("draw", "word"), [
+    (lambda x: random.random(), "draws numbers with random,"),
+    (lambda x: np.random.rand(), "draws numbers with numpy.random,"),
+])
+def test_random_numbers_outside_torch_are_refused(draw: Callable[[torch.Tensor], object], word: str) -> None:
+    with pytest.raises(CaptureError, match=word):
+        capture(Drawing(draw), (torch.randn(3, 8),))
+
+
+def test_own_random_generators_and_torch_are_no_draws() -> None:
+    capture(Drawing(lambda x: random.Random(0).random() * torch.rand(())), (torch.randn(3, 8),))
+
+
+def test_a_constant_with_the_batchs_rows_is_refused_where_rows_may_change() -> None:
+    def of_rows(x: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[float(i)] for i in range(x.shape[0])])
+
+    with pytest.raises(CaptureError, match=r"test_capture_errors.*with a row for each of the batch's"):
+        capture(Drawing(of_rows), (torch.randn(3, 8),), tag_rows=True)
+    captured = capture(Drawing(of_rows), (torch.randn(3, 8),))
+    assert [tuple(value.shape) for value in captured.constants.values()] == [(3, 1)]

@@ -13,6 +13,10 @@ from autopar.graph.fingerprint import model_fingerprint
 
 
 def test_round_trip() -> None:
+    model, batch = models.gpt2()
+    graph = capture(model, {**batch, "return_dict": True}).graph
+    assert graph.settings == (("return_dict", "True"),)
+    assert graph_from_json(graph_to_json(graph)) == graph
     for model, batch in (models.gpt2(), models.resnet(), models.llama(attn_implementation="eager")):
         graph = capture(model, batch).graph
         assert graph_from_json(graph_to_json(graph)) == graph

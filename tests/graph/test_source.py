@@ -56,6 +56,14 @@ def test_config_file_and_folder(tmp_path: Path) -> None:
     assert module(**batch).loss.item() > 0
 
 
+def test_rates_of_layers_are_read_while_a_model_is_built(tmp_path: Path) -> None:
+    path = tmp_path / "convnext.json"
+    path.write_text(json.dumps({"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2,
+                                "image_size": 32, "drop_path_rate": 0.1, "num_labels": 3}))
+    graph = capture_source(load_source(str(path)))
+    assert any(op.target.startswith("aten.rand") for cls in graph.classes for op in cls.ops)
+
+
 def test_factory(tmp_path: Path) -> None:
     (tmp_path / "sizes.py").write_text("WIDTH = 8\n")
     path = tmp_path / "my_model.py"

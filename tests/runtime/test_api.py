@@ -84,13 +84,15 @@ def test_training_alone_in_bfloat16_keeps_float32_parameters() -> None:
 
 def test_batches_of_another_form_are_refused() -> None:
     module, batch, _ = runtime_models.llama()
-    trainer = autopar.parallelize(module, batch, sgd, device="cpu")
+    trainer = autopar.parallelize(module, {**batch, "return_dict": True}, sgd, device="cpu")
     ids, labels = batch["input_ids"], batch["labels"]
+    assert trainer.step(batch).item() > 0  # a setting may be left out
     for bad, message in (
         ({"input_ids": ids[:3], "labels": labels[:3]}, r"'input_ids' has shape \[3, 16\]; the plan takes \[8, 16\]"),
         ({"input_ids": ids[:, :8], "labels": labels}, r"has shape \[8, 8\]; the plan takes \[8, 16\]"),
         ({"input_ids": ids}, "the batch has no 'labels'"),
         ({**batch, "mask": ids}, "the batch has 'mask'"),
+        ({**batch, "return_dict": False}, "the batch has False as 'return_dict'; the model was captured with True"),
         ({"input_ids": ids.double(), "labels": labels}, "is float64; the model was captured with int64"),
     ):
         with pytest.raises(autopar.InputError, match=message) as caught:

@@ -75,6 +75,13 @@ def group_norm(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(pick.one_of(2, 6), 12, 3), pick.one_of(1, 2, 3, 6, 12), *affine))
 
 
+@sample("_weight_norm.default")
+def weight_norm(pick: Pick, target: str) -> Sample:
+    shape = [6, 4, 3]
+    dim = pick.one_of(0, 2)
+    return Sample(target, (pick.x(*shape), pick.x(*(n if d == dim else 1 for d, n in enumerate(shape))), dim))
+
+
 @sample("instance_norm.default")
 def instance_norm(pick: Pick, target: str) -> Sample:
     c = pick.one_of(4, 6)

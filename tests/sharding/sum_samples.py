@@ -193,12 +193,13 @@ def scatter_value(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6), 1, pick.ids(6, 4, 1), 1.0))
 
 
-@sample("index.Tensor")
+@sample("index.Tensor", draws=10)
 def index(pick: Pick, target: str) -> Sample:
     x = pick.x(4, 6, 12)
     indices = pick.one_of(
         [pick.ids(4, 6, 1), pick.ids(6, 1, 3)], [None, pick.ids(6, 12)], [pick.ids(4, 2, 6)],
         [None, None, pick.ids(12, 6, 2)], [pick.ids(4, 6), None, pick.ids(12, 6)],
+        [pick.ids(4, 2, 1), None, pick.ids(12, 3)], [None, pick.ids(6, 2), pick.ids(12, 2)],
     )  # fmt: skip
     return Sample(target, (x, indices))
 

@@ -219,15 +219,41 @@ def stack(pick: Pick, target: str) -> Sample:
     return Sample(target, ([pick.x(*shape) for _ in range(pick.one_of(1, 2, 6))], pick.one_of(0, 1, -1)))
 
 
-@sample("pad.default")
+@sample("slice_scatter.default", draws=10)
+def slice_scatter(pick: Pick, target: str) -> Sample:
+    dim, length, rest = pick.one_of((1, 6, (0, 6)), (1, 6, (6, 2**63 - 1)), (1, 4, (4, 8)), (1, 12, ()), (0, 2, (1, 3)),
+                                    (2, 3, (0, 6, 2)), (-2, 6, (-6,)))  # fmt: skip
+    shape = [4, 12, 6]
+    shape[dim] = length
+    return Sample(target, (pick.x(4, 12, 6), pick.x(*shape), dim, *rest))
+
+
+@sample("select_scatter.default")
+def select_scatter(pick: Pick, target: str) -> Sample:
+    shape = [4, 6, 3]
+    dim, index = pick.one_of((0, 1), (1, -1), (2, 0), (-1, 2))
+    del shape[dim]
+    return Sample(target, (pick.x(4, 6, 3), pick.x(*shape), dim, index))
+
+
+@sample("slice.Tensor", draws=8)
+def every_few(pick: Pick, target: str) -> Sample:
+    rest = pick.one_of((0, 12, 2), (1, 12, 2), (2, 2**63 - 1, 3), (1, 9, 2), (3, 12, 2), (0, 12, 5), (-11, 12, 3))
+    return Sample(target, (pick.x(2, 12, 3), 1, *rest))
+
+
+@sample("pad.default", draws=14)
 def pad(pick: Pick, target: str) -> Sample:
-    rest = pick.one_of(([0, 1],), ([1, 1, 0, 2],), ([0, 0, 2, 2],), ([1, 0], "constant", 3.0), ([1, 1], "replicate"))
-    return Sample(target, (pick.x(2, 4, 6), *rest))
+    rest = pick.one_of(
+        ([0, 1],), ([1, 1, 0, 2],), ([0, 0, 2, 2],), ([1, 0], "constant", 3.0), ([1, 1, 0, 0], "replicate"), ([6, 3],),
+        ([0, 12, 2, 0], "constant", 1.0), ([2, 2, -2, 0],), ([-3, 3],), ([2, 2, 2, 2], "reflect"), ([-6, 6],),
+    )  # fmt: skip
+    return Sample(target, (pick.x(1, 2, 4, 6), *rest))
 
 
 @sample("constant_pad_nd.default")
 def constant_pad(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(4, 6), [0, 1], pick.one_of(0, 2.0)))
+    return Sample(target, (pick.x(4, 6), pick.one_of([0, 1], [6, 0], [0, 0, 2, -2]), pick.one_of(0, 2.0)))
 
 
 @sample("flip.default")
@@ -235,9 +261,12 @@ def flip(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6, 3), pick.one_of([0], [1, 2])))
 
 
-@sample("roll.default")
+@sample("roll.default", draws=10)
 def roll(pick: Pick, target: str) -> Sample:
-    return Sample(target, (pick.x(4, 6, 3), *pick.one_of(([1], [0]), ([2, 1], [1, 2]), ([1],))))
+    rest = pick.one_of(
+        ([1], [0]), ([2, 1], [1, 2]), ([1],), ([-6], [1]), ([6, -3], [1, -1]), ([4, 2], [1, 1]), ([12], [1]), ([0], [1])
+    )
+    return Sample(target, (pick.x(4, 12, 3), *rest))
 
 
 @sample("tril.default", "triu.default")

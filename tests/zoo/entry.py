@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 ROWS, LENGTH, VOCABULARY = 4, 16, 96
 
-Built = tuple[nn.Module, dict[str, Tensor], Any]
+Built = tuple[nn.Module, dict[str, Any], Any]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -76,18 +76,18 @@ def scatter(call: Call) -> OpFactors:
 
 @rule("aten.index.Tensor", signature="self indices")
 def index(call: Call) -> OpFactors:
-    """Indices side by side put their own (broadcast) dims in the place of the dims they look up in."""
+    """The indices' own (broadcast) dims take the place of the dims looked up in; indices far apart put theirs first."""
     shape, given = call.shape("self"), call.args["indices"]
     assert isinstance(given, tuple)
     places = [dim for dim, item in enumerate(given) if isinstance(item, Ref)]
     infos = [call.tensors[item.name] for item in given if isinstance(item, Ref)]
     if any(info.dtype in ("bool", "uint8") for info in infos):
         return call.unsplit("a mask takes an unknown number of elements")
-    if places != list(range(places[0], places[-1] + 1)):
-        return call.unsplit("the indices are not side by side")
     dims = [call.factor(f"i{d}", size, _LOOKED_UP if d in places else "") for d, size in enumerate(shape)]
     own = call.factors("n", broadcast([info.shape for info in infos]))
-    out = (*dims[: places[0]], *own, *dims[places[-1] + 1 :])
+    first = places[0] if places == list(range(places[0], places[-1] + 1)) else 0
+    kept = [names for d, names in enumerate(dims) if d not in places]
+    out = (*kept[:first], *own, *kept[first:])
     indices = [aligned(info.shape, own) for info in infos]
     return call.build({"self": tuple(dims), "indices": indices}, (out,), linear=((0,),))
 

@@ -85,3 +85,12 @@ def batch_norm(call: Call) -> OpFactors:
 def native_batch_norm(call: Call) -> OpFactors:
     """Channels split, with the running statistics; the batch too where the stored statistics are used."""
     return _batch_norm(call, training=call.get("training", False) is True)
+
+
+@rule("aten._weight_norm", signature="v g dim")
+def weight_norm(call: Call) -> OpFactors:
+    """`g * v / |v|`, the norm taken over every dim but one; that one splits."""
+    v, g, kept = call.shape("v"), call.shape("g"), call.number("dim", 0)
+    dims = tuple(call.factor(f"i{d}", n, "" if d == kept else "a norm over the dim") for d, n in enumerate(v))
+    own = dims[-len(g) :] if g else ()
+    return call.build({"v": dims, "g": tuple(f if n != 1 else () for n, f in zip(g, own, strict=True))}, (dims,))

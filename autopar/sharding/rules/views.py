@@ -138,8 +138,9 @@ def slice_(call: Call) -> OpFactors:
     """A slice that starts and ends on block borders leaves the inside of the blocks free to split."""
     shape, out = call.shape("self"), call.output_shape()
     dim = normal_dim(call.number("dim", 0), len(shape))
-    if call.number("step", 1) != 1:
-        return _blocked_dim(call, dim, out, "the slice takes every few elements")
+    step = call.number("step", 1)
+    if step != 1:
+        return _every_few(call, dim, step, out)
     start, end = slice_range(shape[dim], call.number("start", 0), out[dim])
     if (start, end) == (0, shape[dim]):
         dims = call.factors("i", shape)
@@ -147,6 +148,43 @@ def slice_(call: Call) -> OpFactors:
     if start == end:
         return _blocked_dim(call, dim, out, "nothing of the dim is taken")
     return _cut(call, dim, (start, end), (end - start,))
+
+
+def _every_few(call: Call, dim: int, step: int, out: Shape) -> OpFactors:
+    """A slice that takes one position of every `step`: the dim is (pieces, step), and the pieces split."""
+    shape = call.shape("self")
+    start, _ = slice_range(shape[dim], call.number("start", 0), 0)
+    if shape[dim] % step or out[dim] * step != shape[dim] or start >= step:
+        return _blocked_dim(call, dim, out, "the slice takes every few elements, not as many of each part")
+    rest = [call.factor(f"i{d}", size) if d != dim else () for d, size in enumerate(shape)]
+    pieces, inside = call.factor("pieces", out[dim]), call.factor("step", step, _MANY_DIM)
+    before = (*rest[:dim], (*pieces, *inside), *rest[dim + 1 :])
+    return call.build({"self": before}, ((*rest[:dim], pieces, *rest[dim + 1 :]),), linear=_FIRST)
+
+
+@rule("aten.slice_scatter", signature="self src dim start end step")
+def slice_scatter(call: Call) -> OpFactors:
+    """A slice that is written to: as `slice_`, the inside of the blocks that both tensors are made of splits."""
+    shape, source = call.shape("self"), call.shape("src")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    start, end = slice_range(shape[dim], call.number("start", 0), source[dim])
+    rest = [call.factor(f"i{d}", size) if d != dim else () for d, size in enumerate(shape)]
+    if call.number("step", 1) == 1 and shape[dim] and source[dim]:
+        length, whole, inner = _parts(call, shape[dim], (start, end), "c")
+        written = (*call.factor("s", source[dim] // length, _MANY_DIM), *inner)
+    else:
+        whole, written = call.factor("i", shape[dim], _MANY_DIM), call.factor("s", source[dim], _MANY_DIM)
+    dims, own = (*rest[:dim], whole, *rest[dim + 1 :]), (*rest[:dim], written, *rest[dim + 1 :])
+    return call.build({"self": dims, "src": own}, (dims,), linear=((0, 1),))
+
+
+@rule("aten.select_scatter", signature="self src dim index")
+def select_scatter(call: Call) -> OpFactors:
+    shape = call.shape("self")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims = [call.factor(f"i{d}", size, _MANY_DIM if d == dim else "") for d, size in enumerate(shape)]
+    own = (*dims[:dim], *dims[dim + 1 :])
+    return call.build({"self": tuple(dims), "src": own}, (tuple(dims),), linear=((0, 1),))
 
 
 @rule("aten.narrow", signature="self dim start length")
@@ -221,34 +259,63 @@ def stack(call: Call) -> OpFactors:
     return call.build({"tensors": [dims] * len(shapes)}, (out,), linear=(tuple(range(len(shapes))),))
 
 
+def _pad_amounts(call: Call, rank: int) -> list[tuple[int, int]]:
+    """How much a pad adds before and after each dim; the op lists the last dim first."""
+    amounts = call.ints("pad")
+    pairs = [(amounts[i], amounts[i + 1]) for i in range(0, len(amounts) - 1, 2)]
+    return [*([(0, 0)] * (rank - len(pairs))), *reversed(pairs)]
+
+
 @rule("aten.pad", "aten.constant_pad_nd", signature="self pad mode value")
 def pad(call: Call) -> OpFactors:
-    """Dims that are not padded split; zeros added to a partial value keep it partial."""
+    """Dims that are not padded split; a constant is added in blocks, whose inside splits.
+
+    Zeros added to a partial value keep it partial.
+    """
     shape, out = call.shape("self"), call.output_shape()
-    before = call.ints("pad")
-    touched = {len(shape) - 1 - i // 2 for i, amount in enumerate(before) if amount}
+    plain = call.op.target.startswith("aten.constant_pad_nd")
+    is_constant = plain or call.get("mode", "constant") == "constant"
     inside, outside = [], []
-    for dim, size in enumerate(shape):
-        if dim in touched:
-            inside.append(call.factor(f"i{dim}", size, "the dim is padded"))
-            outside.append(call.factor(f"o{dim}", out[dim], "the dim is padded"))
-        else:
+    for dim, (size, (before, after)) in enumerate(zip(shape, _pad_amounts(call, len(shape)), strict=True)):
+        if not before and not after:
             inside.append(call.factor(f"i{dim}", size))
             outside.append(inside[-1])
-    is_constant = call.op.target.startswith("aten.constant_pad_nd") or call.get("mode", "constant") == "constant"
-    value = call.get("mode") if call.op.target.startswith("aten.constant_pad_nd") else call.get("value")
+            continue
+        length = math.gcd(size, before, after) if is_constant and size and out[dim] else 1
+        inner = call.factor(f"c{dim}", length)
+        inside.append((*call.factor(f"i{dim}", size // length, "the dim is padded"), *inner))
+        outside.append((*call.factor(f"o{dim}", out[dim] // length, "the dim is padded"), *inner))
+    value = call.get("mode") if plain else call.get("value")
     keeps_partial = not is_constant or value in (None, 0)
     return call.build({"self": tuple(inside)}, (tuple(outside),), linear=_FIRST if keeps_partial else ())
 
 
-@rule("aten.flip", "aten.roll", signature="self a b")
-def along_dims(call: Call) -> OpFactors:
+@rule("aten.flip", signature="self dims")
+def flip(call: Call) -> OpFactors:
     shape = call.shape("self")
-    name = "a" if call.op.target.startswith("aten.flip") else "b"
-    moved = {normal_dim(dim, len(shape)) for dim in call.ints(name)} or set(range(len(shape)))
+    moved = {normal_dim(dim, len(shape)) for dim in call.ints("dims")}
     reason = "elements move along the dim"
     dims = tuple(call.factor(f"i{d}", size, reason if d in moved else "") for d, size in enumerate(shape))
     return call.build({"self": dims}, (dims,), linear=_FIRST)
+
+
+@rule("aten.roll", signature="self shifts dims")
+def roll(call: Call) -> OpFactors:
+    """Each rolled dim is made of blocks that the shift moves as they are: their inside splits."""
+    shape = call.shape("self")
+    dims = [normal_dim(dim, len(shape)) for dim in call.ints("dims")]
+    reason = "elements move along the dim"
+    if not dims:
+        same = tuple(call.factors("i", shape, reason))
+        return call.build({"self": same}, (same,), linear=_FIRST)
+    factors: list[tuple[str, ...]] = []
+    for dim, size in enumerate(shape):
+        shifts = [shift for shift, at in zip(call.ints("shifts"), dims, strict=True) if at == dim]
+        length = math.gcd(size, *shifts)
+        moved = length and size != length
+        blocks = call.factor(f"m{dim}", size // length, reason) if moved else ()
+        factors.append((*blocks, *call.factor(f"i{dim}", length if moved else size)))
+    return call.build({"self": tuple(factors)}, (tuple(factors),), linear=_FIRST)
 
 
 @rule("aten.tril", "aten.triu", "aten.tril_", "aten.triu_", signature="self diagonal")
