@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 DATA_DEPENDENT_ERRORS = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
@@ -116,6 +117,20 @@ def faked(model: nn.Module, mode: FakeTensorMode, float_dtype: torch.dtype | Non
         state.restore()
 
 
+class _RealTensor(Tensor):
+    """A tensor that keeps its values under a fake mode, and so do tensors made from it alone."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run: Any = super().__torch_function__
+        if any(is_fake(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+            return run(func, types, args, kwargs)
+        with outside_other_modes():
+            return run(func, types, args, kwargs)
+
+
 @contextlib.contextmanager
 def values_not_needed() -> Iterator[None]:
     """While inside, under a fake mode, building a model does not ask fake tensors for values.
@@ -135,7 +150,7 @@ def values_not_needed() -> Iterator[None]:
         if device is not None and torch.device(device).type != "cpu":
             return linspace(*args, **kwargs)
         with outside_other_modes():
-            return linspace(*args, **kwargs)
+            return linspace(*args, **kwargs).as_subclass(_RealTensor)
 
     replaced: list[tuple[Any, str, Any]] = [(torch, "linspace", real_linspace)]
     if hasattr(init, "_no_grad_trunc_normal_"):

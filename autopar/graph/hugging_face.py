@@ -26,6 +26,11 @@ def _pretrained(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, base)]
 
 
+def attention_of(model_class: Any, wanted: str) -> str:
+    """The attention implementation to build the class with: "eager" where it has none through PyTorch's fused op."""
+    return "eager" if wanted == "sdpa" and not getattr(model_class, "_supports_sdpa", False) else wanted
+
+
 @contextlib.contextmanager
 def traceable(model: nn.Module) -> Iterator[list[str]]:
     """While inside, Hugging Face modules in `model` trace well. Yields notes of what was changed; all is put back."""

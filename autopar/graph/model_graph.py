@@ -131,9 +131,10 @@ class ModelGraph:
     `bytes_at` and `scale` then give sizes at any other number of rows.
 
     `inputs` are the batch's tensors, by keyword ("input_ids") or position ("0"); `settings` its other values, as
-    Python writes them ("return_loss", "True"): the graph is what the model does with these. `shared` is a block of parameter-free
-    ops without gradient (masks, positions) that depend on the inputs alone: each stage computes what it needs of it.
-    `aliases` maps the other names of tied parameters to the one in `params`. `loss` is the global name of the scalar.
+    Python writes them ("return_loss", "True"): the graph is what the model does with these. `shared` is a block of
+    parameter-free ops without gradient (masks, positions) that depend on the inputs alone: each stage computes what it
+    needs of it. `aliases` maps the other names of tied parameters to the one in `params`. `loss` is the global name of
+    the scalar.
     """
 
     name: str

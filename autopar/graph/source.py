@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import logging
 import sys
@@ -23,12 +24,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autopar.errors import AutoparError, InputError
 from autopar.graph.capture import LossFn, capture
 from autopar.graph.fake import values_not_needed
+from autopar.graph.hugging_face import attention_of
 from autopar.graph.model_graph import ModelGraph
 
 Built = tuple[nn.Module, dict[str, Any] | tuple[Any, ...], LossFn | None]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ROWS = 2
 _MAX_DEFAULT_SEQ_LEN = 2048
+_SAMPLES = 160_000  # ten seconds of sound at 16 kHz
+_BOTH_WAYS = ("bert", "roberta", "deberta-v2", "electra", "xlm-roberta")  # some have a causal class besides
+_PADDED_POSITIONS = ("roberta", "xlm-roberta")  # positions are counted from behind the padding token's id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +136,11 @@ def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype:
         try:
             config = transformers.AutoConfig.for_model(model_type, **values)
             config.use_cache = False
-            options: dict[str, Any] = {"attn_implementation": attention, "dtype": _DTYPES[dtype]}
+            model_class = _model_class(transformers, config)
+            options: dict[str, Any] = {"dtype": _DTYPES[dtype],
+                                       "attn_implementation": attention_of(model_class, attention)}
             if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
                 options["experts_implementation"] = "grouped_mm"
-            model_class = _model_class(transformers, config)
             with values_not_needed():
                 model = model_class._from_config(config, **options)
             batch = _example_batch(spec, model, config, seq_len)
@@ -154,40 +160,70 @@ def _one_line(error: BaseException) -> str:
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
-    """The class that computes a training loss for this config: its architecture's, or the causal language model."""
+    """The class that computes a training loss for this config: its architecture's, or the usual one of its kind."""
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
-        if found is not None and "labels" in found.forward.__code__.co_varnames:
+        if found is not None and not {"labels", "return_loss"}.isdisjoint(_arguments(found)):
             return found
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageClassification,
-                 transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM):
-        if config.model_type in ("bert", "roberta") and auto is transformers.AutoModelForCausalLM:
-            continue
+    if getattr(config, "is_encoder_decoder", False):
+        kinds = ["Seq2SeqLM", "SpeechSeq2Seq"]
+    elif config.model_type in _BOTH_WAYS:
+        kinds = ["MaskedLM"]
+    elif config.model_type == "clip":  # its classifier of images is one tower alone
+        kinds = ["ZeroShotImageClassification"]
+    else:
+        kinds = ["CausalLM", "ImageClassification", "MaskedLM", "AudioClassification", "ZeroShotImageClassification"]
+    for kind in kinds:
+        auto = getattr(transformers, f"AutoModelFor{kind}")
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     raise InputError(f"no model with a training loss is known for model_type {config.model_type!r}; "
                      "write a factory and pass file.py:factory")
 
 
-def _example_batch(spec: str, model: nn.Module, config: Any, seq_len: int | None) -> dict[str, Tensor]:
-    """Two rows of random ids or pixels and labels, from a fixed seed."""
+def _arguments(model_class: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def _example_batch(spec: str, model: nn.Module, config: Any, seq_len: int | None) -> dict[str, Any]:
+    """Two rows of random ids, pixels or sounds, with labels, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.randn((_ROWS, config.num_channels, height, width), generator=generator),
-                "labels": torch.randint(0, config.num_labels, (_ROWS,), generator=generator)}
-    longest = next((value for key in ("max_position_embeddings", "n_positions", "n_ctx")
+    if "return_loss" in _arguments(type(model)) and hasattr(config, "vision_config"):
+        ids = _ids(spec, config.text_config, seq_len, generator)
+        return {"input_ids": ids, "pixel_values": _pixels(config.vision_config, generator), "return_loss": True}
+    classes = {"labels": torch.randint(0, config.num_labels, (_ROWS,), generator=generator)}
+    match model.main_input_name:
+        case "pixel_values":
+            return {"pixel_values": _pixels(config, generator), **classes}
+        case "input_values":
+            samples = seq_len or _SAMPLES
+            return {"input_values": torch.randn((_ROWS, samples), generator=generator), **classes}
+        case "input_features" if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+            frames = (_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
+            return {"input_features": torch.randn(frames, generator=generator),
+                    "labels": _ids(spec, config, seq_len, generator)}
+    batch = {"input_ids": _ids(spec, config, seq_len, generator)}
+    if getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = _ids(spec, config, seq_len, generator)
+    batch["labels"] = _ids(spec, config, seq_len, generator)
+    return batch
+
+
+def _pixels(config: Any, generator: torch.Generator) -> Tensor:
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn((_ROWS, config.num_channels, height, width), generator=generator)
+
+
+def _ids(spec: str, config: Any, seq_len: int | None, generator: torch.Generator) -> Tensor:
+    longest = next((value for key in ("max_target_positions", "max_position_embeddings", "n_positions", "n_ctx")
                     if (value := getattr(config, key, None))), None)
+    if longest is not None and config.model_type in _PADDED_POSITIONS:
+        longest -= config.pad_token_id + 1
     if seq_len is not None and longest is not None and seq_len > longest:
         raise InputError(f"{spec}: the sequence length {seq_len} is beyond the model's {longest} positions")
     length = seq_len or min(longest or _MAX_DEFAULT_SEQ_LEN, _MAX_DEFAULT_SEQ_LEN)
-    vocabulary = config.get_text_config().vocab_size
-    batch = {"input_ids": torch.randint(0, vocabulary, (_ROWS, length), generator=generator)}
-    if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
-    batch["labels"] = torch.randint(0, vocabulary, (_ROWS, length), generator=generator)
-    return batch
+    return torch.randint(0, config.get_text_config().vocab_size, (_ROWS, length), generator=generator)
 
 
 def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:

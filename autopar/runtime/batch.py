@@ -16,8 +16,9 @@ from autopar.plan.plan import Plan
 class BatchReader:
     """Checks a global batch and gives a replica its micro-batches.
 
-    Values that are no tensors may be left out; they must be those of the capture. A tensor has the batch in its first dim if the captured one had the micro-batch's rows there; another tensor goes
+    A tensor has the batch in its first dim if the captured one had the micro-batch's rows there; another tensor goes
     whole to every replica. Replica d's micro-batch i gets the rows from (d * num_micro_batches + i) * micro_batch on.
+    Values that are no tensors must be those of the capture, and may be left out.
     """
 
     def __init__(self, graph: ModelGraph, plan: Plan) -> None:
@@ -36,7 +37,8 @@ class BatchReader:
         for name in sorted(named.keys() & self.settings.keys()):
             given = "a tensor" if isinstance(named[name], Tensor) else repr(named[name])
             if given != self.settings[name]:
-                raise InputError(f"the batch has {given} as {name!r}; the model was captured with {self.settings[name]}")
+                captured = self.settings[name]
+                raise InputError(f"the batch has {given} as {name!r}; the model was captured with {captured}")
         found: list[dict[str, Tensor]] = [{} for _ in range(self.plan.num_micro_batches)]
         for info in self.inputs:
             value = self._in_dtype(info, named[info.name])

@@ -241,7 +241,8 @@ def test_bad_configs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"hidden_size": "big"}, {"hidden_size": -4}, {"num_attention_heads": 7}, {"num_attention_heads": 0},
-    {"vocab_size": None}, {"hidden_act": "zilu"}, {"rope_scaling": {"rope_type": "zzz"}}, {"model_type": "clip"},
+    {"vocab_size": None}, {"hidden_act": "zilu"}, {"rope_scaling": {"rope_type": "zzz"}},
+    {"model_type": "swin", "image_size": "big"},
 ])
 def test_configs_that_transformers_refuses(wrong: dict[str, object], tmp_path: Path) -> None:
     values = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,12 +57,36 @@ def test_config_file_and_folder(tmp_path: Path) -> None:
     assert module(**batch).loss.item() > 0
 
 
-def test_rates_of_layers_are_read_while_a_model_is_built(tmp_path: Path) -> None:
-    path = tmp_path / "convnext.json"
-    path.write_text(json.dumps({"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2,
-                                "image_size": 32, "drop_path_rate": 0.1, "num_labels": 3}))
+_SMALL: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+_TEXT: dict[str, Any] = dict(vocab_size=96, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_BOTH: dict[str, Any] = _TEXT | dict(
+    d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=64, decoder_ffn_dim=64, decoder_start_token_id=1)
+KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "roberta": (_SMALL | _TEXT, dict(input_ids=(15,), labels=(15,))),
+    "deberta-v2": (_SMALL | _TEXT, dict(input_ids=(16,), labels=(16,))),
+    "bart": (_BOTH, dict(input_ids=(16,), decoder_input_ids=(16,), labels=(16,))),
+    "whisper": (_BOTH | dict(num_mel_bins=8, max_source_positions=16, max_target_positions=12),
+                dict(input_features=(8, 32), labels=(12,))),
+    # The rate of each layer is read from a tensor while the model is built.
+    "convnext": (dict(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32, drop_path_rate=0.1),
+                 dict(pixel_values=(3, 32, 32), labels=())),
+    "clip": (dict(text_config=_SMALL | _TEXT, vision_config=_SMALL | dict(image_size=16, patch_size=4)),
+             dict(input_ids=(16,), pixel_values=(3, 16, 16))),
+    "wav2vec2": (_SMALL | dict(conv_dim=[16, 16], conv_stride=[80, 4], conv_kernel=[80, 4], num_conv_pos_embeddings=8,
+                               num_conv_pos_embedding_groups=4, layerdrop=0.0, mask_time_prob=0.0),
+                 dict(input_values=(160_000,), labels=())),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_configs_of_every_kind_get_a_batch(kind: str, tmp_path: Path) -> None:
+    values, shapes = KINDS[kind]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": kind, **values}))
     graph = capture_source(load_source(str(path)))
-    assert any(op.target.startswith("aten.rand") for cls in graph.classes for op in cls.ops)
+    assert {info.name: info.shape for info in graph.inputs} == {
+        name: (graph.rows, *shape) for name, shape in shapes.items()}
 
 
 def test_factory(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def whisper() -> Built:
 
 
 def wav2vec2(stable: bool) -> Built:
-    """A classifier of whole recordings: the CTC loss picks the labels that are there, as many as a batch happens to have.
+    """A classifier of whole recordings: transformers' CTC loss picks as many labels as a batch happens to have.
 
     `stable`: as the large model is built, layer norms in every convolution and before attention.
     """
