@@ -161,6 +161,8 @@ def op_time_s(
         products = max(1, round(backward_flops / flops)) if flops else len(grads)
         each = kernel_time_s(device, max(backward_flops / products / rate, (in_bytes + out_bytes) / bandwidth))
         return OpTime(forward, products * each if grads and backward_flops else 0.0)
+    if kind is OpKind.EXPERTS and flops:
+        return _experts_time(operands, device, dtype, flops, backward_flops if grads else 0.0)
     if kind is OpKind.ATTENTION:
         forward_share, backward_share = attention_efficiency(device, operands[0].shape[-1])
         peak = device.peak(dtype) * (MASKED_ATTENTION_SLOWDOWN if has_mask(op) else 1.0)
@@ -190,6 +192,28 @@ def op_time_s(
         summed = [operand for operand in grads if operand.numel < out_numel]
         return OpTime(forward, sum(memory_time_s(device, out_bytes + operand.size_bytes) for operand in summed))
     return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + extra_bytes + grad_in_bytes))
+
+
+def _experts_time(
+    operands: Sequence[LocalTensor], device: DeviceType, dtype: str, flops: float, backward_flops: float
+) -> OpTime:
+    """A product a matrix for the rows of each expert, and what sorting rows, gate and weighted sum move besides.
+
+    The router is taken to be balanced: every expert has its mean of the rows, which follows from the FLOPs.
+    """
+    hidden, _, _, up, down = operands[:5]
+    width = hidden.shape[-1]
+    num_experts, rows_each = up.shape[0], flops / (2 * (up.numel + down.numel))
+    rows = rows_each * num_experts
+    columns, inner = up.numel / (num_experts * width), down.numel / (num_experts * width)
+    used = _matmul_dtype(operands[:1], dtype)
+    rate = device.peak(used) * matmul_efficiency(device, rows_each, columns, width, num_experts, used)
+    weights_s = (up.size_bytes + down.size_bytes) / memory_bandwidth(device)
+    # Rows are taken, given back and summed; the first products are written, read by the gate, its result written.
+    moved_s = 4 * memory_time_s(device, rows * (4 * width + 2 * columns + inner) / 4 * hidden.element_bytes)
+    forward = kernel_time_s(device, max(flops / rate, weights_s))
+    backward = kernel_time_s(device, max(backward_flops / rate, 2 * weights_s)) + 2 * moved_s
+    return OpTime(forward + moved_s, backward if backward_flops else 0.0)
 
 
 def dispatch_s(op: Op, device: DeviceType, differentiable: bool) -> OpTime:

@@ -14,6 +14,7 @@ class OpKind(StrEnum):
     MATMUL = "matmul"
     CONVOLUTION = "convolution"
     ATTENTION = "attention"
+    EXPERTS = "experts"  # a mixture's: two products for each choice of a token, sorted by expert
     GATHER = "gather"  # reads as much as it writes, whatever the table's size
     CREATION = "creation"  # writes alone
     OTHER = "other"  # bound by memory, never fused
@@ -42,6 +43,7 @@ _BY_KIND: dict[OpKind, str] = {
     OpKind.ATTENTION: """scaled_dot_product_attention _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
         _scaled_dot_product_flash_attention_for_cpu""",
+    OpKind.EXPERTS: "experts",
     OpKind.GATHER: """embedding index index_select gather take take_along_dim embedding_bag _unsafe_index repeat
         repeat_interleave""",
     OpKind.CREATION: """arange zeros ones full empty scalar_tensor zeros_like ones_like full_like empty_like new_zeros
@@ -128,7 +130,7 @@ def element_bytes(cls: BlockClass, captured_dtype: str, compute_dtype: str) -> d
                         upcast.add(output)
             elif kind is OpKind.REDUCTION and literal == "float32":
                 width[output] = 4
-            elif kind in (OpKind.MATMUL, OpKind.CONVOLUTION, OpKind.ATTENTION, OpKind.GATHER):
+            elif kind in (OpKind.MATMUL, OpKind.CONVOLUTION, OpKind.ATTENTION, OpKind.EXPERTS, OpKind.GATHER):
                 width[output] = narrow if kind is not OpKind.GATHER or widest is None else widest
             elif widest is not None:
                 width[output] = widest

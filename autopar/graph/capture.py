@@ -64,7 +64,7 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
     build = _Builder(model, mode)
-    with traceable(model) as notes:
+    with traceable(model, float_dtype) as notes:
         candidates = find_candidates(model)
         with faked(model, mode, float_dtype):
             fakes = batch.fakes(mode, rows, float_dtype)

@@ -15,7 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from autopar.errors import CaptureError
+from autopar.graph.experts import gate_text
 
 
 def _pretrained(model: nn.Module) -> list[Any]:
@@ -32,8 +36,11 @@ def attention_of(model_class: Any, wanted: str) -> str:
 
 
 @contextlib.contextmanager
-def traceable(model: nn.Module) -> Iterator[list[str]]:
-    """While inside, Hugging Face modules in `model` trace well. Yields notes of what was changed; all is put back."""
+def traceable(model: nn.Module, float_dtype: torch.dtype | None = None) -> Iterator[list[str]]:
+    """While inside, Hugging Face modules in `model` trace well. Yields notes of what was changed; all is put back.
+
+    `float_dtype` is the dtype that the model is captured in, where that is not its own.
+    """
     notes: list[str] = []
     modules = _pretrained(model)
     if not modules:
@@ -42,6 +49,9 @@ def traceable(model: nn.Module) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         for config in {id(module.config): module.config for module in modules}.values():
             _set(stack, config, "use_cache", False)
+            if getattr(config, "output_router_logits", False) is True:
+                raise CaptureError(f"{type(model).__name__}: the router's load-balancing loss cannot be captured (its "
+                                   "logits leave the layers by hooks); set output_router_logits=False in the config")
         checkpointing = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
         for module in checkpointing:
             _set(stack, module, "gradient_checkpointing", False)
@@ -51,7 +61,7 @@ def traceable(model: nn.Module) -> Iterator[list[str]]:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
         _plain_masks(stack, model, modules, notes)
-        _one_product_for_experts(stack, model, notes)
+        _one_op_for_experts(stack, model, float_dtype, notes)
         yield notes
 
 
@@ -97,22 +107,73 @@ def _plain_masks(stack: contextlib.ExitStack, model: nn.Module, modules: list[An
     stack.callback(register, "sdpa", original)
 
 
-def _one_product_for_experts(stack: contextlib.ExitStack, model: nn.Module, notes: list[str]) -> None:
-    """Lets experts trace to transformers' own grouped product op for every dtype, and refuses the loop over experts."""
+_IMPLEMENTATION, _GATE = "autopar", "_autopar_gate"
+
+
+def _one_op_for_experts(
+    stack: contextlib.ExitStack, model: nn.Module, float_dtype: torch.dtype | None, notes: list[str]
+) -> None:
+    """Lets every module that follows transformers' shared experts interface trace to `autopar::experts`.
+
+    One whose gate is no fixed list of ops, or that does more after its second product, traces to transformers' own
+    grouped product op instead; nothing traces to the loop over the experts that happen to be hit.
+    """
     from transformers.integrations import moe
 
-    experts = [module for module in model.modules() if hasattr(type(module), "_apply_gate")]
-    if not experts:
+    found = [module for module in model.modules() if hasattr(module, "_apply_gate")]
+    found = [module for module in found if hasattr(module, "is_transposed")]
+    if not found:
         return
-    configs: dict[int, Any] = {id(module.config): module.config for module in experts if hasattr(module, "config")}
+    texts: dict[Any, str | None] = {}
+    for module in found:
+        first = _first_weight(module)
+        width, dtype = first.shape[2 if module.is_transposed else 1], float_dtype or first.dtype
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, (bool, int, float, str))}
+        key = (type(module), tuple(sorted(plain.items())), repr(module._modules), width, dtype)
+        if key not in texts:
+            texts[key] = None if module.has_post_expert_norm else gate_text(_gate_of(module), width, dtype)
+        setattr(module, _GATE, texts[key])  # an attribute, so that layers whose gates differ are not folded into one
+        stack.callback(delattr, module, _GATE)
+    configs: dict[int, Any] = {id(module.config): module.config for module in found}
     for config in configs.values():
-        if getattr(config, "_experts_implementation", None) == "eager":
-            config._experts_implementation = "grouped_mm"
-            stack.callback(setattr, config, "_experts_implementation", "eager")
-    if hasattr(moe, "_can_use_grouped_mm"):
+        stack.callback(setattr, config, "_experts_implementation", getattr(config, "_experts_implementation", None))
+        config._experts_implementation = _IMPLEMENTATION
+    moe.ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = _experts_forward
+    stack.callback(moe.ALL_EXPERTS_FUNCTIONS.__delitem__, _IMPLEMENTATION)
+    if others := sorted({type(module).__name__ for module in found if getattr(module, _GATE) is None}):
         stack.callback(setattr, moe, "_can_use_grouped_mm", moe._can_use_grouped_mm)
         moe._can_use_grouped_mm = lambda *args: False
-    notes.append("experts run as one product an expert (transformers' grouped_mm_fallback)")
+        notes.append(f"{', '.join(others)}: not one op, run whole on every rank (a gate with parameters, random "
+                     "numbers or more than rows, or a norm after the experts)")
+
+
+def _first_weight(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = module.gate_up_proj if module.has_gate else module.up_proj
+    return weight
+
+
+def _gate_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    gate: Callable[[torch.Tensor], torch.Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    return gate
+
+
+def _experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' experts as one op."""
+    gate = getattr(module, _GATE)
+    if gate is None:
+        from transformers.integrations import moe
+
+        whole: torch.Tensor = moe.grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+        return whole
+    prefix = "gate_up_proj" if module.has_gate else "up_proj"
+    biases = (getattr(module, f"{prefix}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
+    result: torch.Tensor = torch.ops.autopar.experts(
+        hidden_states, top_k_index, top_k_weights, _first_weight(module), module.down_proj, *biases,
+        module.is_transposed, gate,
+    )[0]
+    return result
 
 
 def _plain_or(original: Callable[..., Any]) -> Callable[..., Any]:

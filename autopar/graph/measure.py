@@ -3,7 +3,7 @@
 The call runs on fake tensors with gradients on. FLOPs are counted by torch's own formulas (torch.utils.flop_counter)
 for the matrix products and convolutions that the call turns into, the backward's by running the backward. What
 autograd keeps is what it hands to `saved_tensors_hooks`. Calls whose CPU program is not what an accelerator
-runs are described by hand: attention, dropout, rms_norm; so is the experts' product, which torch does not count.
+runs are described by hand: attention, dropout, rms_norm; so are the experts, which torch does not count.
 """
 
 from __future__ import annotations
@@ -149,9 +149,28 @@ def _grouped_product(data: Tensor, weight: Tensor, offs: Tensor) -> Measured:
                     saved=(data, weight, offs))
 
 
+def _experts(hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None,
+             down_bias: Tensor | None, transposed: bool, gate: str) -> Measured:
+    """Experts as one op: every token meets k of them. Keeps its inputs and the first products.
+
+    The backward makes two products of each of the forward's, and none of the forward's again.
+    """
+    columns = up.shape[2 if transposed else 1]
+    choices = index.numel()
+    flops = 2.0 * choices * (up[0].numel() + down[0].numel())
+    out = _differentiable(torch.empty_like(hidden, requires_grad=False), hidden, weights, up, down)
+    kept = hidden.new_empty((choices, columns), requires_grad=False)
+    if not out.requires_grad:
+        return Measured(result=(out, kept), flops=flops)
+    saved = tuple(tensor for tensor in (hidden, index, weights, up, down, up_bias, down_bias) if tensor is not None)
+    return Measured(result=(out, kept), flops=flops, backward_flops=2 * flops, saved=saved,
+                    extra_bytes=kept.numel() * kept.element_size())
+
+
 _BY_HAND: dict[str, Callable[..., Measured]] = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.dropout.default": _dropout,
     "aten.rms_norm.default": _rms_norm,
+    "autopar.experts.default": _experts,
     "transformers.grouped_mm_fallback.default": _grouped_product,
 }

@@ -12,6 +12,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from autopar.runtime.collectives import Axis, all_reduce
+from autopar.runtime.expert_exchange import expert_exchange, own_experts
 from autopar.runtime.halo import channel_statistics, sync_batch_norm, with_halo
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.rules.windows import Halo
@@ -165,4 +166,8 @@ def special_program(
             return partial(sync_batch_norm, axis)
         case Lowering.CHANNEL_STATISTICS:
             return partial(channel_statistics, axis, op)
+        case Lowering.OWN_EXPERTS:
+            return partial(own_experts, axis)
+        case Lowering.EXPERT_EXCHANGE:
+            return partial(expert_exchange, axis)
     raise AssertionError(f"no lowering is called {name!r}")

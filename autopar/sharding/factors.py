@@ -37,7 +37,8 @@ class OpFactors:
     must not be split, for the reason given. `rigid` ones split only at their outermost level, into parts of at least
     `least` steps (what a part's neighbours need of it). `lowerings` names the
     special program that a factor's split needs, `split_lowering` the one that any other split needs.
-    `linear` lists the sets of operand positions in which the op is jointly linear.
+    `linear` lists the sets of operand positions in which the op is jointly linear. `joint` names splits of several
+    factors by one axis, which a lowering makes possible; the first of them may be split below its outermost level.
     """
 
     sizes: Mapping[str, int]
@@ -51,6 +52,7 @@ class OpFactors:
     lowerings: Mapping[str, str] = field(default_factory=dict)
     split_lowering: str = ""
     linear: tuple[tuple[int, ...], ...] = ()
+    joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def problem(self, operands: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...] | None]) -> str | None:
         """What contradicts the tensors' shapes, or None. An output shape of None is not checked."""
@@ -71,7 +73,12 @@ class OpFactors:
         return f"factor {sorted(loose)[0]} is in no output and does not reduce" if loose else None
 
     def default_splits(self) -> tuple[Split, ...]:
-        return tuple((name, 1) for name in self.sizes)
+        return tuple((name, 1) for name in (*self.sizes, *self.joint))
+
+    def with_joint(self, split: Split) -> tuple[Split, ...]:
+        """The split, and the joint ones that split the same factor in the same way."""
+        name, inner = split
+        return (split, *((other, inner) for other, members in self.joint.items() if members[0] == name))
 
     def split_for(self, dims: Dims, state: State) -> Split | None:
         """The split that puts a tensor with these dims into this sharded state, or None."""
@@ -90,6 +97,9 @@ class OpFactors:
     def refusal(self, split: Split, size: int) -> Refusal | None:
         """Why an axis of this size cannot make this split, or None where it can."""
         name, inner = split
+        if name in self.joint:
+            found = (self.refusal(part, size) for part in self._parts(split))
+            return next((refusal for refusal in found if refusal), None)
         length = self.sizes[name]
         if name in self.blocked:
             return Refusal(factor=name, size=length, reason=self.blocked[name])
@@ -109,12 +119,18 @@ class OpFactors:
     def lowering(self, name: str) -> str:
         return self.lowerings.get(name, self.split_lowering)
 
-    def _state(self, dims: Dims, split: Split) -> State | None:
+    def _parts(self, split: Split) -> tuple[Split, ...]:
+        """The splits of single factors that make up a split."""
         name, inner = split
-        for dim, names in enumerate(dims):
-            if name in names:
-                outer = math.prod(self.sizes[before] for before in names[: names.index(name)])
-                return shard(dim, outer * inner)
+        first, *rest = self.joint.get(name, (name,))
+        return ((first, inner), *((other, 1) for other in rest))
+
+    def _state(self, dims: Dims, split: Split) -> State | None:
+        for name, inner in self._parts(split):
+            for dim, names in enumerate(dims):
+                if name in names:
+                    outer = math.prod(self.sizes[before] for before in names[: names.index(name)])
+                    return shard(dim, outer * inner)
         return None
 
     def strategy(self, split: Split, differentiable: Sequence[bool]) -> Strategy:

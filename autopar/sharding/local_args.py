@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.model_graph import Arg, Op, TensorInfo
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import local_shape
@@ -32,7 +33,7 @@ def local_infos(
 
 def bias_operand(op: Op) -> int:
     """The position among the operands of the bias that the lowering "bias_on_first_rank" adds on one rank alone."""
-    return 0 if _packet(op) in ("addmm", "baddbmm") else 2
+    return {"addmm": 0, "baddbmm": 0, EXPERTS_OP: 6}.get(_packet(op), 2)
 
 
 def local_op(op: Op, strategy: Strategy, tensors: Mapping[str, TensorInfo], size: int) -> Op:

@@ -26,6 +26,9 @@ class Lowering(StrEnum):
         whole; the running statistics are whole on every rank.
     CHANNEL_STATISTICS: a batch norm in training on channels [i*c/n, (i+1)*c/n), with running statistics that are whole
         on every rank: each updates its part, and the parts are gathered.
+    OWN_EXPERTS: the weights hold experts [i*e/n, (i+1)*e/n): choices of others are left out; the output is partial.
+    EXPERT_EXCHANGE: tokens and experts are split. Each token goes to the ranks of its experts by an all-to-all of parts
+        of unequal sizes, and the experts' results come back by a second; the output is this rank's tokens, whole.
     """
 
     AXIS_RANDOM = "axis_random"
@@ -38,6 +41,8 @@ class Lowering(StrEnum):
     SPATIAL_HALO = "spatial_halo"
     SYNC_BATCH_NORM = "sync_batch_norm"
     CHANNEL_STATISTICS = "channel_statistics"
+    OWN_EXPERTS = "own_experts"
+    EXPERT_EXCHANGE = "expert_exchange"
 
 
 def busiest_share(lowering: str, size: int) -> float:

@@ -60,8 +60,9 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
             for name, dims in placed:
                 for state in states.get(name, ()):
                     split = found.split_for(dims, state)
-                    if split and not found.refusal(split, size):
-                        splits[op.name].setdefault(split)
+                    for each in found.with_joint(split) if split else ():
+                        if not found.refusal(each, size):
+                            splits[op.name].setdefault(each)
             differentiable, _ = gradients(op, tensors)
             for split in splits[op.name]:
                 if found.refusal(split, size):

@@ -248,7 +248,7 @@ def _weight_share(costs: ClassCosts, op: Op) -> float:
         return 0.0
     if not others:
         return 1.0
-    return 0.5 if op_kind(op.target) in (OpKind.MATMUL, OpKind.CONVOLUTION) else 0.0
+    return 0.5 if op_kind(op.target) in (OpKind.MATMUL, OpKind.CONVOLUTION, OpKind.EXPERTS) else 0.0
 
 
 class _FusedGroups:

@@ -62,11 +62,38 @@ def lowering_cost(
             return LoweringCost(forward=(Exchange(collective=Collective.ALL_GATHER, size_bytes=statistics),))
         case Lowering.SPATIAL_HALO:
             return _halo_cost(halo_of(op, strategy, cls.tensor, size), cls, op, whole(op.operands[0]), size)
+        case Lowering.OWN_EXPERTS | Lowering.EXPERT_EXCHANGE:
+            return _experts_cost(op, strategy, size, whole)
     return NOTHING
 
 
 def _all_reduce(size_bytes: float) -> Exchange:
     return Exchange(collective=Collective.ALL_REDUCE, size_bytes=size_bytes)
+
+
+def _experts_cost(
+    op: Op, strategy: Strategy, size: int, whole: Callable[[str], LocalTensor]
+) -> LoweringCost:
+    """Rows of the own experts are taken out and kept. An exchange sends counts first, then a row for each choice.
+
+    What came is kept for the products' gradients, what came back for the gradient of the routing weights.
+    """
+    hidden, choices = whole(op.operands[0]), whole(op.operands[1])
+    rows_bytes = hidden.size_bytes * choices.shape[1]
+    trains = any(whole(name).requires_grad for name in op.operands)
+    if strategy.lowering == Lowering.OWN_EXPERTS:
+        moved = 2 * rows_bytes / size
+        return LoweringCost(
+            forward_moved_bytes=moved, backward_moved_bytes=moved if trains else 0.0,
+            saved_bytes=rows_bytes / size if trains else 0.0,
+        )
+    counts_bytes = size * whole(op.operands[3]).shape[0] * _COUNT_BYTES
+    rows = Exchange(collective=Collective.ALL_TO_ALL, size_bytes=rows_bytes)
+    counts = Exchange(collective=Collective.ALL_TO_ALL, size_bytes=counts_bytes)
+    return LoweringCost(
+        forward=(counts, rows, rows), backward=(rows, rows) if trains else (),
+        saved_bytes=2 * rows_bytes / size if trains else 0.0,
+    )
 
 
 def _halo_cost(halo: Halo, cls: BlockClass, op: Op, x: LocalTensor, size: int) -> LoweringCost:

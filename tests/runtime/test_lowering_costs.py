@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar.cost_models.compute import LocalTensor
+from autopar.graph.experts import EXPERTS_OP, gate_text
 from autopar.graph.model_graph import Arg, BlockClass, Op, Ref, TensorInfo
 from autopar.runtime.local import LocalPool
 from autopar.runtime.lower import lower_class
@@ -23,8 +25,9 @@ from autopar.simulate.lowering_costs import Exchange, lowering_cost
 pytestmark = pytest.mark.processes
 
 SIZE = 3
-_RANKS_PART = {"all_reduce": 1, "all_gather_into_tensor": SIZE, "all_to_all_single": 1}
-_NAME = {"all_reduce": "all_reduce", "all_gather_into_tensor": "all_gather", "all_to_all_single": "neighbour_exchange"}
+_RANKS_PART = {"all_reduce": 1, "all_gather_into_tensor": SIZE, "neighbour_exchange": 1, "all_to_all": SIZE}
+_NAME = {"all_gather_into_tensor": "all_gather"}
+_GATE = gate_text(torch.relu, 4, torch.float32)
 
 # (lowering, target, shapes of the operands, what follows them, dim of the first operand that is cut, without gradient)
 Case = tuple[Lowering, str, dict[str, tuple[int, ...]], tuple[Arg, ...], int, tuple[str, ...]]
@@ -59,6 +62,11 @@ CASES: dict[str, Case] = {
     ),
     "vocabulary": (
         Lowering.VOCAB_PARALLEL_EMBEDDING, "aten.embedding.default", {"x": (6, 5), "ids": (4,)}, (), 0, ("ids",),
+    ),
+    "experts": (
+        Lowering.EXPERT_EXCHANGE, EXPERTS_OP,
+        {"x": (18, 5), "ids": (18, 1), "weights": (18, 1), "up": (6, 4, 5), "down": (6, 5, 4)},
+        (None, None, False, _GATE), 0, ("ids",),
     ),
 }  # fmt: skip
 
@@ -99,8 +107,9 @@ def class_of(case: Case) -> tuple[BlockClass, Strategy]:
 def _run(target: str, operands: list[Tensor], rest: tuple[Arg, ...]) -> Tensor:
     namespace, name, overload = target.split(".")
     following = [list(arg) if isinstance(arg, tuple) else arg for arg in rest]
-    result: Tensor = getattr(getattr(getattr(torch.ops, namespace), name), overload)(*operands, *following)
-    return result
+    result = getattr(getattr(getattr(torch.ops, namespace), name), overload)(*operands, *following)
+    first: Tensor = result[0] if isinstance(result, tuple) else result
+    return first
 
 
 def issued(case: Case) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -123,7 +132,7 @@ def _local(info: TensorInfo, state: State) -> Tensor:
     cut = state.dim if state.kind is Kind.SHARDED else None
     shape = [size // SIZE if dim == cut else size for dim, size in enumerate(info.shape)]
     if info.dtype == "int64":
-        return torch.zeros(shape, dtype=torch.int64)
+        return torch.arange(math.prod(shape)).remainder(6).view(shape)  # all experts are chosen equally often
     return torch.rand(shape).requires_grad_(info.requires_grad)
 
 
@@ -140,8 +149,10 @@ def test_priced_collectives_are_those_issued(pool: LocalPool, name: str) -> None
     }
     cost = lowering_cost(cls, cls.ops[0], strategy, SIZE, whole.__getitem__)
     middle = pool.run(issued, CASES[name], num_ranks=SIZE)[1]  # the rank with a neighbour on each side
-    for priced, heard in zip((cost.forward, cost.backward), middle, strict=True):
-        assert _priced(priced) == [(_NAME[word], size * _RANKS_PART[word]) for word, size in heard]
+    to_all = "all_to_all" if CASES[name][0] == Lowering.EXPERT_EXCHANGE else "neighbour_exchange"
+    for priced, issued_here in zip((cost.forward, cost.backward), middle, strict=True):
+        heard = [(to_all if word == "all_to_all_single" else word, size) for word, size in issued_here]
+        assert _priced(priced) == [(_NAME.get(word, word), size * _RANKS_PART[word]) for word, size in heard]
 
 
 def test_some_lowerings_communicate_both_ways_and_some_not_at_all() -> None:
@@ -155,4 +166,5 @@ def test_some_lowerings_communicate_both_ways_and_some_not_at_all() -> None:
     assert counts == {
         "convolution": (1, 1), "pooling": (1, 1), "image": (1, 0), "batch norm of parts": (1, 1),
         "batch norm of channels": (1, 0), "classes": (2, 0), "rows": (1, 0), "vocabulary": (0, 0),
+        "experts": (3, 2),
     }  # fmt: skip

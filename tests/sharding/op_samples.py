@@ -1,6 +1,7 @@
 """The calls of every ruled op, from all files of samples."""
 
 # Each of these files adds its samples as it is imported.
+import experts_samples  # noqa: F401
 import image_samples  # noqa: F401
 import layer_samples  # noqa: F401
 import pointwise_samples  # noqa: F401

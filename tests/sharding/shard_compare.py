@@ -9,6 +9,7 @@ import torch
 from emulated import whole_batch_norm, with_borders
 from fx_class import info_of
 
+from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.model_graph import Arg, Literal, Op, Ref, TensorInfo
 from autopar.sharding.local_args import bias_operand, local_infos, local_op
 from autopar.sharding.lowering import Lowering
@@ -43,8 +44,8 @@ class Built:
 
 
 def overload(target: str) -> Any:
-    packet, name = target.removeprefix("aten.").split(".")
-    return getattr(getattr(torch.ops.aten, packet), name)
+    namespace, packet, name = target.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), name)
 
 
 def _refs(value: Any, operands: list[T]) -> Arg:
@@ -80,6 +81,8 @@ def call(op: Op, operands: list[T]) -> list[T]:
     args = [_values(arg, feed) for arg in op.args]
     kwargs = {name: _values(arg, feed) for name, arg in op.kwargs}
     result = overload(op.target)(*args, **kwargs)
+    if op.target == EXPERTS_OP:
+        return [result[0]]  # the second is for the op's own backward
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
@@ -223,6 +226,9 @@ def reference(
         wider = with_borders([given[0] for given in leaves], halo)
         made = [call(local, [x, *given[1:]])[0] for x, given in zip(wider, leaves, strict=True)]
         return [[value.narrow(halo.dim, halo.skip, halo.keep)] for value in made]
+    if lowering == Lowering.EXPERT_EXCHANGE:
+        held = [torch.cat([given[i] for given in leaves]) for i in range(3, len(leaves[0]))]
+        return [call(local, [*given[:3], *held]) for given in leaves]
     results = []
     for rank, given in zip(ranks, leaves, strict=True):
         if "dropout." in op.target:
@@ -239,6 +245,8 @@ def reference(
             shifted = ids - rank * weight.shape[0]
             inside = (shifted >= 0) & (shifted < weight.shape[0])
             results.append([weight[shifted.clamp(0, weight.shape[0] - 1)] * inside.unsqueeze(-1)])
+        elif lowering == Lowering.OWN_EXPERTS:
+            results.append(call(local, [given[0], given[1] - rank * given[3].shape[0], *given[2:]]))
         elif lowering == Lowering.CAUSAL_CONTEXT:
             rows, keys = given[0].shape[-2], given[1].shape[-2]
             mask = torch.ones(keys, keys, dtype=torch.bool).tril()[rank * rows : (rank + 1) * rows]
@@ -284,7 +292,8 @@ def all_splits(built: Built) -> list[tuple[str, int]]:
     """Every factor at every level that divides it."""
     factors = op_factors(built.op, built.tensors)
     assert factors is not None, f"{built.op.target} has no rule"
-    return [(name, o) for name, n in factors.sizes.items() for o in range(1, n + 1) if n % o == 0]
+    single = [(name, o) for name, n in factors.sizes.items() for o in range(1, n + 1) if n % o == 0]
+    return [each for split in single for each in factors.with_joint(split)]
 
 
 def sample_strategies(built: Built, size: int) -> tuple[Strategy, ...]:

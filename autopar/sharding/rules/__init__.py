@@ -7,6 +7,7 @@
 import autopar.sharding.rules.attention
 import autopar.sharding.rules.conv
 import autopar.sharding.rules.creation
+import autopar.sharding.rules.experts
 import autopar.sharding.rules.indexing
 import autopar.sharding.rules.losses
 import autopar.sharding.rules.matmul

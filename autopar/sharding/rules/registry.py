@@ -89,6 +89,7 @@ class Call:
         lowerings: Mapping[str, str] | None = None,
         split_lowering: str = "",
         linear: Sequence[Sequence[int]] = (),
+        joint: Mapping[str, Factor] | None = None,
     ) -> OpFactors:
         """The OpFactors, with `operands` by argument name; an argument that is a list of tensors has a list of Dims."""
         ordered: list[Dims] = []
@@ -109,9 +110,12 @@ class Call:
             blocked=self.blocked,
             rigid=frozenset(name for names in rigid for name in names),
             least=dict(least or {}),
-            lowerings={name: low for name, low in (lowerings or {}).items() if name in self.sizes},
+            lowerings={
+                name: low for name, low in (lowerings or {}).items() if name in self.sizes or name in (joint or {})
+            },
             split_lowering=split_lowering,
             linear=tuple(tuple(positions) for positions in linear),
+            joint=joint or {},
         )
 
     def unsplit(self, reason: str) -> OpFactors:
