@@ -1,4 +1,4 @@
-"""What a tensor axis does inside a block: the cheapest strategy of every op of a class, chosen exactly.
+"""What the mesh axes do inside a block: the cheapest strategy of every op, chosen exactly for all axes at once.
 
 The choice is a factor graph. A variable is an op (its value a strategy) or a parameter (its value the state it is
 stored in); a factor is a tensor: each state that some consumer wants and the tensor is not in costs one conversion,
@@ -16,15 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cost_models.compute import OpTime
-from autopar.graph.model_graph import BlockClass, TensorInfo
-from autopar.search.elimination import Factor, FactorGraph, Table
+from autopar.graph.model_graph import BlockClass, Op, TensorInfo
+from autopar.search.elimination import MAX_TABLE, Factor, FactorGraph, Table
 from autopar.search.mathopt import minimize
-from autopar.sharding.reshard import divides
+from autopar.search.pruning import branch_and_bound, prune, tightest
+from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, replicated
 from autopar.sharding.state import RP, Kind, R, State
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.class_costs import ClassCosts
 
-JOINT_TABLE = 20_000  # entries; above, a tensor's conversions get variables of their own
+# Entries; above, a tensor's conversions get variables of their own. Several axes have too many states for that.
+JOINT_TABLE = {1: 20_000, 2: 1 << 22}
+FEW_PASSES, FEW_NODES = 8, 4
+PRUNE_TO = 1 << 20  # entries of the largest table of an elimination after values were dropped
+NARROW = 0.7  # a consumer's placements get a variable where they are fewer than this share of its strategies
 # Among equally fast choices the one that stores fewer parameter bytes a device, and then the plainer states, wins.
 # Both weights are far below any modelled time (a kernel launch is 1e-6 s) and above float64 rounding of a block's time.
 _TIE_S_PER_ELEMENT = 1e-19
@@ -33,10 +38,10 @@ _TIE_S = 1e-15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wish:
-    """Consumer `variable` wants the states in `wanted[value]` under each of its values."""
+    """Consumer `variable` wants the placements in `wanted[value]` under each of its values."""
 
     variable: int
-    wanted: tuple[frozenset[State], ...]
+    wanted: tuple[frozenset[Placement], ...]
 
 
 def is_hidden(info: TensorInfo) -> bool:
@@ -47,6 +52,11 @@ def is_hidden(info: TensorInfo) -> bool:
 def boundary_state(info: TensorInfo, boundary: State) -> State:
     """The state in which a tensor passes between blocks: `boundary` for hidden states, whole for all else."""
     return boundary if is_hidden(info) else R
+
+
+def boundary_placement(info: TensorInfo, boundary: Placement) -> Placement:
+    """The placement in which a tensor passes between blocks: `boundary` for hidden states, whole for all else."""
+    return boundary if is_hidden(info) else replicated(len(boundary))
 
 
 def shard_class(
@@ -60,52 +70,182 @@ def shard_class(
     step; at 0, they are stored whole wherever a micro-batch is a little faster for it.
     None where no choice of strategies allows that boundary (a sequence that does not divide, say).
     """
-    problem = Problem(cls, strategies, boundary, costs, parameter_weight=parameter_weight)
-    if problem.impossible:
+    found = shard_class_jointly(
+        cls, _joint_of_one(strategies), (boundary,), costs, parameter_weight=parameter_weight
+    )
+    return None if found is None else found[0]
+
+
+def shard_class_jointly(
+    cls: BlockClass, strategies: Mapping[str, Sequence[JointStrategy]], boundary: Placement, costs: ClassCosts, *,
+    parameter_weight: float = 1.0, whole_params: Sequence[bool] = (),
+) -> tuple[ClassSharding, ...] | None:
+    """The fastest sharding over all axes of `costs` at once, one ClassSharding an axis; see `shard_class`.
+
+    `whole_params` says of each axis whether it must leave every parameter whole, as an axis that splits tokens does:
+    its ranks then share the data axes' sharding of parameters.
+    """
+    if any(whole_params):
+        strategies = {
+            op.name: [own for own in strategies[op.name] if _leaves_whole(op, own, cls.params, whole_params)]
+            for op in cls.ops
+        }
+    search = _Search(cls, tuple(boundary), costs, parameter_weight, tuple(whole_params) or (False,) * len(boundary))
+    if len(boundary) == 1:
+        best = search.solved(strategies)
+        return None if best is None else best[0].shardings(best[1])
+    known = search.axis_by_axis(strategies)
+    relaxed = search.problem(strategies, relaxed=True)
+    if relaxed.impossible:
         return None
-    found = minimize(problem.graph)
-    return None if found is None else problem.sharding(found.values)
+    upper = known[0].graph.cost(known[1]) if known else math.inf
+    first = prune(relaxed.graph, upper, max_table=PRUNE_TO, passes=FEW_PASSES)
+    near = tightest(first, upper, MAX_TABLE)
+    better = None if near is None else search.solved({
+        op.name: [strategies[op.name][first.kept[at][i]] for i in near[at]] for at, op in enumerate(cls.ops)
+    })
+    if better is not None and (cost := better[0].graph.cost(better[1])) < upper:
+        known, upper = better, cost
+    second = prune(first.graph, upper, max_table=PRUNE_TO)
+    kept = [old[new] for old, new in zip(first.kept, second.kept, strict=True)]
+    exact = search.problem({op.name: [strategies[op.name][i] for i in kept[at]] for at, op in enumerate(cls.ops)})
+    found = branch_and_bound(exact.graph, upper)
+    if found.values is not None:
+        return exact.shardings(found.values)
+    return None if known is None else known[0].shardings(known[1])
+
+
+def _leaves_whole(op: Op, own: JointStrategy, params: Sequence[str], whole_params: Sequence[bool]) -> bool:
+    return not any(
+        whole and state.kind is Kind.SHARDED and name in params
+        for one, whole in zip(own, whole_params, strict=True)
+        for name, state in zip(op.operands, one.inputs, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Searches of one class with all or some of the strategies and axes."""
+
+    cls: BlockClass
+    boundary: Placement
+    costs: ClassCosts
+    parameter_weight: float
+    whole_params: tuple[bool, ...]
+
+    def problem(self, options: Mapping[str, Sequence[JointStrategy]], *, relaxed: bool = False) -> Problem:
+        return Problem(
+            self.cls, options, self.boundary, self.costs, parameter_weight=self.parameter_weight,
+            whole_params=self.whole_params, relaxed=relaxed,
+        )
+
+    def solved(self, options: Mapping[str, Sequence[JointStrategy]]) -> tuple[Problem, tuple[int, ...]] | None:
+        """The optimum over these strategies."""
+        problem = self.problem(options)
+        if problem.impossible:
+            return None
+        if len(self.boundary) > 1:
+            values = branch_and_bound(problem.graph, max_nodes=FEW_NODES).values
+        else:
+            found = minimize(problem.graph)
+            values = None if found is None else found.values
+        return None if values is None else (problem, values)
+
+    def axis_by_axis(
+        self, strategies: Mapping[str, Sequence[JointStrategy]]
+    ) -> tuple[Problem, tuple[int, ...]] | None:
+        """A good choice: the first axis by itself, the next beside it, and then each anew while the others stay."""
+        num_axes = len(self.boundary)
+        fixed: dict[str, JointStrategy] = {}
+        found = None
+        for count in range(1, num_axes + 1):
+            costs = self.costs.of_first_axes(count) if count < num_axes else self.costs
+            part = _Search(self.cls, self.boundary[:count], costs, self.parameter_weight, self.whole_params[:count])
+            options: dict[str, list[JointStrategy]] = {}
+            for name, all_own in strategies.items():
+                firsts = dict.fromkeys(own[:count] for own in all_own)
+                options[name] = [own for own in firsts if not fixed or own[: count - 1] == fixed[name]]
+            found = part.solved(options)
+            if found is None:
+                return None
+            fixed = found[0].choice(found[1])
+        for axis in range(num_axes):
+            options = {
+                name: [
+                    own for own in all_own
+                    if all(i == axis or one == fixed[name][i] for i, one in enumerate(own))
+                ] for name, all_own in strategies.items()
+            }
+            better = self.solved(options)
+            if better is not None:
+                found, fixed = better, better[0].choice(better[1])
+        return found
+
+
+def _joint_of_one(strategies: Mapping[str, Sequence[Strategy]]) -> dict[str, tuple[JointStrategy, ...]]:
+    return {name: tuple((strategy,) for strategy in found) for name, found in strategies.items()}
 
 
 class Problem:
-    """The factor graph of one class, and the way back from its values to a ClassSharding."""
+    """The factor graph of one class, and the way back from its values to a ClassSharding an axis.
+
+    `relaxed`: a tensor whose table would be too large gets a pair of tables for each consumer instead, which together
+    cost no more than its conversions do: the optimum is then a lower bound.
+    """
 
     def __init__(
-        self, cls: BlockClass, strategies: Mapping[str, Sequence[Strategy]], boundary: State, costs: ClassCosts, *,
-        parameter_weight: float = 1.0,
+        self, cls: BlockClass, strategies: Mapping[str, Sequence[JointStrategy]], boundary: Placement,
+        costs: ClassCosts, *, parameter_weight: float = 1.0, whole_params: Sequence[bool] = (),
+        relaxed: bool = False,
     ) -> None:
         self.cls, self.boundary, self.costs, self.parameter_weight = cls, boundary, costs, parameter_weight
+        self._whole_params = tuple(whole_params) or (False,) * len(boundary)
+        self._whole = replicated(len(boundary))
         self.strategies = [tuple(strategies[op.name]) for op in cls.ops]
+        self._placed = [
+            [costs.placements(op, own) for own in found] for op, found in zip(cls.ops, self.strategies, strict=True)
+        ]
+        self._op_index = {op.name: i for i, op in enumerate(cls.ops)}
+        self._relaxed = relaxed
+        self._known_prices: dict[tuple[object, ...], float] = {}
         self.sizes: list[int] = [len(options) for options in self.strategies]
         self.factors: list[Factor] = []
         self.impossible = not all(self.sizes)
         self._wishes = self._collect_wishes()
         self._param_variable: dict[str, int] = {}
-        self._param_states: dict[str, tuple[State, ...]] = {}
+        self._param_states: dict[str, tuple[Placement, ...]] = {}
         for name in cls.params:
             self._param_states[name] = self._storable(name)
             self._param_variable[name] = len(self.sizes)
             self.sizes.append(len(self._param_states[name]))
         crossing = [cls.tensor[name] for name in (*cls.inputs, *cls.outputs)]
         self._hidden_shapes = {info.shape for info in crossing if is_hidden(info)}
-        size = costs.tp
-        self.impossible |= any(not divides(info.shape, boundary_state(info, boundary), size) for info in crossing)
+        self.impossible |= any(
+            not can_be_placed(info.shape, boundary_placement(info, boundary), costs.sizes) for info in crossing
+        )
         if not self.impossible:
             self._op_costs()
             for info in cls.tensors:
                 self._tensor_costs(info)
         self.graph = FactorGraph(tuple(self.sizes), tuple(self.factors))
 
-    def sharding(self, values: Sequence[int]) -> ClassSharding:
-        """The choice that the values of the variables stand for."""
+    def choice(self, values: Sequence[int]) -> dict[str, JointStrategy]:
+        """Each op's strategy."""
+        return {op.name: self.strategies[i][values[i]] for i, op in enumerate(self.cls.ops)}
+
+    def shardings(self, values: Sequence[int]) -> tuple[ClassSharding, ...]:
+        """The choice that the values of the variables stand for, one an axis."""
         tensor, cls = self.cls.tensor, self.cls
-        return ClassSharding(
-            cls=cls.name,
-            inputs=tuple(boundary_state(tensor[name], self.boundary) for name in cls.inputs),
-            params=tuple(self._param_states[name][values[self._param_variable[name]]] for name in cls.params),
-            buffers=(R,) * len(cls.buffers),
-            outputs=tuple(boundary_state(tensor[name], self.boundary) for name in cls.outputs),
-            ops=tuple((op.name, self.strategies[i][values[i]]) for i, op in enumerate(cls.ops)),
+        return tuple(
+            ClassSharding(
+                cls=cls.name,
+                inputs=tuple(boundary_state(tensor[name], boundary) for name in cls.inputs),
+                params=tuple(self._param_states[name][values[self._param_variable[name]]][axis] for name in cls.params),
+                buffers=(R,) * len(cls.buffers),
+                outputs=tuple(boundary_state(tensor[name], boundary) for name in cls.outputs),
+                ops=tuple((op.name, self.strategies[i][values[i]][axis]) for i, op in enumerate(cls.ops)),
+            )
+            for axis, boundary in enumerate(self.boundary)
         )
 
     def _collect_wishes(self) -> dict[str, list[_Wish]]:
@@ -114,41 +254,47 @@ class Problem:
             operands = op.operands
             for name in dict.fromkeys(operands):
                 places = [i for i, operand in enumerate(operands) if operand == name]
-                wanted = tuple(frozenset(s.inputs[i] for i in places) for s in self.strategies[index])
+                wanted = tuple(frozenset(inputs[i] for i in places) for inputs, _ in self._placed[index])
                 wishes.setdefault(name, []).append(_Wish(variable=index, wanted=wanted))
         return wishes
 
-    def _storable(self, name: str) -> tuple[State, ...]:
-        """The states a parameter may rest in: those that its consumers want, sharded first."""
+    def _storable(self, name: str) -> tuple[Placement, ...]:
+        """The placements a parameter may rest in: those that its consumers want, sharded first."""
         wanted = {state for wish in self._wishes.get(name, ()) for states in wish.wanted for state in states}
         info = self.cls.tensor[name]
-        states = {s for s in wanted if s.kind is not Kind.PARTIAL and divides(info.shape, s, self.costs.tp)} | {R}
-        if not info.requires_grad:
-            states.discard(RP)
-        return tuple(sorted(states, key=_plainness))
+        found = {place for place in wanted if self._may_rest(info, place)} | {self._whole}
+        return tuple(sorted(found, key=_plainness))
+
+    def _may_rest(self, info: TensorInfo, place: Placement) -> bool:
+        for state, whole in zip(place, self._whole_params, strict=True):
+            if state.kind is Kind.PARTIAL or (whole and state.kind is Kind.SHARDED):
+                return False
+            if state == RP and not info.requires_grad:
+                return False
+        return can_be_placed(info.shape, place, self.costs.sizes)
 
     def _op_costs(self) -> None:
         for index, op in enumerate(self.cls.ops):
-            options = self.strategies[index]
-            times = (_sum(self.costs.op_time(op, s)) + _sum(self.costs.lowering_comm(op, s)) for s in options)
-            table = np.array([t + _tie_break(s) for t, s in zip(times, options, strict=True)], dtype=np.float64)
-            self.factors.append(Factor((index,), table))
+            prices = [
+                _sum(self.costs.op_time(op, own)) + _sum(self.costs.lowering_comm(op, own)) + _tie_break(placed[1])
+                for own, placed in zip(self.strategies[index], self._placed[index], strict=True)
+            ]
+            self.factors.append(Factor((index,), np.array(prices, dtype=np.float64)))
         for name, variable in self._param_variable.items():
-            prices = [self.parameter_s(name, state) for state in self._param_states[name]]
+            prices = [self.parameter_s(name, place) for place in self._param_states[name]]
             self.factors.append(Factor((variable,), np.array(prices, dtype=np.float64)))
 
-    def parameter_s(self, name: str, state: State) -> float:
-        """What storing a parameter in a state is charged with."""
-        info, costs = self.cls.tensor[name], self.costs
-        stored = info.numel / (costs.tp if state.kind is Kind.SHARDED else 1)
-        tie = stored * _TIE_S_PER_ELEMENT + (_TIE_S if state == RP else 0.0)
-        return tie + self.parameter_weight * costs.param_time_s(name, state, num_micro_batches=1)
+    def parameter_s(self, name: str, place: Placement) -> float:
+        """What storing a parameter in a placement is charged with."""
+        costs = self.costs
+        tie = costs.local(name, place).numel * _TIE_S_PER_ELEMENT + sum(_TIE_S for state in place if state == RP)
+        return tie + self.parameter_weight * costs.param_time_s(name, place, num_micro_batches=1)
 
     def _tensor_costs(self, info: TensorInfo) -> None:
         """The conversions of one tensor, as one table or, where that is large, as pairs with 0/1 variables."""
         producer, have = self._origin(info)
         wishes = self._wishes.get(info.name, [])
-        demanded = boundary_state(info, self.boundary) if info.name in self.cls.outputs else None
+        demanded = boundary_placement(info, self.boundary) if info.name in self.cls.outputs else None
         wanted = {s for wish in wishes for states in wish.wanted for s in states}
         wanted |= {demanded} if demanded is not None else set()
         columns = sorted(wanted, key=_plainness)
@@ -157,9 +303,14 @@ class Problem:
         fan_out = np.array([self.costs.fan_out_s(info.name, state) for state in have], dtype=np.float64)
         self.factors.append(Factor((producer,), fan_out) if producer is not None else Factor((), fan_out[0]))
         prices = self._prices(info, have, columns)
+        if len(self.boundary) > 1 and len(wishes) > 1:
+            wishes = [self._narrowed(wish) for wish in wishes]
         variables = ([] if producer is None else [producer]) + [wish.variable for wish in wishes]
-        if math.prod(self.sizes[v] for v in variables) <= JOINT_TABLE:
+        if math.prod(self.sizes[v] for v in variables) <= JOINT_TABLE[min(len(self.boundary), 2)]:
             self.factors.append(_joint(variables, prices, columns, producer is not None, wishes, demanded))
+            return
+        if self._relaxed:
+            self._relax(prices, columns, producer, wishes, demanded)
             return
         for column, state in enumerate(columns):
             price = prices[:, column]
@@ -180,60 +331,99 @@ class Problem:
                 if lacking.any():
                     self.factors.append(Factor((wish.variable, made), lacking))
 
-    def _origin(self, info: TensorInfo) -> tuple[int | None, list[State]]:
-        """The variable that decides the tensor's state and the state under each of its values."""
+    def _relax(
+        self, prices: Table, columns: Sequence[Placement], producer: int | None, wishes: Sequence[_Wish],
+        demanded: Placement | None,
+    ) -> None:
+        """The dearest conversion costs at least the mean over consumers: each has its share in a table of its own."""
+        shares = len(wishes) + (demanded is not None)
+        first = [] if producer is None else [producer]
+        if demanded is not None:
+            own = prices[:, [columns.index(demanded)]] / shares
+            self.factors.append(_joint(first, own, [demanded], producer is not None, [], demanded))
+        for wish in wishes:
+            variables = [*first, wish.variable]
+            self.factors.append(_joint(variables, prices / shares, columns, producer is not None, [wish], None))
+
+    def _narrowed(self, wish: _Wish) -> _Wish:
+        """The wish of a variable of its own that has one value a set of placements, tied to the op's variable."""
+        distinct = list(dict.fromkeys(wish.wanted))
+        if len(distinct) > NARROW * len(wish.wanted):
+            return wish
+        variable = len(self.sizes)
+        self.sizes.append(len(distinct))
+        place = {states: i for i, states in enumerate(distinct)}
+        tie = np.full((len(wish.wanted), len(distinct)), np.inf)
+        tie[np.arange(len(wish.wanted)), [place[states] for states in wish.wanted]] = 0.0
+        self.factors.append(Factor((wish.variable, variable), tie))
+        return _Wish(variable=variable, wanted=tuple(distinct))
+
+    def _origin(self, info: TensorInfo) -> tuple[int | None, list[Placement]]:
+        """The variable that decides the tensor's placement and the placement under each of its values."""
         if info.name in self._param_variable:
             return self._param_variable[info.name], list(self._param_states[info.name])
         op = self.cls.producer.get(info.name)
         if op is not None:
             index = self._op_index[op.name]
             place = op.outputs.index(info.name)
-            return index, [strategy.outputs[place] for strategy in self.strategies[index]]
+            return index, [outputs[place] for _, outputs in self._placed[index]]
         if info.name in self.cls.inputs:
-            return None, [boundary_state(info, self.boundary)]
-        return None, [R]
+            return None, [boundary_placement(info, self.boundary)]
+        return None, [self._whole]
 
-    @property
-    def _op_index(self) -> dict[str, int]:
-        return {op.name: i for i, op in enumerate(self.cls.ops)}
-
-    def _prices(self, info: TensorInfo, have: Sequence[State], columns: Sequence[State]) -> Table:
-        known: dict[tuple[State, State], float] = {}
+    def _prices(self, info: TensorInfo, have: Sequence[Placement], columns: Sequence[Placement]) -> Table:
+        rows: dict[Placement, list[float]] = {}
         for src in have:
-            for dst in columns:
-                if (src, dst) not in known:
-                    known[src, dst] = self._price(info, src, dst)
-        return np.array([[known[src, dst] for dst in columns] for src in have], dtype=np.float64)
+            if src not in rows:
+                rows[src] = [self._price(info, src, dst) for dst in columns]
+        return np.array([rows[src] for src in have], dtype=np.float64)
 
-    def _price(self, info: TensorInfo, src: State, dst: State) -> float:
+    def _price(self, info: TensorInfo, src: Placement, dst: Placement) -> float:
         if src == dst:
             return 0.0
-        size = self.costs.tp
-        if not divides(info.shape, src, size) or not divides(info.shape, dst, size):
+        whole = self.costs.whole(info.name)
+        is_param = info.name in self._param_variable
+        key = (info.shape, whole.element_bytes, whole.requires_grad, is_param, src, dst)
+        found = self._known_prices.get(key)
+        if found is None:
+            found = self._known_prices[key] = self._new_price(info, src, dst, is_param=is_param)
+        return found
+
+    def _new_price(self, info: TensorInfo, src: Placement, dst: Placement, *, is_param: bool) -> float:
+        sizes = self.costs.sizes
+        if not can_be_placed(info.shape, src, sizes) or not can_be_placed(info.shape, dst, sizes):
             return math.inf
-        if dst.kind is Kind.SHARDED and self.boundary == R and info.shape in self._hidden_shapes:
+        if info.shape in self._hidden_shapes and any(
+            own == R and state.kind is Kind.SHARDED for own, state in zip(self.boundary, dst, strict=True)
+        ):
             return math.inf  # without sequence parallelism the stream of hidden states stays whole inside a block too
         found = self.costs.conversion_time(info.name, src, dst)
-        if found is None or (info.name in self._param_variable and _sum(found) > 0):
+        if found is None or (is_param and _sum(found) > 0):
             return math.inf  # weights are used where they are stored; gathering them is the data axes' affair
         return _TIE_S + _sum(found)
 
 
 def _joint(
-    variables: Sequence[int], prices: Table, columns: Sequence[State], has_producer: bool, wishes: Sequence[_Wish],
-    demanded: State | None,
+    variables: Sequence[int], prices: Table, columns: Sequence[Placement], has_producer: bool, wishes: Sequence[_Wish],
+    demanded: Placement | None,
 ) -> Factor:
     """One table over the producer and all consumers of a tensor."""
     first = [prices.shape[0]] if has_producer else []
     shape = [*first, *(len(wish.wanted) for wish in wishes)]
+    if len(wishes) == 1 and demanded is None and all(len(states) == 1 for states in wishes[0].wanted):
+        place = {state: column for column, state in enumerate(columns)}
+        chosen = prices[:, [place[next(iter(states))] for states in wishes[0].wanted]]
+        return Factor(tuple(variables), chosen if has_producer else chosen[0])
     table = np.zeros(shape)
     for column, state in enumerate(columns):
-        mask: NDArray[np.bool_] = np.full(shape, state == demanded)
-        for axis, wish in enumerate(wishes, start=len(first)):
+        mask: NDArray[np.bool_] = np.full(shape[len(first):], state == demanded)
+        for axis, wish in enumerate(wishes):
             wants = np.array([state in states for states in wish.wanted])
-            mask |= wants.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        price = prices[:, column].reshape([-1] + [1] * len(wishes)) if has_producer else prices[0, column]
-        table += np.where(mask, price, 0.0)
+            mask |= wants.reshape([-1 if i == axis else 1 for i in range(len(wishes))])
+        if not has_producer:
+            table += np.where(mask, prices[0, column], 0.0)
+        else:
+            table[:, mask] += prices[:, [column]]
     return Factor(tuple(variables), table)
 
 
@@ -241,12 +431,12 @@ def _sum(time: OpTime) -> float:
     return time.forward_s + time.backward_s
 
 
-def _plainness(state: State) -> tuple[int, int, int]:
+def _plainness(place: Placement) -> tuple[tuple[int, int, int], ...]:
     order = (Kind.SHARDED, Kind.REPLICATED, Kind.REPLICATED_PARTIAL_GRAD, Kind.PARTIAL)
-    return order.index(state.kind), state.dim, state.outer
+    return tuple((order.index(state.kind), state.dim, state.outer) for state in place)
 
 
-def _tie_break(strategy: Strategy) -> float:
+def _tie_break(outputs: Sequence[Placement]) -> float:
     """A little for every state that is not plain, so that R wins over RP where nothing else tells them apart."""
-    odd = sum(state.kind in (Kind.REPLICATED_PARTIAL_GRAD, Kind.PARTIAL) for state in strategy.outputs)
-    return _TIE_S * odd
+    odd = (Kind.REPLICATED_PARTIAL_GRAD, Kind.PARTIAL)
+    return _TIE_S * sum(state.kind in odd for place in outputs for state in place)

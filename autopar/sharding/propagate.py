@@ -19,6 +19,7 @@ class ClassStrategies(Mapping[str, tuple[Strategy, ...]]):
     strategies: dict[str, tuple[Strategy, ...]]
     unruled: tuple[str, ...] = ()
     factors: dict[str, OpFactors] = field(default_factory=dict, repr=False)
+    splits: dict[str, tuple[Split, ...]] = field(default_factory=dict, repr=False)  # of each op that has factors
 
     def __getitem__(self, name: str) -> tuple[Strategy, ...]:
         return self.strategies[name]
@@ -80,7 +81,10 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
         else:
             chosen = splits.get(op.name, ())
             result[op.name] = strategies_with(op, tensors, size, factors.get(op.name), chosen)
-    return ClassStrategies(strategies=result, unruled=tuple(unruled), factors=factors)
+    return ClassStrategies(
+        strategies=result, unruled=tuple(unruled), factors=factors,
+        splits={name: tuple(found) for name, found in splits.items()},
+    )
 
 
 def _pinned(cls: BlockClass) -> frozenset[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, dispatch_s, kernel_time_s, memory_bandwidth
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
-from autopar.sharding.reshard import Conversion, LocalAction, conversion
-from autopar.sharding.state import Kind, R, State
-from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
+from autopar.sharding.reshard import Conversion, LocalAction
+from autopar.sharding.state import Kind
+from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import attention_cores
-from autopar.simulate.class_costs import ClassCosts
+from autopar.simulate.class_costs import ClassCosts, CostAxis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,41 +52,48 @@ _CACHE_SIZE = 8192
 
 
 def block_cost(
-    graph: ModelGraph, cls: BlockClass, sharding: ClassSharding | None, *, tp: int, rows: float, device: DeviceType,
-    tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
+    graph: ModelGraph, cls: BlockClass, sharding: ClassSharding | Sequence[ClassSharding] | None, *, tp: int,
+    rows: float, device: DeviceType, tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
+    outer: Sequence[CostAxis] = (),
 ) -> BlockCost:
-    """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached."""
-    kept = (graph, cls, sharding, device)
-    key = (*map(id, kept), tp_group, tp, rows, dtype, compile)
+    """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached.
+
+    With `outer` axes before the tensor axis there is a sharding for each of them, and then that of the tensor axis.
+    """
+    each = () if sharding is None else (sharding,) if isinstance(sharding, ClassSharding) else tuple(sharding)
+    kept = (graph, cls, *each, device)
+    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, *outer)
     found = _cache.get(key)
     if found is None:
         if len(_cache) >= _CACHE_SIZE:
             _cache.clear()
-        costs = ClassCosts(graph, cls, tp=tp, rows=rows, device=device, tp_group=tp_group, dtype=dtype)
+        costs = ClassCosts(
+            graph, cls, tp=tp, rows=rows, device=device, tp_group=tp_group, dtype=dtype, outer=outer
+        )
         # The key holds ids: what they stand for is kept with the result, so that no id is used again.
-        found = _cache[key] = (kept, _Summation(costs, sharding if tp > 1 else None, compile).total())
+        split = math.prod(costs.sizes) > 1
+        assert not each or not split or len(each) == len(costs.sizes), "one sharding an axis"
+        found = _cache[key] = (kept, _Summation(costs, each if split else (), compile).total())
     return found[1]
 
 
 class _Summation:
     """One pass over the ops of a class in execution order, as the lowered block would run them."""
 
-    def __init__(self, costs: ClassCosts, sharding: ClassSharding | None, compile_: bool) -> None:
-        self.costs, self.cls, self.sharding, self.compile = costs, costs.cls, sharding, compile_
-        self.state: dict[str, State] = {}
+    def __init__(self, costs: ClassCosts, shardings: Sequence[ClassSharding], compile_: bool) -> None:
+        self.costs, self.cls, self.shardings, self.compile = costs, costs.cls, tuple(shardings), compile_
+        self.whole = replicated(len(costs.axes))
+        self.state: dict[str, Placement] = {}
         self.storage: dict[str, str] = {}  # where the tensor as produced lies
-        self.converted: dict[tuple[str, State], str] = {}
+        self.converted: dict[tuple[str, Placement], str] = {}
         self.comm = [0.0, 0.0]
         self.host = [0.0, 0.0]  # what the host needs to issue the ops and the collectives
 
     def total(self) -> BlockCost:
-        costs, cls, sharding = self.costs, self.cls, self.sharding
-        for names, states in (
-            (cls.inputs, sharding.inputs if sharding else None), (cls.params, sharding.params if sharding else None),
-            (cls.buffers, sharding.buffers if sharding else None),
-        ):
-            for i, name in enumerate(names):
-                self.state[name], self.storage[name] = (states[i] if states else R), name
+        costs, cls = self.costs, self.cls
+        for word in ("inputs", "params", "buffers"):
+            for name, place in zip(getattr(cls, word), self.places(word), strict=True):
+                self.state[name], self.storage[name] = place, name
         cores = attention_cores(cls)
         core_of = {name: core for core in cores for name in core.ops}
         fused = _FusedGroups(costs) if self.compile else None
@@ -93,13 +103,13 @@ class _Summation:
         kept_anyway: set[tuple[str, str]] = set()
         extra = selective_extra = 0.0
         for op in cls.ops:
-            strategy = sharding.strategy.get(op.name) if sharding else None
-            wanted = strategy.inputs if strategy else (R,) * len(op.operands)
+            strategy = self.strategy(op)
+            wanted, left = costs.placements(op, strategy)
             core, before = core_of.get(op.name), self.comm[0]
             reads = {name: self.read(name, state) for name, state in zip(op.operands, wanted, strict=True)}
             for i, output in enumerate(op.outputs):
                 if output:
-                    self.state[output] = strategy.outputs[i] if strategy else R
+                    self.state[output] = left[i]
                     source = costs.view_of.get(output)
                     self.storage[output] = reads.get(source or "", output)
             if core is not None and core.internal.intersection(op.operands):
@@ -139,9 +149,9 @@ class _Summation:
             )
             if out_bytes and op_kind(op.target) is not OpKind.VIEW:
                 transient = max(transient, out_bytes + grads)
-        for i, name in enumerate(cls.outputs):
+        for name, place in zip(cls.outputs, self.places("outputs"), strict=True):
             if name in self.state:
-                self.read(name, sharding.outputs[i] if sharding else R)
+                self.read(name, place)
         if fused is None:
             backward += sum(costs.fan_out_s(name, state) for name, state in self.state.items())
         else:
@@ -172,19 +182,31 @@ class _Summation:
             key_value_bytes=sum(self.smallest_view_bytes(name) for core in cores for name in core.keys_and_values),
             param_numel_local=sum(local_params),
             params=tuple(local_params),
-            partial_params=tuple(self.state[name].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params),
+            partial_params=tuple(self.state[name][-1].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params),
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
 
-    def add_lowering(self, op: Op, strategy: Strategy | None) -> None:
-        """The collectives of the op's special program."""
-        found, time = self.costs.lowering(op, strategy), self.costs.lowering_comm(op, strategy)
+    def add_lowering(self, op: Op, strategy: JointStrategy | None) -> None:
+        """The collectives of the op's special programs."""
+        time = self.costs.lowering_comm(op, strategy)
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
-        self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward)
-        self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward)
+        for _, found in self.costs.lowerings(op, strategy):
+            self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward)
+            self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward)
 
-    def read(self, name: str, wanted: State) -> str:
+    def places(self, word: str) -> tuple[Placement, ...]:
+        """The placements of the class's inputs, params, buffers or outputs."""
+        if not self.shardings:
+            return (self.whole,) * len(getattr(self.cls, word))
+        return tuple(zip(*(getattr(own, word) for own in self.shardings), strict=True))
+
+    def strategy(self, op: Op) -> JointStrategy | None:
+        if any(op.name not in own.strategy for own in self.shardings):
+            return None
+        return tuple(own.strategy[op.name] for own in self.shardings) or None
+
+    def read(self, name: str, wanted: Placement) -> str:
         """The storage of a tensor in the wanted state; a conversion is paid for the first time that it is needed."""
         current = self.state[name]
         if current == wanted:
@@ -192,20 +214,21 @@ class _Summation:
         found = self.converted.get((name, wanted))
         if found is not None:
             return found
-        step = conversion(current, wanted, self.costs.whole(name).requires_grad)
+        made = self.costs.conversions(name, current, wanted)
         time = self.costs.conversion_time(name, current, wanted)
-        assert step is not None, f"no conversion of {name} from {current} to {wanted}"
+        assert made is not None, f"no conversion of {name} from {placement_text(current)} to {placement_text(wanted)}"
         assert time is not None
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
-        self.host[0] += COLLECTIVE_DISPATCH_S if step.forward else 0.0
-        self.host[1] += COLLECTIVE_DISPATCH_S if step.backward else 0.0
-        storage = f"{name}|{wanted}" if _moves(step) else self.storage[name]
+        self.host[0] += COLLECTIVE_DISPATCH_S * sum(step.forward is not None for _, _, step in made)
+        self.host[1] += COLLECTIVE_DISPATCH_S * sum(step.backward is not None for _, _, step in made)
+        moves = any(_moves(step) for _, _, step in made)
+        storage = f"{name}|{placement_text(wanted)}" if moves else self.storage[name]
         self.converted[name, wanted] = storage
         return storage
 
     def saved_storage(
-        self, op: Op, strategy: Strategy | None, name: str, reads: dict[str, str]
+        self, op: Op, strategy: JointStrategy | None, name: str, reads: dict[str, str]
     ) -> tuple[tuple[str, str] | None, float]:
         """The key and local bytes of a storage that the op saves; no key for what is held anyway."""
         costs = self.costs
@@ -215,22 +238,21 @@ class _Summation:
             return None, 0.0  # masks, positions and labels, which every stage holds once
         root = costs.root(name)
         size = costs.whole(name).size_bytes
-        wanted = strategy.inputs if strategy else (R,) * len(op.operands)
-        for operand, state in zip(op.operands, wanted, strict=True):
+        wanted, _ = costs.placements(op, strategy)
+        for operand, place in zip(op.operands, wanted, strict=True):
             if costs.root(operand) == root:
-                return (name, reads[operand]), size / (self.costs.tp if state.kind is Kind.SHARDED else 1)
-        state = self.state[name]
-        return (name, self.storage[name]), size / (self.costs.tp if state.kind is Kind.SHARDED else 1)
+                return (name, reads[operand]), size * held_share(place, costs.sizes)
+        return (name, self.storage[name]), size * held_share(self.state[name], costs.sizes)
 
     def smallest_view_bytes(self, name: str) -> float:
         """Bytes of the smallest tensor on the way back through views: keys before heads are repeated."""
-        size = self.costs.local(name, self.state.get(name, R)).size_bytes
+        size = self.costs.local(name, self.state.get(name, self.whole)).size_bytes
         while True:
             op = self.cls.producer.get(name)
             if op is None or op_kind(op.target) is not OpKind.VIEW or not op.operands:
                 return size
             name = op.operands[0]
-            size = min(size, self.costs.local(name, self.state.get(name, R)).size_bytes)
+            size = min(size, self.costs.local(name, self.state.get(name, self.whole)).size_bytes)
 
 
 def _moves(step: Conversion) -> bool:
@@ -318,7 +340,7 @@ class _FusedGroups:
             name for root in self.groups for name in self.inputs(root) if self.costs.whole(name).requires_grad
         )
 
-    def times(self, state: dict[str, State]) -> tuple[float, float]:
+    def times(self, state: dict[str, Placement]) -> tuple[float, float]:
         """Seconds of all groups, forward and backward."""
         costs, device = self.costs, self.costs.device
         bandwidth = memory_bandwidth(device)

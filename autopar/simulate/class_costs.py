@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from autopar.cluster.cluster import DeviceType, GroupShape
@@ -14,11 +17,12 @@ from autopar.cost_models.compute import LocalTensor, OpTime, is_identity_cast, m
 from autopar.cost_models.memory import GRADIENT_BYTES, OPTIMIZER_STEP_BYTES
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
+from autopar.sharding.joint import JointStrategy, Placement, held_share, replicated, steps
 from autopar.sharding.lowering import busiest_share
 from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
-from autopar.simulate.lowering_costs import NOTHING, LoweringCost, lowering_cost
+from autopar.simulate.lowering_costs import LoweringCost, lowering_cost
 
 # Views that reorder memory, so that a later reshape or contiguous() has to copy. Swapping twice restores the order.
 _SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T"}
@@ -32,19 +36,31 @@ def captured_dtype(graph: ModelGraph) -> str:
     return counts.most_common(1)[0][0] if counts else "float32"
 
 
+@dataclass(frozen=True, slots=True)
+class CostAxis:
+    """A mesh axis inside a stage: its size, the shape of its groups, and how many of them share a node's network."""
+
+    size: int
+    group: GroupShape | None
+    groups_per_node: int = 1
+
+
 class ClassCosts:
     """Times and bytes of one class's ops for `rows` rows on one device of a tensor axis of `tp` ranks.
 
     `dtype` is the compute dtype. Every tensor's bytes are those of `element_bytes`, whatever the capture's dtype.
+    With `outer` axes before the tensor axis, states and strategies are tuples of one an axis, outermost first.
     """
 
     def __init__(
         self, graph: ModelGraph, cls: BlockClass, *, tp: int, rows: float, device: DeviceType,
-        tp_group: GroupShape | None, dtype: str, tp_groups_per_node: int = 1,
+        tp_group: GroupShape | None, dtype: str, tp_groups_per_node: int = 1, outer: Sequence[CostAxis] = (),
     ) -> None:
         assert graph.rows_are_tagged or rows == graph.rows, "only a graph with tagged rows can be rescaled"
         self.graph, self.cls, self.tp, self.rows, self.device = graph, cls, tp, rows, device
         self.tp_group, self.dtype, self.tp_groups_per_node = tp_group, dtype, tp_groups_per_node
+        self.axes = (*outer, CostAxis(tp, tp_group, tp_groups_per_node))
+        self.sizes = tuple(axis.size for axis in self.axes)
         width = element_bytes(cls, captured_dtype(graph), dtype)
         ratio = rows / graph.rows
         tagged = graph.rows_are_tagged
@@ -57,76 +73,101 @@ class ClassCosts:
         }
         self._by_rows = {info.name: tagged and graph.depends_on_rows(info.numel) for info in cls.tensors}
         self._ratio = ratio
-        self._times: dict[tuple[str, tuple[State, ...], tuple[State, ...]], OpTime] = {}
+        self._times: dict[object, OpTime] = {}
+
+    def of_first_axes(self, count: int) -> ClassCosts:
+        """The costs where only the first `count` axes are there."""
+        last = self.axes[count - 1]
+        return ClassCosts(
+            self.graph, self.cls, tp=last.size, rows=self.rows, device=self.device, tp_group=last.group,
+            dtype=self.dtype, tp_groups_per_node=last.groups_per_node, outer=self.axes[: count - 1],
+        )
 
     def whole(self, name: str) -> LocalTensor:
         """The whole tensor at these rows."""
         return self._whole[name]
 
-    def local(self, name: str, state: State) -> LocalTensor:
+    def local(self, name: str, state: State | Placement) -> LocalTensor:
         """What one rank holds of a tensor in a state."""
         whole = self._whole[name]
-        if state.kind is not Kind.SHARDED or self.tp == 1:
-            return whole
-        shape = tuple(dim / self.tp if i == state.dim else dim for i, dim in enumerate(whole.shape))
-        return LocalTensor(shape, whole.element_bytes, whole.requires_grad)
+        shape = whole.shape
+        for own, size in zip(_each(state), self.sizes, strict=True):
+            if own.kind is Kind.SHARDED and size > 1:
+                shape = tuple(dim / size if i == own.dim else dim for i, dim in enumerate(shape))
+        return whole if shape is whole.shape else LocalTensor(shape, whole.element_bytes, whole.requires_grad)
 
     def scale(self, op: Op) -> float:
         """What to multiply the op's captured FLOPs with, to have them at these rows."""
         names = (*op.operands, *(output for output in op.outputs if output))
         return self._ratio if any(self._by_rows[name] for name in names) else 1.0
 
-    def saved_extra_bytes(self, op: Op, strategy: Strategy | None) -> float:
+    def parts(self, strategy: Strategy | JointStrategy | None) -> int:
+        """Into how many parts the strategy cuts the op's work."""
+        return math.prod(size for own, size in zip(_strategies(strategy), self.sizes, strict=False) if own.factor)
+
+    def saved_extra_bytes(self, op: Op, strategy: Strategy | JointStrategy | None) -> float:
         """What the op keeps on this rank besides tensors of the graph."""
-        return self._own_extra_bytes(op, strategy) + self.lowering(op, strategy).saved_bytes
+        return self._own_extra_bytes(op, strategy) + sum(cost.saved_bytes for _, cost in self.lowerings(op, strategy))
 
-    def _own_extra_bytes(self, op: Op, strategy: Strategy | None) -> float:
-        return op.saved_extra_bytes * self.scale(op) / (self.tp if _splits(strategy) else 1)
+    def _own_extra_bytes(self, op: Op, strategy: Strategy | JointStrategy | None) -> float:
+        return op.saved_extra_bytes * self.scale(op) / self.parts(strategy)
 
-    def lowering(self, op: Op, strategy: Strategy | None) -> LoweringCost:
-        """What the special program of a strategy adds to the op."""
-        if strategy is None or not strategy.lowering or self.tp == 1:
-            return NOTHING
-        return lowering_cost(self.cls, op, strategy, self.tp, self.whole)
+    def lowerings(self, op: Op, strategy: Strategy | JointStrategy | None) -> list[tuple[CostAxis, LoweringCost]]:
+        """What the special program of each axis's strategy adds to the op."""
+        each = _strategies(strategy)
+        found = []
+        for at, (own, axis) in enumerate(zip(each, self.axes, strict=False)):
+            if not own.lowering or axis.size == 1:
+                continue
+            # A tensor as the other axes leave it to this one.
+            places = {
+                name: tuple(R if i == at else state for i, state in enumerate(place))
+                for names, placed in zip((op.operands, op.outputs), self.placements(op, strategy), strict=True)
+                for name, place in zip(names, placed, strict=True) if name
+            }
 
-    def lowering_comm(self, op: Op, strategy: Strategy | None) -> OpTime:
-        """Seconds of the collectives of the op's special program, forward and backward."""
-        found = self.lowering(op, strategy)
-        return OpTime(*(
-            sum(
-                collective_time_s(
-                    item.collective, item.size_bytes, self.tp_group, groups_per_node=self.tp_groups_per_node
+            def whole(name: str, places: dict[str, Placement] = places) -> LocalTensor:
+                return self.local(name, places[name])
+
+            found.append((axis, lowering_cost(self.cls, op, own, axis.size, whole)))
+        return found
+
+    def lowering_comm(self, op: Op, strategy: Strategy | JointStrategy | None) -> OpTime:
+        """Seconds of the collectives of the op's special programs, forward and backward."""
+        forward = backward = 0.0
+        for axis, found in self.lowerings(op, strategy):
+            for item in found.forward:
+                forward += collective_time_s(
+                    item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node
                 )
-                for item in exchanges
-            )
-            for exchanges in (found.forward, found.backward)
-        ))
+            for item in found.backward:
+                backward += collective_time_s(
+                    item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node
+                )
+        return OpTime(forward, backward)
 
-    def op_time(self, op: Op, strategy: Strategy | None = None) -> OpTime:
+    def op_time(self, op: Op, strategy: Strategy | JointStrategy | None = None) -> OpTime:
         """Seconds of the op on this rank, forward and backward; without a strategy it runs whole."""
-        inputs = strategy.inputs if strategy is not None else (R,) * len(op.operands)
-        outputs = strategy.outputs if strategy is not None else (R,) * len(op.outputs)
+        inputs, outputs = self.placements(op, strategy)
         key = (op.name, inputs, outputs)
         found = self._times.get(key)
         if found is not None:
             return found
-        share = self.scale(op)
-        if strategy is not None and strategy.factor:
-            share *= busiest_share(strategy.lowering, self.tp)
+        parts = self.parts(strategy)
+        share = self.scale(op) * math.prod(
+            busiest_share(own.lowering, size)
+            for own, size in zip(_strategies(strategy), self.sizes, strict=False) if own.factor
+        )
         operands = [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)]
         results = [self.local(name, state) for name, state in zip(op.outputs, outputs, strict=False) if name]
-        saved = sum(
-            self._whole[name].size_bytes / (self.tp if _splits(strategy) else 1)
-            for name in op.saved if name in self._whole
-        )
+        saved = sum(self._whole[name].size_bytes / parts for name in op.saved if name in self._whole)
         found = op_time_s(
             op, operands, results, self.device, self.dtype, flops=op.flops * share,
             backward_flops=op.backward_flops * share, saved_bytes=saved,
             extra_bytes=self._own_extra_bytes(op, strategy), is_copy=op.name in self.copies,
         )
-        moved = self.lowering(op, strategy)
-        if moved.forward_moved_bytes or moved.backward_moved_bytes:
-            bandwidth = memory_bandwidth(self.device)
+        bandwidth = memory_bandwidth(self.device)
+        for _, moved in self.lowerings(op, strategy):
             found = OpTime(
                 found.forward_s + moved.forward_moved_bytes / bandwidth,
                 found.backward_s + moved.backward_moved_bytes / bandwidth,
@@ -134,20 +175,53 @@ class ClassCosts:
         self._times[key] = found
         return found
 
-    def conversion_time(self, name: str, src: State, dst: State) -> OpTime | None:
-        """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
-        found = conversion(src, dst, self._whole[name].requires_grad)
-        return None if found is None else self.step_time(name, found)
+    def placements(
+        self, op: Op, strategy: Strategy | JointStrategy | None
+    ) -> tuple[tuple[Placement, ...], tuple[Placement, ...]]:
+        """The placements of the op's operands and outputs."""
+        if strategy is None:
+            whole = replicated(len(self.axes))
+            return (whole,) * len(op.operands), (whole,) * len(op.outputs)
+        each = _strategies(strategy)
+        inputs = tuple(zip(*(own.inputs for own in each), strict=True))
+        return inputs, tuple(zip(*(own.outputs for own in each), strict=True))
 
-    def step_time(self, name: str, step: Conversion) -> OpTime:
-        """Seconds of a conversion's collectives on a tensor, forward and backward."""
-        size = self._whole[name].size_bytes
+    def conversions(
+        self, name: str, src: State | Placement, dst: State | Placement
+    ) -> tuple[tuple[int, float, Conversion], ...] | None:
+        """The conversions, (axis, share of the tensor that its group holds, what is done), from one to another."""
+        has_gradient = self._whole[name].requires_grad
+        path = steps(_each(src), _each(dst), has_gradient)
+        if path is None:
+            return None
+        found = []
+        for step in path:
+            made = conversion(step.src, step.dst, has_gradient)
+            assert made is not None, "a step is a conversion"
+            others = tuple(R if i == step.axis else state for i, state in enumerate(step.before))
+            found.append((step.axis, held_share(others, self.sizes), made))
+        return tuple(found)
+
+    def conversion_time(self, name: str, src: State | Placement, dst: State | Placement) -> OpTime | None:
+        """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
+        found = self.conversions(name, src, dst)
+        if found is None:
+            return None
+        forward = backward = 0.0
+        for axis, share, step in found:
+            time = self.step_time(name, step, axis=axis, share=share)
+            forward, backward = forward + time.forward_s, backward + time.backward_s
+        return OpTime(forward, backward)
+
+    def step_time(self, name: str, step: Conversion, *, axis: int = -1, share: float = 1.0) -> OpTime:
+        """Seconds of a conversion's collectives on an axis whose groups hold a share of the tensor."""
+        size, own = self._whole[name].size_bytes * share, self.axes[axis]
         return OpTime(*(
-            collective_time_s(kind, size, self.tp_group, groups_per_node=self.tp_groups_per_node) if kind else 0.0
+            collective_time_s(kind, size, own.group, groups_per_node=own.groups_per_node) if kind else 0.0
             for kind in (step.forward, step.backward)
         ))
 
-    def param_time_s(self, name: str, state: State, num_micro_batches: int = 8) -> float:
+    def param_time_s(self, name: str, state: State | Placement, num_micro_batches: int = 8) -> float:
         """Seconds that storing a parameter in a state costs a micro-batch: what a step does with it, shared out.
 
         Its gradient is accumulated in float32 in every micro-batch; once a step it is summed over the tensor axis if
@@ -163,13 +237,18 @@ class ClassCosts:
         step_s = OPTIMIZER_STEP_BYTES["adamw"] * local.numel / bandwidth
         if self.tp_group is not None:
             step_s += 2 * gradient_bytes / self.tp_group.link.bandwidth_bytes_per_s
-            if state.kind is Kind.REPLICATED_PARTIAL_GRAD:
+            if _each(state)[-1].kind is Kind.REPLICATED_PARTIAL_GRAD:
                 step_s += collective_time_s(
                     Collective.ALL_REDUCE, gradient_bytes, self.tp_group, groups_per_node=self.tp_groups_per_node
                 )
+        for axis, own in zip(self.axes[:-1], _each(state)[:-1], strict=True):
+            if axis.group is not None and own.kind is not Kind.SHARDED:
+                step_s += collective_time_s(
+                    Collective.REDUCE_SCATTER, gradient_bytes, axis.group, groups_per_node=axis.groups_per_node
+                )
         return accumulate_s + step_s / num_micro_batches
 
-    def fan_out_s(self, name: str, state: State) -> float:
+    def fan_out_s(self, name: str, state: State | Placement) -> float:
         """Seconds of adding up a tensor's gradients from all its consumers."""
         tensor = self.local(name, state)
         if not tensor.requires_grad or self.num_consumers[name] < 2 or name in self._static:
@@ -233,6 +312,11 @@ class ClassCosts:
         return name
 
 
-def _splits(strategy: Strategy | None) -> bool:
-    """Whether the strategy gives each rank a part of the work."""
-    return strategy is not None and strategy.factor != ""
+def _strategies(strategy: Strategy | JointStrategy | None) -> JointStrategy:
+    """One strategy an axis."""
+    return () if strategy is None else (strategy,) if isinstance(strategy, Strategy) else strategy
+
+
+def _each(state: State | Placement) -> Placement:
+    """One state an axis."""
+    return (state,) if isinstance(state, State) else state

@@ -8,6 +8,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.sharding_checks import sharding_problems
 from autopar.search.intra_op import Problem, shard_class
 from autopar.search.mathopt import solve
+from autopar.sharding.joint import joint_strategies
 from autopar.sharding.propagate import class_strategies
 from autopar.sharding.state import R, State, shard
 from autopar.simulate.block_cost import block_cost
@@ -25,7 +26,7 @@ def costs_of(graph: ModelGraph, name: str, rows: float = 8) -> ClassCosts:
 def test_optimum_equals_brute_force_and_integer_programming(name: str, boundary: State) -> None:
     graph = mlp_chain(hidden=256, inner=1024, seq_len=64)
     cls = graph.block_class[name]
-    problem = Problem(cls, class_strategies(cls, 2), boundary, costs_of(graph, name))
+    problem = Problem(cls, joint_strategies(cls, (2,)), (boundary,), costs_of(graph, name))
     choice = shard_class(cls, class_strategies(cls, 2), boundary, costs_of(graph, name))
     assert choice is not None
     assert list(sharding_problems(choice, cls, 2)) == []
@@ -36,7 +37,7 @@ def test_optimum_equals_brute_force_and_integer_programming(name: str, boundary:
     total = block_cost(graph, cls, choice, tp=2, rows=8, device=device(), tp_group=GROUP, dtype="float32")
     time_s = (total.forward_compute_s + total.backward_compute_s + total.forward_tp_comm_s
               + total.backward_tp_comm_s)
-    stored = [problem.parameter_s(name, state) for name, state in zip(cls.params, choice.params, strict=True)]
+    stored = [problem.parameter_s(name, (state,)) for name, state in zip(cls.params, choice.params, strict=True)]
     assert time_s + sum(stored) == pytest.approx(best, rel=1e-6), "the search and the simulator price a sharding alike"
 
 

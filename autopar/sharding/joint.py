@@ -1,0 +1,246 @@
+"""Several mesh axes at once.
+
+Axes are ordered, outermost first. A tensor's *placement* has one state an axis, each in terms of the tensor as the
+axes before it leave it: (S(0), S(0)) splits dim 0 by the first axis and each part again by the second. An op's joint
+strategy has one strategy an axis in the same sense: the second is one of the op that a rank of the first axis runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from autopar.graph.model_graph import Arg, BlockClass, Op, Ref, TensorInfo
+from autopar.sharding.factors import OpFactors, Split
+from autopar.sharding.local_args import local_infos, local_op
+from autopar.sharding.lowering import Lowering
+from autopar.sharding.propagate import ClassStrategies, class_strategies
+from autopar.sharding.reshard import Collective, LocalAction, conversion, divides, local_shape
+from autopar.sharding.rules.table import gradients, strategies_with
+from autopar.sharding.state import Kind, R, State
+from autopar.sharding.strategy import Strategy
+
+Placement = tuple[State, ...]
+JointStrategy = tuple[Strategy, ...]
+
+# Lowerings that an axis may use whatever the other axes do: each wraps the program of the axes after it.
+WRAPPING = frozenset({
+    "", Lowering.AXIS_RANDOM, Lowering.SCALED_MEAN, Lowering.BIAS_ON_FIRST_RANK, Lowering.SUM_OVER_COUNT,
+})
+
+
+def replicated(num_axes: int) -> Placement:
+    """The placement of a tensor that is whole on every rank."""
+    return (R,) * num_axes
+
+
+def placement_text(placement: Placement) -> str:
+    return " ".join(map(str, placement))
+
+
+def placed_shape(shape: tuple[int, ...], placement: Placement, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one rank's part of a tensor of global shape `shape`."""
+    for state, size in zip(placement, sizes, strict=True):
+        shape = local_shape(shape, state, size)
+    return shape
+
+
+def can_be_placed(shape: tuple[int, ...], placement: Placement, sizes: Sequence[int]) -> bool:
+    """Whether every axis in turn divides what the axes before it leave."""
+    for state, size in zip(placement, sizes, strict=True):
+        if not divides(shape, state, size):
+            return False
+        shape = local_shape(shape, state, size)
+    return True
+
+
+def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[JointStrategy, ...]]:
+    """Every way to run each op of the class on axes of these sizes, at most one factor an axis.
+
+    Axes may split the same factor one after the other. A lowering that is no wrapper, because it depends on which part
+    of its factor the rank has, is used by one axis at most, and no other axis then splits that factor.
+    """
+    single: dict[int, ClassStrategies] = {size: class_strategies(cls, size) for size in dict.fromkeys(sizes)}
+    if len(sizes) == 1:
+        return {name: tuple((strategy,) for strategy in found) for name, found in single[sizes[0]].items()}
+    result: dict[str, tuple[JointStrategy, ...]] = {}
+    for op in cls.ops:
+        factors = single[sizes[0]].factors.get(op.name)
+        if factors is None:  # no rule, or no gradient: whole on every rank
+            plain = single[sizes[0]][op.name]
+            result[op.name] = tuple(_products([plain] * len(sizes)))
+            continue
+        splits = [single[size].splits.get(op.name, ()) for size in sizes]
+        found = _extend(op, cls.tensor, factors, sizes, splits, ())
+        kept: dict[tuple[object, ...], JointStrategy] = {}
+        for choice in found:
+            key = tuple((item.inputs, item.outputs, item.lowering) for item in choice)
+            kept.setdefault(key, choice)
+        result[op.name] = tuple(kept.values())
+    return result
+
+
+def _products(options: Sequence[Sequence[Strategy]]) -> Iterator[JointStrategy]:
+    if not options:
+        yield ()
+        return
+    for first in options[0]:
+        for rest in _products(options[1:]):
+            yield (first, *rest)
+
+
+def _extend(
+    op: Op, tensors: Mapping[str, TensorInfo], factors: OpFactors, sizes: Sequence[int],
+    splits: Sequence[Sequence[Split]], earlier: tuple[tuple[Split, int], ...],
+) -> Iterator[JointStrategy]:
+    """The strategies of the remaining axes on the op as the `earlier` splits (with their axes' sizes) leave it."""
+    if not sizes:
+        yield ()
+        return
+    size = sizes[0]
+    differentiable, _ = gradients(op, tensors)
+    for strategy in strategies_with(op, tensors, size, factors, ()):
+        for rest in _extend(op, tensors, factors, sizes[1:], splits[1:], earlier):
+            yield (strategy, *rest)
+    for split in splits[0]:
+        own = _seen_locally(split, earlier)
+        if own is None or factors.refusal(own, size) or not _may_follow(factors, own, earlier):
+            continue
+        strategy = factors.strategy(own, differentiable)
+        left = replace(factors, sizes={**factors.sizes, own[0]: factors.sizes[own[0]] // size})
+        for rest in _extend(op, tensors, left, sizes[1:], splits[1:], (*earlier, (own, size))):
+            yield (strategy, *rest)
+
+
+def _seen_locally(split: Split, earlier: Sequence[tuple[Split, int]]) -> Split | None:
+    """A split of the whole factor in terms of what earlier splits leave of it; None where it would cut across them."""
+    name, inner = split
+    for (other, before), size in earlier:
+        if other != name or inner <= before:
+            continue
+        if inner % (before * size):
+            return None
+        inner //= size
+    return name, inner
+
+
+def _may_follow(factors: OpFactors, split: Split, earlier: Sequence[tuple[Split, int]]) -> bool:
+    """Whether the split's lowering can be combined with those of the earlier splits."""
+    own_wraps = factors.lowering(split[0]) in WRAPPING
+    for (name, _), _ in earlier:
+        other_wraps = factors.lowering(name) in WRAPPING
+        if not (own_wraps or other_wraps) or (name == split[0] and not (own_wraps and other_wraps)):
+            return False
+    return True
+
+
+def local_joint_op(
+    op: Op, choice: JointStrategy, tensors: Mapping[str, TensorInfo], sizes: Sequence[int]
+) -> Op:
+    """The op to call on one rank's operands under a joint strategy: `local_op`, axis after axis."""
+    if len(sizes) == 1:
+        return local_op(op, choice[0], tensors, sizes[0])
+    # An op may read one tensor in two placements, so operands get names of their own while shapes are followed.
+    own = [f"{i}:{name}" for i, name in enumerate(op.operands)]
+    infos = {alias: replace(tensors[name], name=alias) for alias, name in zip(own, op.operands, strict=True)}
+    infos.update({name: tensors[name] for name in op.outputs if name})
+    current = _renamed(op, own)
+    for strategy, size in zip(choice, sizes, strict=True):
+        operands, outputs = local_infos(current, strategy, infos, size)
+        following = local_op(current, strategy, infos, size)
+        shapes = dict(zip((*current.operands, *current.outputs), (*operands, *outputs), strict=True))
+        infos = {name: replace(info, shape=shapes[name]) for name, info in infos.items()}
+        current = following
+    return _renamed(current, op.operands)
+
+
+def _renamed(op: Op, names: Sequence[str]) -> Op:
+    following = iter(names)
+
+    def rename(arg: Arg) -> Arg:
+        if isinstance(arg, Ref):
+            return Ref(next(following))
+        return tuple(rename(item) for item in arg) if isinstance(arg, tuple) else arg
+
+    args = tuple(rename(arg) for arg in op.args)
+    return replace(op, args=args, kwargs=tuple((key, rename(arg)) for key, arg in op.kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One axis of a tensor's placement changes from `src` to `dst`; `before` is the whole placement until then."""
+
+    axis: int
+    src: State
+    dst: State
+    before: Placement
+
+
+def steps(src: Placement, dst: Placement, differentiable: bool) -> tuple[Step, ...] | None:
+    """How a tensor placed as `src` becomes one placed as `dst`, axis by axis; None where an axis has no conversion.
+
+    What makes the tensor smaller comes first and what makes it larger last. An axis whose dim an axis before it is
+    about to change has to give up its shard first, and takes it again afterwards.
+    """
+    if not differentiable:
+        src, dst = _without_gradient(src), _without_gradient(dst)
+    if src == dst:
+        return ()
+    found: list[Step] = []
+    current = list(src)
+
+    def change(axis: int, state: State) -> bool:
+        if current[axis] == state:
+            return True
+        if conversion(current[axis], state, differentiable) is None:
+            return False
+        found.append(Step(axis, current[axis], state, tuple(current)))
+        current[axis] = state
+        return True
+
+    changing = [axis for axis in range(len(src)) if src[axis] != dst[axis]]
+    for axis in range(len(src) - 1, -1, -1):
+        if src[axis].kind is Kind.SHARDED and any(
+            outer < axis and _touches(src[outer], dst[outer], src[axis]) for outer in changing
+        ):
+            change(axis, dst[axis] if dst[axis].kind is not Kind.SHARDED and dst[axis].kind is not Kind.PARTIAL else R)
+    late: list[int] = [
+        axis for axis in range(len(src))
+        if dst[axis].kind is Kind.SHARDED and current[axis] != dst[axis]
+        and any(outer < axis and _touches(src[outer], dst[outer], dst[axis]) for outer in changing)
+    ]
+    early = [axis for axis in range(len(src)) if current[axis] != dst[axis] and axis not in late]
+    for axis in sorted(early, key=lambda axis: (_growth(current[axis], dst[axis]), axis)):
+        if not change(axis, dst[axis]):
+            return None
+    for axis in late:
+        if not change(axis, dst[axis]):
+            return None
+    return tuple(found)
+
+
+def _without_gradient(placement: Placement) -> Placement:
+    return tuple(R if state.kind is Kind.REPLICATED_PARTIAL_GRAD else state for state in placement)
+
+
+def _touches(src: State, dst: State, inner: State) -> bool:
+    """Whether a change of an axis moves the dim that an axis after it splits."""
+    return any(state.kind is Kind.SHARDED and state.dim == inner.dim for state in (src, dst))
+
+
+def _growth(src: State, dst: State) -> int:
+    """-1 where the tensor shrinks, 1 where it grows, 0 where it keeps its size."""
+    return (src.kind is Kind.SHARDED) - (dst.kind is Kind.SHARDED)
+
+
+def held_share(placement: Placement, sizes: Sequence[int]) -> float:
+    """The share of a tensor's elements that one rank holds."""
+    split = (size for state, size in zip(placement, sizes, strict=True) if state.kind is Kind.SHARDED)
+    return 1.0 / math.prod(split)
+
+
+__all__ = [
+    "Collective", "JointStrategy", "LocalAction", "Placement", "Step", "can_be_placed", "held_share",
+    "joint_strategies", "local_joint_op", "placed_shape", "placement_text", "replicated", "steps",
+]
