@@ -37,6 +37,20 @@ def vocab_parallel_embedding(
     return result
 
 
+def vocab_parallel_embedding_bag(
+    axis: Axis, op: Program, weight: Tensor, indices: Tensor, offsets: Tensor, scale_grad_by_freq: bool = False,
+    mode: int = 0, sparse: bool = False, per_sample_weights: Tensor | None = None, *args: Any,
+) -> Any:
+    """Partial sums of bags: this rank adds the ids of its own part of the vocabulary, the others weigh nothing."""
+    local = indices - axis.rank * weight.shape[0]
+    absent = (local < 0) | (local >= weight.shape[0])
+    given = torch.ones_like(indices, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights
+    return op(
+        weight, local.masked_fill(absent, 0), offsets, scale_grad_by_freq, mode, sparse, given.masked_fill(absent, 0),
+        *args,
+    )
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Loss of each row from logits (rows, local vocabulary); the softmax is kept, the gradient is made in place."""
 
@@ -149,6 +163,8 @@ def special_program(
     match name:
         case Lowering.VOCAB_PARALLEL_EMBEDDING:
             return partial(vocab_parallel_embedding, axis)
+        case Lowering.VOCAB_PARALLEL_EMBEDDING_BAG:
+            return partial(vocab_parallel_embedding_bag, axis, op)
         case Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
             return partial(vocab_parallel_cross_entropy, axis)
         case Lowering.BIAS_ON_FIRST_RANK:

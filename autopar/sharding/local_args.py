@@ -33,7 +33,7 @@ def local_infos(
 
 def bias_operand(op: Op) -> int:
     """The position among the operands of the bias that the lowering "bias_on_first_rank" adds on one rank alone."""
-    return {"addmm": 0, "baddbmm": 0, EXPERTS_OP: 6}.get(_packet(op), 2)
+    return {"addmm": 0, "baddbmm": 0, "index_add": 0, "index_add_": 0, EXPERTS_OP: 6}.get(_packet(op), 2)
 
 
 def local_op(op: Op, strategy: Strategy, tensors: Mapping[str, TensorInfo], size: int) -> Op:

@@ -20,6 +20,8 @@ class Lowering(StrEnum):
         (softmax - one_hot) of the local classes, with no communication.
     CAUSAL_CONTEXT: causal attention of queries [i*q/n, (i+1)*q/n) to the keys before (i+1)*q/n, the mask aligned to the
         lower right; dropout draws from a random stream of the rank's own.
+    VOCAB_PARALLEL_EMBEDDING_BAG: the weight holds rows [i*v/n, (i+1)*v/n): ids outside add zeros to the sum of their
+        bag; output partial.
     SPATIAL_HALO: the op on a part of the positions of its first operand, lengthened by the positions that it needs of
         the parts before and after (`rules.windows.halo_of`); their gradient goes back and is added.
     SYNC_BATCH_NORM: a batch norm in training on a part of the batch or of the positions, with the statistics of the
@@ -38,6 +40,7 @@ class Lowering(StrEnum):
     SUM_OVER_COUNT = "sum_over_count"
     VOCAB_PARALLEL_CROSS_ENTROPY = "vocab_parallel_cross_entropy"
     CAUSAL_CONTEXT = "causal_context"
+    VOCAB_PARALLEL_EMBEDDING_BAG = "vocab_parallel_embedding_bag"
     SPATIAL_HALO = "spatial_halo"
     SYNC_BATCH_NORM = "sync_batch_norm"
     CHANNEL_STATISTICS = "channel_statistics"

@@ -24,12 +24,16 @@ T = torch.Tensor
 
 @dataclass
 class Sample:
-    """A call of an op on real tensors. `frozen` lists the operand positions without gradient."""
+    """A call of an op on real tensors.
+
+    `frozen` lists the operand positions without gradient, `unread` the outputs that nothing reads.
+    """
 
     target: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     frozen: tuple[int, ...] = ()
+    unread: tuple[int, ...] = ()
 
 
 @dataclass
@@ -119,9 +123,8 @@ def build(sample: Sample) -> Built:
     outputs = reference(op, leaves, [0], 1, Strategy(factor="", inputs=(), outputs=()), None)[0]
     tensors = {f"x{i}": info_of(f"x{i}", x, x.requires_grad) for i, x in enumerate(leaves)}
     tensors |= {f"y{i}": info_of(f"y{i}", y, y.requires_grad) for i, y in enumerate(outputs)}
-    op = Op(
-        name="op", target=sample.target, args=args, kwargs=kwargs, outputs=tuple(f"y{i}" for i in range(len(outputs)))
-    )
+    names = tuple("" if i in sample.unread else f"y{i}" for i in range(len(outputs)))
+    op = Op(name="op", target=sample.target, args=args, kwargs=kwargs, outputs=names)
     return Built(op=op, tensors=tensors, operands=operands, leaves=leaves, outputs=outputs)
 
 
@@ -247,6 +250,14 @@ def reference(
             results.append([weight[shifted.clamp(0, weight.shape[0] - 1)] * inside.unsqueeze(-1)])
         elif lowering == Lowering.OWN_EXPERTS:
             results.append(call(local, [given[0], given[1] - rank * given[3].shape[0], *given[2:]]))
+        elif lowering == Lowering.VOCAB_PARALLEL_EMBEDDING_BAG:
+            weight, ids, offsets = given[:3]
+            inside = (ids >= rank * weight.shape[0]) & (ids < (rank + 1) * weight.shape[0])
+            rows = weight[(ids - rank * weight.shape[0]) * inside] * inside.unsqueeze(-1)
+            rows = rows * given[3].unsqueeze(-1) if len(given) > 3 else rows
+            ends = [*offsets.tolist()[1:], len(ids)]
+            bags = [rows[a:b].sum(0) for a, b in zip(offsets.tolist(), ends, strict=True)]
+            results.append([torch.stack(bags)])
         elif lowering == Lowering.CAUSAL_CONTEXT:
             rows, keys = given[0].shape[-2], given[1].shape[-2]
             mask = torch.ones(keys, keys, dtype=torch.bool).tril()[rank * rows : (rank + 1) * rows]
@@ -315,6 +326,8 @@ def check(built: Built, strategy: Strategy, size: int) -> None:
 
     _, shapes = local_infos(op, strategy, built.tensors, size)
     for index, (whole, state) in enumerate(zip(built.outputs, strategy.outputs, strict=True)):
+        if not op.outputs[index]:
+            continue
         parts = [given[index].detach() for given in outputs]
         assert all(tuple(part.shape) == shapes[index] for part in parts), f"{title}: local output shape"
         _compare(list(parts), whole.detach(), state, f"{title}: output {index}", state.kind is Kind.PARTIAL)
@@ -322,7 +335,7 @@ def check(built: Built, strategy: Strategy, size: int) -> None:
         if not leaf.requires_grad and state.kind is not Kind.PARTIAL:  # running statistics are written to
             _compare([given[index] for given in leaves], leaf, state, f"{title}: operand {index} afterwards", False)
 
-    with_grad = [index for index, whole in enumerate(built.outputs) if whole.requires_grad]
+    with_grad = [index for index, whole in enumerate(built.outputs) if whole.requires_grad and op.outputs[index]]
     wanted = [index for index, leaf in enumerate(built.leaves) if leaf.requires_grad]
     if not with_grad or not wanted:
         return

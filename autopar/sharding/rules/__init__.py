@@ -13,6 +13,7 @@ import autopar.sharding.rules.losses
 import autopar.sharding.rules.matmul
 import autopar.sharding.rules.norms
 import autopar.sharding.rules.pointwise
+import autopar.sharding.rules.recurrent
 import autopar.sharding.rules.reductions
 import autopar.sharding.rules.views  # noqa: F401
 from autopar.sharding.rules.registry import register_rule

@@ -8,6 +8,7 @@ from autopar.sharding.lowering import Lowering
 from autopar.sharding.rules.registry import Call, aligned, broadcast, normal_dim, rule
 
 _LOOKED_UP = "the dim is looked up in"
+_SUM = 0  # aten's number for a bag's reduction
 
 
 @rule("aten.embedding", signature="weight indices padding_idx")
@@ -92,6 +93,50 @@ def index(call: Call) -> OpFactors:
     return call.build({"self": tuple(dims), "indices": indices}, (out,), linear=((0,),))
 
 
-@rule("aten.index_put", "aten.index_put_", "aten.index_add", "aten.index_copy", "aten.masked_scatter", "aten.put")
+@rule("aten.index_add", "aten.index_add_", signature="self dim index source")
+def index_add(call: Call) -> OpFactors:
+    """Dims beside `dim` split; and what is added, each rank adding its part to zeros but the first, to `self`."""
+    shape = call.shape("self")
+    if not shape:
+        return call.unsplit("a single number")
+    dim = normal_dim(call.number("dim", 0), len(shape))
+    dims = [call.factor(f"i{d}", size, _LOOKED_UP if d == dim else "") for d, size in enumerate(shape)]
+    added = call.factor("n", call.shape("source")[dim])
+    source = (*dims[:dim], added, *dims[dim + 1 :])
+    return call.build(
+        {"self": tuple(dims), "index": (added,) if call.shape("index") else (), "source": source}, (tuple(dims),),
+        reducing=(added,), lowerings=dict.fromkeys(added, Lowering.BIAS_ON_FIRST_RANK), linear=((0, 2),),
+    )
+
+
+_BAG = "weight indices offsets scale_grad_by_freq mode sparse per_sample_weights include_last_offset padding_idx"
+
+
+@rule("aten.embedding_bag", signature=_BAG)
+def embedding_bag(call: Call) -> OpFactors:
+    """The features split, and the vocabulary where bags are sums: each rank adds up what it holds of them."""
+    rows, width = call.shape("weight")
+    mode = call.number("mode", _SUM)
+    reason = "" if mode == _SUM else "a mean or maximum of a bag needs all of it"
+    if call.has("padding_idx") or call.get("scale_grad_by_freq", False) is True:
+        reason = "padding and frequencies are counted in the whole vocabulary"
+    if any(call.op.outputs[1:]):
+        reason = "more than the bags is read"
+    v, d = call.factor("v", rows, reason), call.factor("d", width)
+    inside = call.factors("i", call.shape("indices"), "bags begin anywhere")
+    starts = call.factors("b", call.shape("offsets"), "bags begin anywhere") if call.is_tensor("offsets") else ()
+    outputs: list[Dims] = []
+    for i, name in enumerate(call.op.outputs):
+        shape = call.tensors[name].shape if name else ()
+        bags = call.factors(f"o{i}_", shape[:1], "bags begin anywhere")
+        outputs.append((*bags, *(d for _ in shape[1:])))
+    operands = {"weight": (v, d), "indices": inside, "offsets": starts, "per_sample_weights": inside}
+    return call.build(
+        operands, outputs, reducing=(v,) if not reason else (), rigid=(v,),
+        lowerings=dict.fromkeys(v, Lowering.VOCAB_PARALLEL_EMBEDDING_BAG) if not reason else None,
+    )
+
+
+@rule("aten.index_put", "aten.index_put_", "aten.index_copy", "aten.masked_scatter", "aten.put")
 def whole_only(call: Call) -> OpFactors:
     return call.unsplit("elements are written at positions known only when it runs")
