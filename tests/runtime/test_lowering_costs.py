@@ -68,7 +68,12 @@ CASES: dict[str, Case] = {
         {"x": (18, 5), "ids": (18, 1), "weights": (18, 1), "up": (6, 4, 5), "down": (6, 5, 4)},
         (None, None, False, _GATE), 0, ("ids",),
     ),
+    "bags": (
+        Lowering.VOCAB_PARALLEL_EMBEDDING_BAG, "aten.embedding_bag.default", {"x": (6, 5), "ids": (4,), "starts": (1,)},
+        (), 0, ("ids", "starts"),
+    ),
 }  # fmt: skip
+_INTEGERS = ("ids", "starts")
 
 
 class _Listening(TorchDispatchMode):
@@ -87,13 +92,14 @@ class _Listening(TorchDispatchMode):
 
 def class_of(case: Case) -> tuple[BlockClass, Strategy]:
     lowering, target, shapes, rest, dim, frozen = case
-    whole = [torch.zeros(shape, dtype=torch.int64 if n == "ids" else torch.float32) for n, shape in shapes.items()]
+    whole = [torch.zeros(shape, dtype=torch.int64 if n in _INTEGERS else torch.float32) for n, shape in shapes.items()]
     made = _run(target, whole, rest)
     tensors = tuple(
-        TensorInfo(name=n, shape=s, dtype="int64" if n == "ids" else "float32", requires_grad=n not in frozen)
+        TensorInfo(name=n, shape=s, dtype="int64" if n in _INTEGERS else "float32", requires_grad=n not in frozen)
         for n, s in {**shapes, "y": tuple(made.shape)}.items()
     )
-    op = Op(name="op", target=target, args=(*(Ref(name) for name in shapes), *rest), outputs=("y",))
+    outputs = ("y", "", "", "") if "bag" in target else ("y",)
+    op = Op(name="op", target=target, args=(*(Ref(name) for name in shapes), *rest), outputs=outputs)
     cls = BlockClass(
         name="c", inputs=tuple(shapes), params=(), buffers=(), outputs=("y",), ops=(op,), tensors=tensors
     )
@@ -117,7 +123,7 @@ def issued(case: Case) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     axis = world_axis()
     cls, strategy = class_of(case)
     sharding = ClassSharding(
-        cls="c", inputs=strategy.inputs, params=(), buffers=(), outputs=strategy.outputs, ops=(("op", strategy),)
+        cls="c", inputs=strategy.inputs, params=(), buffers=(), outputs=strategy.outputs[:1], ops=(("op", strategy),)
     )
     program = lower_class(cls, sharding, axis, torch.device("cpu"))
     given = [_local(cls.tensor[name], state) for name, state in zip(cls.inputs, strategy.inputs, strict=True)]
@@ -165,6 +171,6 @@ def test_some_lowerings_communicate_both_ways_and_some_not_at_all() -> None:
         counts[name] = (len(cost.forward), len(cost.backward))
     assert counts == {
         "convolution": (1, 1), "pooling": (1, 1), "image": (1, 0), "batch norm of parts": (1, 1),
-        "batch norm of channels": (1, 0), "classes": (2, 0), "rows": (1, 0), "vocabulary": (0, 0),
+        "batch norm of channels": (1, 0), "classes": (2, 0), "rows": (1, 0), "vocabulary": (0, 0), "bags": (0, 0),
         "experts": (3, 2),
     }  # fmt: skip

@@ -36,6 +36,35 @@ def embedding_errors() -> list[float]:
     return errors
 
 
+def embedding_bag_errors() -> list[float]:
+    """Of the bags, of the table's gradient and of the weights', with and without weights of the samples."""
+    axis = world_axis()
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(12, 5, dtype=torch.float64, generator=generator)
+    ids, starts = torch.randint(0, 12, (9,), generator=generator), torch.tensor([0, 2, 2, 6])
+    weights = torch.randn(9, dtype=torch.float64, generator=generator)
+    upstream = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+    program = special_program("vocab_parallel_embedding_bag", aten.embedding_bag.default, axis)
+    errors = []
+    for weighted in (False, True):
+        whole, expected_weights = table.clone().requires_grad_(), weights.clone().requires_grad_()
+        expected = aten.embedding_bag.default(
+            whole, ids, starts, False, 0, False, expected_weights if weighted else None
+        )[0]
+        expected.backward(upstream)
+        local = table.chunk(axis.size)[axis.rank].clone().requires_grad_()
+        own = weights.clone().requires_grad_()
+        out = program(local, ids, starts, False, 0, False, own if weighted else None)[0]
+        out.backward(upstream)
+        assert local.grad is not None and whole.grad is not None
+        errors.append((all_reduce(axis, out.detach()) - expected.detach()).abs().max().item())
+        errors.append((local.grad - whole.grad.chunk(axis.size)[axis.rank]).abs().max().item())
+        if weighted:
+            assert own.grad is not None and expected_weights.grad is not None
+            errors.append((all_reduce(axis, own.grad) - expected_weights.grad).abs().max().item())
+    return errors
+
+
 def cross_entropy_errors() -> list[float]:
     """Of value and gradient for each reduction, with ignored targets and large logits; then with three dims."""
     axis = world_axis()
@@ -136,6 +165,11 @@ def test_causal_attention_drops_other_weights_on_each_rank() -> None:
 
 def test_embedding_with_a_split_vocabulary(pool: LocalPool) -> None:
     for errors in pool.run(embedding_errors, num_ranks=2):
+        assert max(errors) < 1e-12
+
+
+def test_bags_with_a_split_vocabulary(pool: LocalPool) -> None:
+    for errors in pool.run(embedding_bag_errors, num_ranks=2):
         assert max(errors) < 1e-12
 
 
