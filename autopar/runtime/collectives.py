@@ -99,6 +99,21 @@ def all_to_all(axis: Axis, x: Tensor, src: State, dst: State) -> Tensor:
     return merge_shards(received.view(parts.shape), src.dim, src.outer)
 
 
+def _mirrored(axis: Axis, x: Tensor) -> Tensor:
+    """The `x` of rank n-1-i, which gets this rank's."""
+    splits = [int(rank == axis.size - 1 - axis.rank) for rank in range(axis.size)]
+    received = _ops.wait_tensor(
+        _ops.all_to_all_single(x.contiguous().unsqueeze(0), splits, splits, axis.group_name)
+    )
+    result: Tensor = received.view(x.shape)
+    return result
+
+
+def exchange_mirrored(axis: Axis, x: Tensor) -> Tensor:
+    """The `x` of rank n-1-i; its gradient goes back the same way."""
+    return _apply(x, partial(_mirrored, axis), partial(_mirrored, axis))
+
+
 def _same(x: Tensor) -> Tensor:
     return x.view_as(x)
 

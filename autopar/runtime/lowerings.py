@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention
 
-from autopar.runtime.collectives import Axis, all_reduce
+from autopar.runtime.causal import attend_from
+from autopar.runtime.collectives import Axis, all_reduce, exchange_mirrored
 from autopar.runtime.expert_exchange import expert_exchange, own_experts
 from autopar.runtime.halo import channel_statistics, sync_batch_norm, with_halo
 from autopar.sharding.lowering import Lowering
@@ -128,25 +127,26 @@ def axis_random(axis: Axis, op: Program, *args: Any, **kwargs: Any) -> Any:
 
 
 def causal_context(
-    axis: Axis, op: Program, query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0,
+    axis: Axis, query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0,
     is_causal: bool = True, **keywords: Any,
 ) -> Tensor:
     """Causal attention of this rank's part of the queries (..., q/n, d) to whole keys and values (..., q, d).
 
-    Only the keys up to the part's last row are read. Fused kernels take the mask's alignment as a flag; where there is
-    none (on a CPU), a mask of this rank's rows is made.
+    The rank computes the first half of its own part and the second half of the part of rank n-1-i, whose keys are as
+    many fewer as its own are more: all ranks do the same work. Queries and results of second halves are exchanged.
     """
     assert attn_mask is None and is_causal, "a causal mask alone"
     rows = query.shape[-2]
     assert key.shape[-2] == rows * axis.size, "the queries are split over this axis alone"
-    reach = (axis.rank + 1) * rows
-    first = axis.rank == 0
-    run: Program = op if first else scaled_dot_product_attention
-    mask = None if first else causal_lower_right(rows, reach)
-    if dropout_p:
-        run = partial(axis_random, axis, run)
-    result: Tensor = run(query, key[..., :reach, :], value[..., :reach, :], mask, dropout_p, first, **keywords)
-    return result
+    half = rows // 2
+    run: Program = partial(axis_random, axis, attend_from) if dropout_p else attend_from
+    far = (axis.size - 1 - axis.rank) * rows + half
+    theirs = exchange_mirrored(axis, query[..., half:, :])
+    later = exchange_mirrored(axis, run(theirs, far, key, value, dropout_p, **keywords))
+    if not half:
+        return later
+    earlier = run(query[..., :half, :], axis.rank * rows, key, value, dropout_p, **keywords)
+    return torch.cat((earlier, later), dim=-2)
 
 
 def sum_over_count(axis: Axis, op: Program, ignore_index: int, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
@@ -174,7 +174,7 @@ def special_program(
         case Lowering.AXIS_RANDOM:
             return partial(axis_random, axis, op)
         case Lowering.CAUSAL_CONTEXT:
-            return partial(causal_context, axis, op)
+            return partial(causal_context, axis)
         case Lowering.SPATIAL_HALO:
             assert halo is not None
             return partial(with_halo, axis, halo, op)

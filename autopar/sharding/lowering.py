@@ -19,7 +19,8 @@ class Lowering(StrEnum):
         target's logit are reduced over the axis; the output is whole and the logits' gradient is
         (softmax - one_hot) of the local classes, with no communication.
     CAUSAL_CONTEXT: causal attention of queries [i*q/n, (i+1)*q/n) to the keys before (i+1)*q/n, the mask aligned to the
-        lower right; dropout draws from a random stream of the rank's own.
+        lower right. Ranks i and n-1-i exchange the second halves of their queries, so that all attend to equally many
+        keys; dropout draws from a random stream of the rank's own.
     VOCAB_PARALLEL_EMBEDDING_BAG: the weight holds rows [i*v/n, (i+1)*v/n): ids outside add zeros to the sum of their
         bag; output partial.
     SPATIAL_HALO: the op on a part of the positions of its first operand, lengthened by the positions that it needs of
@@ -46,12 +47,3 @@ class Lowering(StrEnum):
     CHANNEL_STATISTICS = "channel_statistics"
     OWN_EXPERTS = "own_experts"
     EXPERT_EXCHANGE = "expert_exchange"
-
-
-def busiest_share(lowering: str, size: int) -> float:
-    """The largest part of an op's work that one rank of a split over `size` ranks does.
-
-    1/n, but for causal attention over parts of the queries: rank i has i*q/n keys before its own part and on average
-    half of that, so of n*n/2 blocks the last rank has n - 1/2, which is (2n-1)/n times the mean.
-    """
-    return (2 * size - 1) / size**2 if lowering == Lowering.CAUSAL_CONTEXT else 1 / size

@@ -11,8 +11,8 @@ from autopar.sharding.state import RP, Kind, R, State
 class Collective(StrEnum):
     """A communication among the ranks of one axis; its cost is a function of the whole tensor's bytes.
 
-    Of NEIGHBOUR_EXCHANGE, in which each rank sends to the one before and the one after it, it is one of the bytes that
-    a rank sends.
+    Of NEIGHBOUR_EXCHANGE, in which each rank sends to the one before and the one after it, and of MIRRORED_EXCHANGE, in
+    which rank i and rank n-1-i send to each other, it is one of the bytes that a rank sends.
     """
 
     ALL_REDUCE = "all_reduce"
@@ -21,6 +21,7 @@ class Collective(StrEnum):
     ALL_TO_ALL = "all_to_all"
     SEND_RECV = "send_recv"
     NEIGHBOUR_EXCHANGE = "neighbour_exchange"
+    MIRRORED_EXCHANGE = "mirrored_exchange"
 
 
 class LocalAction(StrEnum):

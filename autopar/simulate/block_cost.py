@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
-from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, dispatch_s, kernel_time_s, memory_bandwidth
+from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, OpTime, dispatch_s, kernel_time_s, memory_bandwidth
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
@@ -115,7 +115,7 @@ class _Summation:
             if core is not None and core.internal.intersection(op.operands):
                 again_tp += self.comm[0] - before
             time = costs.op_time(op, strategy)
-            self.add_lowering(op, strategy)
+            lowered = self.add_lowering(op, strategy)
             if fused is None or op.name not in fused.group_of:
                 forward += time.forward_s
                 backward += time.backward_s
@@ -126,6 +126,7 @@ class _Summation:
             flops += op.flops * costs.scale(op)
             if core is not None:
                 recompute += time.forward_s
+                again_tp += lowered.forward_s
             op_extra = costs.saved_extra_bytes(op, strategy)
             extra += op_extra
             # A product's own copies of queries, keys and values stay: recomputation starts from them.
@@ -186,14 +187,15 @@ class _Summation:
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
 
-    def add_lowering(self, op: Op, strategy: JointStrategy | None) -> None:
-        """The collectives of the op's special programs."""
+    def add_lowering(self, op: Op, strategy: JointStrategy | None) -> OpTime:
+        """Adds the collectives of the op's special programs, and gives their times."""
         time = self.costs.lowering_comm(op, strategy)
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
         for _, found in self.costs.lowerings(op, strategy):
             self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward)
             self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward)
+        return time
 
     def places(self, word: str) -> tuple[Placement, ...]:
         """The placements of the class's inputs, params, buffers or outputs."""

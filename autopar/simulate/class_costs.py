@@ -18,7 +18,6 @@ from autopar.cost_models.memory import GRADIENT_BYTES, OPTIMIZER_STEP_BYTES
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, replicated, steps
-from autopar.sharding.lowering import busiest_share
 from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
@@ -154,10 +153,7 @@ class ClassCosts:
         if found is not None:
             return found
         parts = self.parts(strategy)
-        share = self.scale(op) * math.prod(
-            busiest_share(own.lowering, size)
-            for own, size in zip(_strategies(strategy), self.sizes, strict=False) if own.factor
-        )
+        share = self.scale(op) / parts
         operands = [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)]
         results = [self.local(name, state) for name, state in zip(op.outputs, outputs, strict=False) if name]
         saved = sum(self._whole[name].size_bytes / parts for name in op.saved if name in self._whole)

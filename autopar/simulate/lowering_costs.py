@@ -64,7 +64,24 @@ def lowering_cost(
             return _halo_cost(halo_of(op, strategy, cls.tensor, size), cls, op, whole(op.operands[0]), size)
         case Lowering.OWN_EXPERTS | Lowering.EXPERT_EXCHANGE:
             return _experts_cost(op, strategy, size, whole)
+        case Lowering.CAUSAL_CONTEXT:
+            return _context_cost(whole(op.operands[0]), whole(op.outputs[0]), size)
     return NOTHING
+
+
+def _context_cost(query: LocalTensor, out: LocalTensor, size: int) -> LoweringCost:
+    """Half of a rank's queries and results are exchanged, through copies; results are put together from two halves.
+
+    Kept besides the op's own: the queries that came and the results as they were computed.
+    """
+    halves = [x.size_bytes / (2 * size) for x in (query, out)]
+    exchanges = tuple(Exchange(collective=Collective.MIRRORED_EXCHANGE, size_bytes=half) for half in halves)
+    moved = 2 * halves[0] + 4 * halves[1]
+    return LoweringCost(
+        forward=exchanges, backward=exchanges[::-1] if out.requires_grad else (), forward_moved_bytes=moved,
+        backward_moved_bytes=moved if out.requires_grad else 0.0,
+        saved_bytes=halves[0] + 2 * halves[1] if out.requires_grad else 0.0,
+    )
 
 
 def _all_reduce(size_bytes: float) -> Exchange:

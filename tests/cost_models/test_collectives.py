@@ -81,6 +81,15 @@ def test_neighbours_exchange_at_once() -> None:
     )
 
 
+def test_mirrored_pairs_share_the_network() -> None:
+    assert collective_time_s(Collective.MIRRORED_EXCHANGE, GIB, group(4)) == pytest.approx(
+        LAUNCH_S + 1e-6 + GIB / 100e9
+    )
+    assert collective_time_s(Collective.MIRRORED_EXCHANGE, GIB, group(8, 2)) == pytest.approx(
+        LAUNCH_S + NETWORK_LAUNCH_S + 5e-6 + 4 * GIB / (50e9 * NETWORK_EFFICIENCY)
+    )
+
+
 @given(st.sampled_from(list(Collective)), st.floats(1, 1e10), st.integers(1, 8), st.integers(1, 16))
 def test_more_bytes_never_take_less(kind: Collective, size_bytes: float, per_node: int, nodes: int) -> None:
     shape = group(per_node * nodes, nodes)

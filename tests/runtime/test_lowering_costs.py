@@ -25,8 +25,10 @@ from autopar.simulate.lowering_costs import Exchange, lowering_cost
 pytestmark = pytest.mark.processes
 
 SIZE = 3
-_RANKS_PART = {"all_reduce": 1, "all_gather_into_tensor": SIZE, "neighbour_exchange": 1, "all_to_all": SIZE}
+_RANKS_PART = {"all_reduce": 1, "all_gather_into_tensor": SIZE, "neighbour_exchange": 1, "all_to_all": SIZE,
+               "mirrored_exchange": 1}
 _NAME = {"all_gather_into_tensor": "all_gather"}
+_TO_ALL = {Lowering.EXPERT_EXCHANGE: "all_to_all", Lowering.CAUSAL_CONTEXT: "mirrored_exchange"}
 _GATE = gate_text(torch.relu, 4, torch.float32)
 
 # (lowering, target, shapes of the operands, what follows them, dim of the first operand that is cut, without gradient)
@@ -71,6 +73,10 @@ CASES: dict[str, Case] = {
     "bags": (
         Lowering.VOCAB_PARALLEL_EMBEDDING_BAG, "aten.embedding_bag.default", {"x": (6, 5), "ids": (4,), "starts": (1,)},
         (), 0, ("ids", "starts"),
+    ),
+    "queries": (
+        Lowering.CAUSAL_CONTEXT, "aten.scaled_dot_product_attention.default",
+        {"x": (2, 2, 12, 4), "k": (2, 2, 12, 4), "v": (2, 2, 12, 6)}, (None, 0.0, True), 2, (),
     ),
 }  # fmt: skip
 _INTEGERS = ("ids", "starts")
@@ -155,7 +161,7 @@ def test_priced_collectives_are_those_issued(pool: LocalPool, name: str) -> None
     }
     cost = lowering_cost(cls, cls.ops[0], strategy, SIZE, whole.__getitem__)
     middle = pool.run(issued, CASES[name], num_ranks=SIZE)[1]  # the rank with a neighbour on each side
-    to_all = "all_to_all" if CASES[name][0] == Lowering.EXPERT_EXCHANGE else "neighbour_exchange"
+    to_all = _TO_ALL.get(CASES[name][0], "neighbour_exchange")
     for priced, issued_here in zip((cost.forward, cost.backward), middle, strict=True):
         heard = [(to_all if word == "all_to_all_single" else word, size) for word, size in issued_here]
         assert _priced(priced) == [(_NAME.get(word, word), size * _RANKS_PART[word]) for word, size in heard]
@@ -173,4 +179,5 @@ def test_some_lowerings_communicate_both_ways_and_some_not_at_all() -> None:
         "convolution": (1, 1), "pooling": (1, 1), "image": (1, 0), "batch norm of parts": (1, 1),
         "batch norm of channels": (1, 0), "classes": (2, 0), "rows": (1, 0), "vocabulary": (0, 0), "bags": (0, 0),
         "experts": (3, 2),
+        "queries": (2, 2),
     }  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from test_runtime_collectives import world_axis
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from autopar.runtime import lowerings
 from autopar.runtime.collectives import Axis, all_gather, all_reduce
 from autopar.runtime.local import LocalPool
 from autopar.runtime.lowerings import special_program
@@ -118,49 +120,80 @@ def first_rank_bias_errors() -> list[float]:
     return [(all_reduce(axis, one) - expected).abs().max().item() for one in found]
 
 
-def causal_context_errors(size: int) -> list[float]:
-    """Of the output and of the three gradients, for the parts of the queries one after another: nothing is sent."""
+def causal_context_errors(length: int) -> list[float]:
+    """Of this rank's part of the output and of the gradients of its queries and of all keys and values."""
+    axis = world_axis()
     generator = torch.Generator().manual_seed(0)
     op = aten.scaled_dot_product_attention.default
+    program = special_program("causal_context", op, axis)
     errors = []
     for heads, keywords in ((2, {}), (6, {"enable_gqa": True, "scale": 0.4})):
         query, key, value, upstream = (
-            torch.randn(3, number, 12, 4, dtype=torch.float64, generator=generator) for number in (heads, 2, 2, heads)
+            torch.randn(3, number, length, 4, dtype=torch.float64, generator=generator)
+            for number in (heads, 2, 2, heads)
         )
         whole = [x.clone().requires_grad_() for x in (query, key, value)]
         expected = op(*whole, None, 0.0, True, **keywords)
         expected.backward(upstream)
-        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-        outputs = []
-        for rank, part in enumerate(leaves[0].chunk(size, dim=2)):
-            axis = Axis(group_name="", size=size, rank=rank)
-            outputs.append(special_program("causal_context", op, axis)(part, *leaves[1:], None, 0.0, True, **keywords))
-        found = torch.cat(outputs, dim=2)
-        found.backward(upstream)
-        errors.append((found - expected).abs().max().item())
-        errors += [(a.grad - b.grad).abs().max().item() for a, b in zip(leaves, whole, strict=True)]
+        own = [x.chunk(axis.size, dim=2)[axis.rank] for x in (query, upstream, expected.detach(), whole[0].grad)]
+        leaves = [x.clone().requires_grad_() for x in (own[0], key, value)]
+        found = program(*leaves, None, 0.0, True, **keywords)
+        found.backward(own[1])
+        errors += [(found - own[2]).abs().max().item(), (leaves[0].grad - own[3]).abs().max().item()]
+        errors += [
+            (all_reduce(axis, part.grad) - one.grad).abs().max().item()
+            for part, one in zip(leaves[1:], whole[1:], strict=True)
+        ]
     return errors
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_causal_attention_of_a_part_of_the_queries(size: int) -> None:
-    assert max(causal_context_errors(size)) < 1e-12
+@pytest.mark.parametrize(("size", "length"), [(2, 8), (3, 9), (4, 12), (4, 4)])
+def test_causal_attention_of_a_part_of_the_queries(pool: LocalPool, size: int, length: int) -> None:
+    for errors in pool.run(causal_context_errors, length, num_ranks=size):
+        assert len(errors) == 8
+        assert max(errors) < 1e-12
 
 
-def test_causal_attention_drops_other_weights_on_each_rank() -> None:
-    query = torch.ones(1, 1, 8, 4)
-    value = torch.eye(16)[None, None]
-    op = aten.scaled_dot_product_attention.default
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_every_rank_attends_to_equally_many_keys(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[int] = []
+
+    def count(query: Tensor, start: int, *_: object) -> Tensor:
+        pairs[-1] += sum(range(start + 1, start + query.shape[-2] + 1))
+        return query
+
+    monkeypatch.setattr(lowerings, "attend_from", count)
+    monkeypatch.setattr(lowerings, "exchange_mirrored", lambda axis, x: x)
+    query, keys = torch.zeros(1, 1, 6, 2), torch.zeros(1, 1, 6 * size, 2)
+    for rank in range(size):
+        pairs.append(0)
+        axis = Axis(group_name="", size=size, rank=rank)
+        special_program("causal_context", aten.scaled_dot_product_attention.default, axis)(query, keys, keys)
+    assert len(set(pairs)) == 1
+    assert sum(pairs) == sum(range(1, 6 * size + 1))
+
+
+def causal_dropout() -> tuple[list[Tensor], bool]:
+    """Which weights this rank keeps in the second half of its rows, and whether the same draw keeps the same."""
+    axis = world_axis()
+    length = 8 * axis.size
+    program = special_program("causal_context", aten.scaled_dot_product_attention.default, axis)
     drawn = []
-    for rank in (0, 1, 1):
+    for _ in range(2):
         torch.manual_seed(0)
-        program = special_program("causal_context", op, Axis(group_name="", size=2, rank=rank))
-        drawn.append(program(query, torch.ones(1, 1, 16, 4), value, None, 0.5, True)[0, 0])
-    assert torch.equal(drawn[1], drawn[2])
+        query, key = torch.ones(1, 1, 8, 4), torch.ones(1, 1, length, 4)
+        drawn.append(program(query, key, torch.eye(length)[None, None], None, 0.5, True)[0, 0] > 0)
+    own = drawn[0][:, axis.rank * 8 : (axis.rank + 1) * 8]
     lower = torch.ones(8, 8).tril().bool()
-    kept = [part[lower] > 0 for part in (drawn[0][:, :8], drawn[1][:, 8:])]
-    assert all(0 < int(part.sum()) < part.numel() for part in kept)
-    assert not torch.equal(*kept)
+    return [own[:4][lower[:4]], own[4:][lower[4:]]], torch.equal(*drawn)
+
+
+def test_causal_attention_drops_other_weights_on_each_rank(pool: LocalPool) -> None:
+    first, second = pool.run(causal_dropout, num_ranks=2)
+    assert first[1] and second[1]
+    for one, other in zip(first[0], second[0], strict=True):
+        assert 0 < int(one.sum()) < one.numel()
+        assert not torch.equal(one, other)
 
 
 def test_embedding_with_a_split_vocabulary(pool: LocalPool) -> None:

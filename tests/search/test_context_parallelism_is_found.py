@@ -1,6 +1,5 @@
-"""Where heads do not split, the search finds context parallelism: a part of the queries against gathered keys."""
+"""Where heads do not split or keys are few, the search finds context parallelism: own queries against gathered keys."""
 
-import pytest
 from real_blocks import Found, captured, found
 
 from autopar.sharding.lowering import Lowering
@@ -30,9 +29,12 @@ def test_8_key_heads_on_16_ranks() -> None:
     check(layer, 8)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_heads_that_divide_are_split_instead(tp: int) -> None:
-    """Causal parts of the queries are unequal work; 28 heads on 2 and 4 ranks are not."""
-    layer = found(captured("qwen2-7b", 131072), "8xH100-80GB", tp, sequence_parallel=True)
-    (attention,) = layer.strategies("scaled_dot_product_attention")
-    assert attention.inputs == (shard(1),) * 3
+def test_one_key_head_for_32_queries() -> None:
+    """Though the queries' heads would split, 2 x 128 features of keys and values are little to gather."""
+    layer = found(captured("llama-8b", 131072, ("num_key_value_heads", 1)), "8xH100-80GB", 8, sequence_parallel=True)
+    check(layer, 1)
+
+
+def test_as_many_key_heads_as_queries_are_exchanged_instead() -> None:
+    layer = found(captured("llama-8b", 131072, ("num_key_value_heads", 32)), "8xH100-80GB", 8, sequence_parallel=True)
+    assert layer.forward == {"all_to_all": 4}

@@ -8,7 +8,7 @@ import pytest
 from real_blocks import captured, found
 
 from autopar.sharding.reshard import Collective
-from autopar.sharding.state import RP, R, shard
+from autopar.sharding.state import shard
 
 PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -47,13 +47,3 @@ def test_short_sequences_split_weights_unless_they_are_free() -> None:
     free = found(graph, "8xH100-80GB", 8, sequence_parallel=True, split_weights=False)
     assert free.forward == free.backward == {"all_to_all": 4}
     assert set(free.params(*PRODUCTS).values()) == {"RP"}
-
-
-def test_one_key_head_is_gathered_while_queries_are_exchanged() -> None:
-    """A single key head cannot be split: queries go all-to-all, keys and values are gathered."""
-    layer = found(captured("llama-8b", 131072, ("num_key_value_heads", 1)), "8xH100-80GB", 8, sequence_parallel=True)
-    (attention,) = layer.strategies("scaled_dot_product_attention")
-    assert attention.inputs == (shard(1), RP, RP)
-    assert layer.forward == {"all_to_all": 2, "all_gather": 2}
-    assert layer.backward == {"all_to_all": 2, "reduce_scatter": 2}
-    assert R not in attention.inputs
