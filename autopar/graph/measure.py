@@ -30,6 +30,20 @@ class Measured:
     extra_bytes: int = 0  # besides `saved`, where `saved` is listed by hand
 
 
+def _convolution_backward(
+    grad: Tensor, data: Tensor, weight: Tensor, bias_sizes: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, output_mask: list[bool], **_: Any,
+) -> float:
+    """As many as the forward for each of data and weight; torch's own formula has each group see all channels."""
+    positions = (data if transposed else grad).shape[2:].numel()
+    return 2.0 * data.shape[0] * positions * weight.numel() * sum(output_mask[:2])
+
+
+_FORMULAS: dict[Any, Callable[..., float]] = {
+    **flop_registry, torch.ops.aten.convolution_backward: _convolution_backward,
+}
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sums the FLOPs of the ops that it sees."""
 
@@ -39,7 +53,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.flops += float(formula(*args, **(kwargs or {}), out_val=result))
         return result

@@ -103,12 +103,16 @@ def candidates(
     """Every candidate, in their order. InfeasibleError, naming near batches, where no mesh divides the batch."""
     found: list[Candidate] = []
     row_counts: set[int] = set()
+    one_part = chooser.needs_whole_batch
     for pp, tp, dp in meshes(cluster, num_blocks, tp_across_nodes=tp_across_nodes):
+        if one_part and (dp > 1 or (request.micro_batch or request.global_batch) < request.global_batch):
+            continue
         row_counts.add(dp * (request.micro_batch or 1))
         if request.global_batch % (dp * (request.micro_batch or 1)):
             continue
         rows = request.global_batch // dp
         sizes = [request.micro_batch] if request.micro_batch else divisors(rows)
+        sizes = [rows] if one_part else sizes
         for sequence_parallel, split_weights in axis_variants(chooser, tp):
             for zero, replicate, shard in data_settings(cluster, tp, dp):
                 found += [
@@ -119,6 +123,8 @@ def candidates(
                     )
                     for size in sizes for recompute in (Recompute.NONE, Recompute.FULL)
                 ]
+    if not found and not row_counts:
+        raise InfeasibleError(f"no plan computes the batch in one part: {one_part}")
     if not found:
         raise InfeasibleError(_no_batch(cluster, request, row_counts))
     return sorted(found)

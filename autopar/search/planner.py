@@ -72,6 +72,8 @@ def find_plan(
         not_searched=NOT_SEARCHED, search_seconds=searched_s, stopped_early=not outcome.complete,
     )
     plan = engine.plan(best.candidate, best.cuts)
+    if one_part := engine.chooser.needs_whole_batch:
+        plan = replace(plan, notes=(*plan.notes, f"searched without data axes and micro-batches: {one_part}"))
     plan = replace(
         plan, certificate=certificate, baselines=baselines, coverage=plan_coverage(graph, cluster, plan),
         stages=tuple(

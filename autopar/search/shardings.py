@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
+from autopar.graph.loss_terms import needs_whole_batch
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
 from autopar.search.intra_op import is_hidden, shard_class
@@ -46,6 +48,11 @@ class ShardingChooser:
         self.classes: tuple[BlockClass, ...] = tuple(
             graph.block_class[name] for name in dict.fromkeys(block.cls for block in graph.blocks)
         )
+
+    @cached_property
+    def needs_whole_batch(self) -> str:
+        """Why the loss is only right where the global batch is computed in one part; "" where it is not so."""
+        return needs_whole_batch(self._graph)
 
     @property
     def has_hidden_states(self) -> bool:

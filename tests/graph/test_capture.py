@@ -307,3 +307,18 @@ def test_first_layer_needs_no_input_gradient() -> None:
     first, second = (graph.block_class[graph.blocks[index].cls] for index in (0, 2))
     assert first.ops[0].backward_flops == first.ops[0].flops
     assert second.ops[0].backward_flops == 2 * second.ops[0].flops
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv1d(8, 12, 3, groups=4, stride=2), nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 4, 2),
+    nn.ConvTranspose1d(8, 12, 3, groups=4, stride=2),
+], ids=repr)
+def test_flops_of_convolutions(layer: nn.Module) -> None:
+    """Each weight meets one number for each row and position, forward and for either gradient."""
+    x = torch.randn(3, 8, *(9 for _ in range(layer.weight.dim() - 2)))
+    positions = (x if "Transpose" in repr(layer) else layer(x)).shape[2:].numel()
+    model = nn.Sequential(nn.Tanh(), nn.Sequential(nn.PReLU(), layer))
+    graph = capture(model, (x,), loss_fn=models.square_loss).graph
+    found = [op for cls in graph.classes for op in cls.ops if "conv" in op.target]
+    assert [op.flops for op in found] == [2 * 3 * positions * layer.weight.numel()]
+    assert [op.backward_flops for op in found] == [2 * op.flops for op in found]

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from toy_graphs import cluster, mlp_chain
 
 from autopar.errors import InfeasibleError, InputError
+from autopar.graph.capture import capture
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Recompute, Schedule
 from autopar.plan.verify import verify_plan
@@ -53,6 +56,28 @@ def test_plans_are_legal_feasible_and_no_worse_than_their_baselines(
         assert stage.peak_memory_bytes == group.memory.total
         assert stage.memory_limit_bytes is not None
         assert stage.peak_memory_bytes <= stage.memory_limit_bytes
+
+
+class TwoTowers(nn.Module):
+    """Each row of one tower is held against every row of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        scores = self.left(x) @ self.right(y).T
+        return nn.functional.cross_entropy(scores, torch.arange(len(x), device=x.device))
+
+
+def test_a_loss_that_couples_rows_is_planned_in_one_part() -> None:
+    graph = capture(TwoTowers(), (torch.randn(4, 8), torch.randn(4, 8)), tag_rows=True).graph
+    plan = find_plan(graph, cluster(), PlanRequest(global_batch=8))
+    assert (plan.num_micro_batches, plan.micro_batch, plan.stages[0].mesh.dp) == (1, 8, 1)
+    assert any("without data axes and micro-batches: the loss at test_planner" in note for note in plan.notes)
+    assert {b.summary for b in plan.baselines if not b.feasible} == {"the loss needs the batch in one part"}
+    with pytest.raises(InfeasibleError, match="in one part: the loss at test_planner"):
+        find_plan(graph, cluster(), PlanRequest(global_batch=8, micro_batch=4))
 
 
 def test_search_equals_trying_everything() -> None:
