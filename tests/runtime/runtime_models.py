@@ -94,6 +94,19 @@ def bert() -> tuple[nn.Module, dict[str, Tensor], Any]:
     return transformers.BertForMaskedLM(config), causal_batch(), None
 
 
+def mixture() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """GPT-OSS: experts with biases, transposed weights and a clamped gate, two of eight for each token."""
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.GptOssConfig(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_local_experts=8, num_experts_per_tok=2,
+        sliding_window=5,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager"), causal_batch(), None
+
+
 class Perceptron(nn.Module):
     """Layers in a row, some of them without parameters."""
 

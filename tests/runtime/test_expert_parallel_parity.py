@@ -1,0 +1,39 @@
+"""Plans whose experts lie on several ranks, tokens exchanged, against one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import runtime_models
+
+from autopar.plan.plan import Plan, Recompute
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import capture_for, compare
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.sharding.lowering import Lowering
+
+pytestmark = pytest.mark.processes
+
+
+def exchanged(plan: Plan) -> bool:
+    return any(s.lowering == Lowering.EXPERT_EXCHANGE for choice in plan.shardings for _, s in choice.ops)
+
+
+@pytest.mark.parametrize(("tp", "dp_shard", "recompute"), [
+    (2, 1, Recompute.NONE), (4, 1, Recompute.NONE), (2, 2, Recompute.FULL),
+], ids=["tp2", "tp4", "fsdp2xtp2_recomputed"])
+def test_exchanged_tokens_give_the_numbers_of_one_process(
+    pool: LocalPool, tp: int, dp_shard: int, recompute: Recompute
+) -> None:
+    graph = capture_for(runtime_models.mixture, "float64").graph
+    wanted = Degrees(
+        global_batch=8, micro_batch=2, tp=tp, dp_shard=dp_shard, zero=3 if dp_shard > 1 else 0, dtype="float64",
+        param_dtype="float64", optimizer="sgd", sequence_parallel=True,
+    )
+    plan = plan_from_degrees(graph, runtime_models.slow_cluster(tp * dp_shard), wanted)
+    assert exchanged(plan)
+    plan = replace(plan, stages=tuple(replace(stage, recompute=recompute) for stage in plan.stages))
+    report = compare(runtime_models.mixture, plan, steps=2, pool=pool)
+    assert report.passed, (report.loss_error, report.worst)
+    assert len(report.gradient_errors) == len(graph.params)
