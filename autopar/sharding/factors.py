@@ -98,7 +98,7 @@ class OpFactors:
         """Why an axis of this size cannot make this split, or None where it can."""
         name, inner = split
         if name in self.joint:
-            found = (self.refusal(part, size) for part in self._parts(split))
+            found = (self.refusal(part, size) for part in self.parts(split))
             return next((refusal for refusal in found if refusal), None)
         length = self.sizes[name]
         if name in self.blocked:
@@ -119,14 +119,14 @@ class OpFactors:
     def lowering(self, name: str) -> str:
         return self.lowerings.get(name, self.split_lowering)
 
-    def _parts(self, split: Split) -> tuple[Split, ...]:
-        """The splits of single factors that make up a split."""
+    def parts(self, split: Split) -> tuple[Split, ...]:
+        """The splits of single factors that make up a split; only the first may be below its outermost level."""
         name, inner = split
         first, *rest = self.joint.get(name, (name,))
         return ((first, inner), *((other, 1) for other in rest))
 
     def _state(self, dims: Dims, split: Split) -> State | None:
-        for name, inner in self._parts(split):
+        for name, inner in self.parts(split):
             for dim, names in enumerate(dims):
                 if name in names:
                     outer = math.prod(self.sizes[before] for before in names[: names.index(name)])

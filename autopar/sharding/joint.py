@@ -104,35 +104,50 @@ def _extend(
         for rest in _extend(op, tensors, factors, sizes[1:], splits[1:], earlier):
             yield (strategy, *rest)
     for split in splits[0]:
-        own = _seen_locally(split, earlier)
+        own = _seen_locally(factors, split, earlier)
         if own is None or factors.refusal(own, size) or not _may_follow(factors, own, earlier):
             continue
         strategy = factors.strategy(own, differentiable)
-        left = replace(factors, sizes={**factors.sizes, own[0]: factors.sizes[own[0]] // size})
+        smaller = {name: factors.sizes[name] // size for name, _ in factors.parts(own)}
+        left = replace(factors, sizes={**factors.sizes, **smaller})
         for rest in _extend(op, tensors, left, sizes[1:], splits[1:], (*earlier, (own, size))):
             yield (strategy, *rest)
 
 
-def _seen_locally(split: Split, earlier: Sequence[tuple[Split, int]]) -> Split | None:
+def _seen_locally(
+    factors: OpFactors, split: Split, earlier: Sequence[tuple[Split, int]]
+) -> Split | None:
     """A split of the whole factor in terms of what earlier splits leave of it; None where it would cut across them."""
-    name, inner = split
-    for (other, before), size in earlier:
-        if other != name or inner <= before:
+    (name, inner), *_ = factors.parts(split)
+    for done, size in earlier:
+        before = dict(factors.parts(done)).get(name)
+        if before is None or inner <= before:
             continue
         if inner % (before * size):
             return None
         inner //= size
-    return name, inner
+    return split[0], inner
 
 
 def _may_follow(factors: OpFactors, split: Split, earlier: Sequence[tuple[Split, int]]) -> bool:
     """Whether the split's lowering can be combined with those of the earlier splits."""
-    own_wraps = factors.lowering(split[0]) in WRAPPING
-    for (name, _), _ in earlier:
-        other_wraps = factors.lowering(name) in WRAPPING
-        if not (own_wraps or other_wraps) or (name == split[0] and not (own_wraps and other_wraps)):
+    own_wraps, own = factors.lowering(split[0]) in WRAPPING, {name for name, _ in factors.parts(split)}
+    for done, _ in earlier:
+        other_wraps, other = factors.lowering(done[0]) in WRAPPING, {name for name, _ in factors.parts(done)}
+        if not (own_wraps or other_wraps):
+            return False
+        if (not own_wraps and _kept_by(factors, split) & other) or (not other_wraps and _kept_by(factors, done) & own):
             return False
     return True
+
+
+def _kept_by(factors: OpFactors, split: Split) -> set[str]:
+    """The factors that no other axis may split beside a lowering that is no wrapper.
+
+    Of a joint split the first is free: tokens that are exchanged for their experts may be fewer.
+    """
+    first, *rest = (name for name, _ in factors.parts(split))
+    return set(rest) or {first}
 
 
 def local_joint_op(
