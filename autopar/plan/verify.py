@@ -191,10 +191,14 @@ def _boundaries_agree(subject: _Subject) -> Iterator[str]:
             producer, have = left.get(name, ("the batch", R))
             if have != state:
                 yield f"{name} leaves {producer} as {have} and enters {block.name} as {state}"
-        for name, state in zip(block.outputs, choice.outputs, strict=True):
+        cls = graph.block_class[block.cls]
+        for own, name, state in zip(cls.outputs, block.outputs, choice.outputs, strict=True):
             left[name] = (block.name, state)
-            if state not in (R, shard(1)):
-                yield f"{name} leaves {block.name} as {state}, and only R and S(1) may pass between blocks"
+            rank = len(cls.tensor[own].shape)
+            allowed = (R, shard(1)) if rank < 4 else (R, shard(2))  # whole, by the sequence, or images by their height
+            if state not in allowed:
+                words = " and ".join(map(str, allowed))
+                yield f"{name} leaves {block.name} as {state}, and only {words} may pass between blocks"
     if (final := left.get(graph.loss)) and final[1] != R:
         yield f"the loss leaves {final[0]} as {final[1]}"
 

@@ -21,7 +21,7 @@ from autopar.search.elimination import MAX_TABLE, Factor, FactorGraph, Table
 from autopar.search.mathopt import minimize
 from autopar.search.pruning import branch_and_bound, prune, tightest
 from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, replicated
-from autopar.sharding.state import RP, Kind, R, State
+from autopar.sharding.state import RP, Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.class_costs import ClassCosts
 
@@ -34,6 +34,7 @@ NARROW = 0.7  # a consumer's placements get a variable where they are fewer than
 # Both weights are far below any modelled time (a kernel launch is 1e-6 s) and above float64 rounding of a block's time.
 _TIE_S_PER_ELEMENT = 1e-19
 _TIE_S = 1e-15
+_HEIGHT = 2  # of images: (rows, channels, height, ...)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +50,28 @@ def is_hidden(info: TensorInfo) -> bool:
     return info.requires_grad and len(info.shape) == 3
 
 
-def boundary_state(info: TensorInfo, boundary: State) -> State:
-    """The state in which a tensor passes between blocks: `boundary` for hidden states, whole for all else."""
-    return boundary if is_hidden(info) else R
+def is_image(info: TensorInfo) -> bool:
+    """Whether a boundary tensor has a gradient, rows, channels and at least two dims of positions."""
+    return info.requires_grad and len(info.shape) >= 4 and info.shape[0] > 1
 
 
-def boundary_placement(info: TensorInfo, boundary: Placement) -> Placement:
-    """The placement in which a tensor passes between blocks: `boundary` for hidden states, whole for all else."""
-    return boundary if is_hidden(info) else replicated(len(boundary))
+def boundary_placement(info: TensorInfo, boundary: Placement, sizes: Sequence[int]) -> Placement:
+    """The placement in which a tensor passes between blocks: `boundary` for hidden states, whole for all else.
+
+    Where hidden states pass as parts of their sequence, images pass as parts of their height, on each axis whose size
+    divides it: they become smaller from block to block until it does not.
+    """
+    if is_hidden(info):
+        return boundary
+    if not is_image(info):
+        return replicated(len(boundary))
+    found: list[State] = []
+    height = info.shape[_HEIGHT]
+    for state, size in zip(boundary, sizes, strict=True):
+        split = state == shard(1) and height % size == 0
+        found.append(shard(_HEIGHT) if split else R)
+        height //= size if split else 1
+    return tuple(found)
 
 
 def shard_class(
@@ -221,7 +236,8 @@ class Problem:
         crossing = [cls.tensor[name] for name in (*cls.inputs, *cls.outputs)]
         self._hidden_shapes = {info.shape for info in crossing if is_hidden(info)}
         self.impossible |= any(
-            not can_be_placed(info.shape, boundary_placement(info, boundary), costs.sizes) for info in crossing
+            not can_be_placed(info.shape, boundary_placement(info, boundary, costs.sizes), costs.sizes)
+            for info in crossing
         )
         if not self.impossible:
             self._op_costs()
@@ -235,17 +251,21 @@ class Problem:
 
     def shardings(self, values: Sequence[int]) -> tuple[ClassSharding, ...]:
         """The choice that the values of the variables stand for, one an axis."""
-        tensor, cls = self.cls.tensor, self.cls
+        cls = self.cls
+        entering, leaving = (
+            [boundary_placement(cls.tensor[name], self.boundary, self.costs.sizes) for name in names]
+            for names in (cls.inputs, cls.outputs)
+        )
         return tuple(
             ClassSharding(
                 cls=cls.name,
-                inputs=tuple(boundary_state(tensor[name], boundary) for name in cls.inputs),
+                inputs=tuple(placement[axis] for placement in entering),
                 params=tuple(self._param_states[name][values[self._param_variable[name]]][axis] for name in cls.params),
                 buffers=(R,) * len(cls.buffers),
-                outputs=tuple(boundary_state(tensor[name], boundary) for name in cls.outputs),
+                outputs=tuple(placement[axis] for placement in leaving),
                 ops=tuple((op.name, self.strategies[i][values[i]][axis]) for i, op in enumerate(cls.ops)),
             )
-            for axis, boundary in enumerate(self.boundary)
+            for axis in range(len(self.boundary))
         )
 
     def _collect_wishes(self) -> dict[str, list[_Wish]]:
@@ -294,7 +314,8 @@ class Problem:
         """The conversions of one tensor, as one table or, where that is large, as pairs with 0/1 variables."""
         producer, have = self._origin(info)
         wishes = self._wishes.get(info.name, [])
-        demanded = boundary_placement(info, self.boundary) if info.name in self.cls.outputs else None
+        leaves = info.name in self.cls.outputs
+        demanded = boundary_placement(info, self.boundary, self.costs.sizes) if leaves else None
         wanted = {s for wish in wishes for states in wish.wanted for s in states}
         wanted |= {demanded} if demanded is not None else set()
         columns = sorted(wanted, key=_plainness)
@@ -368,7 +389,7 @@ class Problem:
             place = op.outputs.index(info.name)
             return index, [outputs[place] for _, outputs in self._placed[index]]
         if info.name in self.cls.inputs:
-            return None, [boundary_placement(info, self.boundary)]
+            return None, [boundary_placement(info, self.boundary, self.costs.sizes)]
         return None, [self._whole]
 
     def _prices(self, info: TensorInfo, have: Sequence[Placement], columns: Sequence[Placement]) -> Table:

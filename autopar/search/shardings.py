@@ -10,7 +10,7 @@ from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.loss_terms import needs_whole_batch
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
-from autopar.search.intra_op import is_hidden, shard_class
+from autopar.search.intra_op import is_hidden, is_image, shard_class
 from autopar.search.ties import TieSearch
 from autopar.sharding.propagate import ClassStrategies, class_strategies
 from autopar.sharding.state import Kind, R, State, shard
@@ -57,7 +57,8 @@ class ShardingChooser:
     @property
     def has_hidden_states(self) -> bool:
         """Whether anything passes between blocks that sequence parallelism could split."""
-        return any(is_hidden(cls.tensor[name]) for cls in self.classes for name in cls.outputs)
+        crossing = (cls.tensor[name] for cls in self.classes for name in cls.outputs)
+        return any(is_hidden(info) or is_image(info) for info in crossing)
 
     def choose(
         self, tp: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False
