@@ -31,11 +31,10 @@ def range_sums(costs: Table) -> Table:
 
 
 def range_maxima(costs: Table) -> Table:
-    """table[i, j]: the largest of costs[i:j]; infinity where the range is empty."""
+    """table[i, j]: the largest of costs[i:j], which are at least 0; infinity where the range is empty."""
     n = len(costs)
     table = np.zeros((n + 1, n + 1))
-    for first in range(n):
-        table[first, first + 1 :] = np.maximum.accumulate(costs[first:])
+    table[:n, 1:] = np.maximum.accumulate(np.triu(np.broadcast_to(costs, (n, n))), axis=1)
     return _only_ranges(table)
 
 

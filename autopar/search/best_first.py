@@ -6,7 +6,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from autopar.cluster.cluster import Cluster
@@ -20,7 +20,9 @@ from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.degrees import even_cuts, stage_devices
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageLayout
+from autopar.search.variants import Option, Room, cheapest, layer_options
 from autopar.simulate.simulator import simulate
+from autopar.simulate.stage_cost import is_layer, stage_cost
 
 Progress = Callable[[int, int, float | None], None]  # candidates settled, of how many, best step time so far
 # A limit in work, not in time, so that the same input gives the same plan on every machine.
@@ -221,7 +223,42 @@ class Engine:
         return found
 
     def plan(self, c: Candidate, cuts: Cuts) -> Plan:
-        """The candidate as a plan, with no certificate yet."""
+        """The candidate as a plan, with no certificate yet; layers recompute or offload so that every stage fits.
+
+        Where nothing makes a stage fit, its layers keep everything.
+        """
+        plan = self._plan(c, cuts)
+        stages = tuple(
+            stage if options is None else stage.with_variants([option.variant for option in options])
+            for index, stage in enumerate(plan.stages)
+            for options in [self._options(c, plan, index)]
+        )
+        return replace(plan, stages=stages)
+
+    def _options(self, c: Candidate, plan: Plan, index: int) -> tuple[Option, ...] | None:
+        """What the layers of a stage do so that it fits, of least added time; None where they can keep everything."""
+        stage, kind = plan.stages[index], self.layout.kinds(c)[index]
+        cost = stage_cost(self.graph, self.cluster, plan, index)
+        left = kind.memory_limit_bytes - cost.static.total
+        in_flight = min(c.pp - index, c.num_micro_batches)
+        if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.optimizer_step_bytes) <= left:
+            return None
+        blocks = self.graph.blocks[stage.first : stage.last]
+        found = self.bounds.block_costs(c, kind)
+        layers = [found[block.cls] for block in blocks if is_layer(block)]
+        others = [found[block.cls] for block in blocks if not is_layer(block)]
+        if cost.optimizer_step_bytes > left:
+            return None
+        room = Room(
+            budget_bytes=left - in_flight * sum(other.saved_bytes for other in others), in_flight=in_flight,
+            extra_bytes=max((other.transient_bytes for other in others), default=0.0),
+            entry_bytes=max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0,
+        )
+        options = [layer_options(layer, kind.device, offload=self.request.offload) for layer in layers]
+        m = c.num_micro_batches
+        return cheapest(options, room, (float(m - in_flight + 1), float(m)))
+
+    def _plan(self, c: Candidate, cuts: Cuts) -> Plan:
         choice = self.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights)
         assert choice is not None, "candidates have shardings"
         request = self.request
@@ -239,7 +276,7 @@ class Engine:
             stages=tuple(
                 Stage(
                     first=first, last=last, devices=stage_devices(stage, c.mesh.size), mesh=c.mesh, zero=c.zero,
-                    recompute=c.recompute,
+                    recompute=Recompute.NONE, offload_optimizer=c.offload_optimizer,
                 )
                 for stage, (first, last) in enumerate(pairwise(cuts))
             ),
@@ -249,10 +286,10 @@ class Engine:
 def lean_first(candidates: Sequence[Candidate]) -> list[Candidate]:
     """For each mesh the candidates with the fewest rows; those that most often need least memory come first.
 
-    Recomputation and ZeRO mostly save memory, but not always: a single layer is not held at all while it recomputes.
+    ZeRO mostly saves memory, but not always: a layer is not gathered where its parameters are whole.
     """
     fewest: dict[tuple[int, int], int] = {}
     for c in candidates:
         fewest[c.pp, c.tp] = min(c.micro_batch, fewest.get((c.pp, c.tp), c.micro_batch))
     lean = [c for c in candidates if c.micro_batch == fewest[c.pp, c.tp]]
-    return sorted(lean, key=lambda c: (c.recompute is not Recompute.FULL, -c.zero, -c.dp_shard, c.pp, -c.tp, c))
+    return sorted(lean, key=lambda c: (not c.offload_optimizer, -c.zero, -c.dp_shard, c.pp, -c.tp, c))

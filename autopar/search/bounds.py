@@ -16,58 +16,121 @@ with the simulator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from operator import attrgetter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.cost_models.compute import memory_bandwidth
-from autopar.cost_models.memory import GRADIENT_BYTES, optimizer_step_bytes, static_bytes
+from autopar.cost_models.memory import (
+    GRADIENT_BYTES,
+    offloaded_step_s,
+    optimizer_step_bytes,
+    static_bytes,
+    step_temporary_bytes,
+)
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
-from autopar.plan.plan import Recompute
 from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageKind, StageLayout
+from autopar.search.variants import Level, Options, Weights, layer_options, least_added, levels
 from autopar.sharding.reshard import Collective
 from autopar.sharding.state import Kind
 from autopar.sharding.strategy import ClassSharding
-from autopar.simulate.block_cost import block_cost
+from autopar.simulate.block_cost import BlockCost, block_cost
 from autopar.simulate.class_costs import captured_dtype
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
 Cuts = tuple[int, ...]
+GENEROUS = 1e-9  # relative; sums over ranges are rounded
 PARTS = 16  # into which the cuts over unlike stages are parted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BlockTable:
     """One entry a block of the chain, for one device of one kind at one size of micro-batch."""
 
     forward_s: Table
     backward_s: Table
-    again_s: Table  # what full recomputation adds to the backward
     saved_bytes: Table
     boundary_bytes: Table
     transient_bytes: Table
     buffer_bytes: Table
     numel: Table  # local parameters; one that an earlier block may hold in the same stage counts there alone
+    kinds: tuple[Options, ...]  # of layers
+    kind: NDArray[np.intp]  # of each block, -1 where it is no layer
+    levels: tuple[Level, ...]
+
+    @cached_property
+    def beside_layers(self) -> tuple[Table, Table, Table]:
+        """For all ranges: bytes held by blocks that are no layers, the most beside them, and the stage's own input."""
+        is_layer = self.kind >= 0
+        rest = range_sums(np.where(is_layer, 0.0, self.saved_bytes))
+        beside = range_maxima(np.where(is_layer, 0.0, self.transient_bytes))
+        entry = range_maxima(np.where(is_layer, self.boundary_bytes, 0.0))
+        entry[0] = np.where(np.isfinite(entry[0]), 0.0, entry[0])
+        return rest, beside, entry
+
+    @cached_property
+    def all_kept(self) -> tuple[Table, Table]:
+        """For all ranges: bytes that a micro-batch holds and the most beside them, where all activations are kept."""
+        return range_sums(self.saved_bytes), range_maxima(self.transient_bytes)
+
+    def least_held(self) -> Table:
+        """The fewest bytes that each layer can hold of a micro-batch."""
+        fewest = [min(option.held_bytes for option in options) for options in self.kinds]
+        return np.array([fewest[kind] if kind >= 0 else np.inf for kind in self.kind])
+
+    @cached_property
+    def numbers(self) -> list[NDArray[np.intp]]:
+        """For each kind, how many of its layers each range of blocks has."""
+        running = [np.concatenate([[0], np.cumsum(self.kind == kind)]) for kind in range(len(self.kinds))]
+        return [np.maximum(0, counts[None, :] - counts[:, None]) for counts in running]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageTable:
-    """Per block, on a stage of one kind: times not above the simulator's, and memory as the simulator counts it."""
+    """Per block, on a stage of one kind and with all activations kept: times not above the simulator's.
+
+    A second that recomputation or offload adds to a micro-batch adds at least `hidden_share` of it to `forward_s` or
+    `backward_s`, and all of it to the plain ones, which count only the slow-down by hidden communication. `once_s`, of
+    a step, holds where nothing is added, `once_beside_s` whatever is.
+    """
 
     forward_s: Table
     backward_s: Table
-    start_s: Table
-    end_s: Table
-    held_bytes: Table
-    extra_bytes: Table
+    plain_forward_s: Table
+    plain_backward_s: Table
+    hidden_share: float
+    once_s: Table
+    once_beside_s: Table
     blocks: BlockTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Loads:
+    """Tables over ranges of blocks, one for each stage.
+
+    `later`: what micro-batches after the first take, infinite where the range does not fit; `first`: what the first
+    takes; `later_with_first`: `later` and what variants add to the first. `once`, by the end of stage 0's range: what
+    it does once a step, and the first micro-batch's time on links. `chain_s`: the first micro-batch's time through all
+    blocks where all stages are alike, but for what variants add. `own`: what a stage does in a step, whatever others
+    do: it counts where the step's end is long.
+    """
+
+    later: list[Table]
+    later_with_first: list[Table]
+    first: list[Table]
+    own: list[Table]
+    once: Table
+    chain_s: float | None
 
 
 class Bounds:
@@ -84,7 +147,8 @@ class Bounds:
         self._borders = tuple(dict.fromkeys(tuple(made[name] for name in names) for names in crossing))
         self._numel_first = [_first_holders(graph, ends_apart=apart) for apart in (False, True)]
         self._blocks: dict[tuple[object, ...], BlockTable] = {}
-        self._last: tuple[Candidate, tuple[list[Table], list[Table], Table]] | None = None
+        self._last: tuple[Candidate, _Loads] | None = None
+        self._last_static: tuple[object, tuple[Table, Table]] = None, (np.zeros(0), np.zeros(0))
 
     def quick(self, c: Candidate) -> float:
         """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit."""
@@ -93,11 +157,15 @@ class Bounds:
         m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
         if not self._layers_fit(c, kinds, tables):
             return np.inf
+        if c.pp == 1:
+            loads = self._loads(c)
+            return float(loads.later[0][0, -1] + loads.first[0][0, -1] + loads.once[-1])
         work = np.minimum.reduce([t.forward_s + t.backward_s for t in tables.values()])
         load = np.minimum.reduce([(m - 1) * t.backward_s + (m - most) * t.forward_s for t in tables.values()])
-        once = tables[kinds[0]].start_s + tables[kinds[0]].end_s
-        once_of_first = float(once.sum()) if c.pp == 1 else float(np.cumsum(once).min())
-        return float(work.sum()) + max(float(load.sum()) / c.pp, float(load.max())) + once_of_first
+        once_of_first = float(np.cumsum(tables[kinds[0]].once_beside_s).min())
+        through = float(work.sum()) + max(float(load.sum()) / c.pp, float(load.max())) + once_of_first
+        own = np.minimum.reduce([m * (t.forward_s + t.backward_s) + t.once_beside_s for t in tables.values()])
+        return max(through, float(own.sum()) / c.pp)
 
     def best_cut(self, c: Candidate) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
@@ -105,14 +173,20 @@ class Bounds:
         Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
         all cuts. Else the cuts are parted by their largest load, and each part has the time of its quickest cut.
         """
-        loads, works, once = self._loads(c)
+        all_loads = self._loads(c)
+        loads, works, once = all_loads.later, all_loads.first, all_loads.once
+        if all_loads.chain_s is not None:
+            found = smallest_bottleneck(all_loads.later_with_first, once)
+            if found is None:
+                return None
+            least = smallest_bottleneck(all_loads.own)
+            assert least is not None, "the same ranges are allowed"
+            return max(found.value + all_loads.chain_s, least.value), found.cuts
         found = smallest_bottleneck(loads, once)
         if found is None:
             return None
-        if len({id(work) for work in works}) == 1:
-            return found.value + float(works[0][0, -1]), found.cuts
-        least = smallest_bottleneck(loads)
-        assert least is not None, "the same ranges are allowed"
+        least, alone = smallest_bottleneck(loads), smallest_bottleneck(all_loads.own)
+        assert least is not None and alone is not None, "the same ranges are allowed"
         most = max(float(np.max(load, initial=0.0, where=np.isfinite(load))) for load in loads)
         parts = np.geomspace(max(least.value, 1e-3 * most), most, PARTS)[1:] if most > 0 else [0.0]
         limits = [least.value, *(float(part) for part in parts)]
@@ -127,77 +201,167 @@ class Bounds:
                 bound = min(bound, lower + quickest.value + float(once[1:].min()))
                 own.setdefault(quickest.cuts, self.of_cut(c, quickest.cuts))
         cuts = min(own, key=lambda cuts: (own[cuts], cuts))
-        return max(bound, found.value + sum(float(np.min(work)) for work in works)), cuts
+        return max(bound, alone.value, found.value + sum(float(np.min(work)) for work in works)), cuts
 
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""
-        loads, works, once = self._loads(c)
+        all_loads = self._loads(c)
+        loads, works, once = all_loads.later, all_loads.first, all_loads.once
         ranges = list(pairwise(cuts))
         worst = max(float(load[span]) for load, span in zip(loads, ranges, strict=True))
-        return worst + float(once[cuts[1]]) + sum(float(work[span]) for work, span in zip(works, ranges, strict=True))
+        own = max(float(table[span]) for table, span in zip(all_loads.own, ranges, strict=True))
+        through = sum(float(work[span]) for work, span in zip(works, ranges, strict=True))
+        return max(own, worst + float(once[cuts[1]]) + through)
 
     def _tables(self, c: Candidate, kinds: Sequence[StageKind]) -> dict[StageKind, StageTable]:
         return {kind: self.stage_table(c, kind) for kind in dict.fromkeys(kinds)}
 
-    def _loads(self, c: Candidate) -> tuple[list[Table], list[Table], Table]:
-        """For each stage and range: what micro-batches after the first take, infinity where the range does not fit; and
-        what the first takes. And by the end of stage 0's range: what it does once a step, with the time of the first
-        micro-batch on the links between stages."""
+    def _loads(self, c: Candidate) -> _Loads:
         if self._last is not None and self._last[0] == c:
             return self._last[1]
         kinds = self._layout.kinds(c)
         tables = self._tables(c, kinds)
         m = c.num_micro_batches
-        loads: dict[tuple[StageKind, int], Table] = {}
         works = {kind: range_sums(table.forward_s + table.backward_s) for kind, table in tables.items()}
+        made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
-            if (kind, in_flight) not in loads:
-                table = tables[kind]
-                load = range_sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
-                fits = self.memory_table(c, kind, table, in_flight) <= kind.memory_limit_bytes
-                loads[kind, in_flight] = np.where(fits, load, np.inf)
-        once = tables[kinds[0]].start_s + tables[kinds[0]].end_s
-        made = (
-            [loads[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)],
-            [works[kind] for kind in kinds],
-            np.concatenate([[0.0], np.cumsum(once)]) + self._layout.sends_s(c, *self._least_sent(c)),
+            if (kind, in_flight) in made:
+                continue
+            table, work = tables[kind], works[kind]
+            load = range_sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
+            if bool(np.all(self._room(c, kind, in_flight)[1] | ~np.isfinite(load))):
+                made[kind, in_flight] = load, load, work
+                continue
+            # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
+            added = self._added(c, kind, in_flight, (1.0 if in_flight == 1 else 0.0, 1.0))
+            added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
+            plain = range_sums((m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s)
+            later = np.maximum(load + table.hidden_share * added, plain + added)
+            added = self._added(c, kind, in_flight, (1.0, 1.0))
+            plain = range_sums(table.plain_forward_s + table.plain_backward_s)
+            first = np.maximum(work + table.hidden_share * added, plain + added)
+            finite = np.isfinite(first)
+            more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
+            made[kind, in_flight] = later, np.where(finite, later + more, np.inf), first
+        every = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)]
+        found = _Loads(
+            later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
+            first=[first for _, _, first in every],
+            own=[
+                self._own(tables[kind], every[stage][0], every[stage][2], min(c.pp - stage, m))
+                for stage, kind in enumerate(kinds)
+            ],
+            once=self._once(c, tables[kinds[0]]),
+            chain_s=float(works[kinds[0]][0, -1]) if len(tables) == 1 else None,
         )
-        self._last = (c, made)
-        return made
+        self._last = (c, found)
+        return found
+
+    def _own(self, table: StageTable, later: Table, first: Table, in_flight: int) -> Table:
+        """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
+        warm_up = range_sums((in_flight - 1) * table.plain_forward_s)
+        return later + first + warm_up + range_sums(table.once_beside_s)
+
+    def _once(self, c: Candidate, table: StageTable) -> Table:
+        """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links."""
+        kind = self._layout.kinds(c)[0]
+        keeps_all = self._room(c, kind, min(c.pp, c.num_micro_batches))[1][0]
+        once, beside = (
+            np.concatenate([[0.0], np.cumsum(each)]) for each in (table.once_s, table.once_beside_s)
+        )
+        sends_s = self._layout.sends_s(c, *self._least_sent(c))
+        return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + sends_s)
 
     def smallest_need(self, c: Candidate) -> float:
-        """The bytes that the fullest device holds, over its limit, under the cut that needs least."""
-        kinds = self._layout.kinds(c)
-        tables = self._tables(c, kinds)
+        """The bytes that the fullest device holds, over its limit, under the cut and the variants that need least."""
         needs = [
-            self.memory_table(c, kind, tables[kind], min(c.pp - stage, c.num_micro_batches)) / kind.memory_limit_bytes
-            for stage, kind in enumerate(kinds)
+            self.least_memory_table(c, kind, min(c.pp - stage, c.num_micro_batches)) / kind.memory_limit_bytes
+            for stage, kind in enumerate(self._layout.kinds(c))
         ]
         found = smallest_bottleneck(needs)
         return np.inf if found is None else found.value
 
-    def memory_table(self, c: Candidate, kind: StageKind, table: StageTable, in_flight: int) -> Table:
-        """Bytes that a stage of blocks[first:last] holds at its peak, for all ranges."""
-        blocks = table.blocks
-        per_numel, per_unit, per_root, step = self._static(c)
-        numel = range_sums(blocks.numel)
-        static = per_numel * numel + range_sums(np.where(self._layer, 0.0, per_root * blocks.numel))
-        static += range_maxima(np.where(self._layer, per_unit * blocks.numel, 0.0)) + range_sums(blocks.buffer_bytes)
-        activations = in_flight * range_sums(table.held_bytes) + range_maxima(table.extra_bytes)
-        return np.asarray(static + np.maximum(activations, step * numel))
+    def memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
+        """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges."""
+        blocks = self._block_table(c, kind)
+        static, step = self._static_tables(c, blocks)
+        held, beside = blocks.all_kept
+        activations = in_flight * held + beside
+        return np.asarray(static + np.maximum(activations, step))
+
+    def least_memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
+        """The same for the variants that need least."""
+        blocks = self._block_table(c, kind)
+        static, step = self._static_tables(c, blocks)
+        rest, beside, entry = blocks.beside_layers
+        numbers = blocks.numbers
+        least = in_flight * blocks.all_kept[0] + blocks.all_kept[1]
+        for level in blocks.levels:
+            held = rest + (entry if level.offload else 0.0)
+            for number, options in zip(numbers, level.allowed, strict=True):
+                fewest = min((option.held_bytes for option in options), default=np.inf)
+                held = held + np.where(number > 0, number * fewest if options else np.inf, 0.0)
+            least = np.minimum(least, in_flight * held + np.maximum(beside, level.extra_bytes))
+        return np.asarray(static + np.maximum(least, step))
+
+    def _room(self, c: Candidate, kind: StageKind, in_flight: int) -> tuple[Table, NDArray[np.bool_]]:
+        """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
+        static, step = self._static_tables(c, self._block_table(c, kind))
+        left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
+        return left, self.memory_table(c, kind, in_flight) <= kind.memory_limit_bytes
+
+    def _added(self, c: Candidate, kind: StageKind, in_flight: int, weights: Weights) -> Table:
+        """For all ranges: the least seconds that variants add so that the range fits; infinite where it cannot."""
+        blocks = self._block_table(c, kind)
+        left, keeps_all = self._room(c, kind, in_flight)
+        added = np.where(keeps_all, 0.0, np.inf)
+        open_ = ~keeps_all & np.isfinite(left)
+        if c.pp == 1:
+            open_[1:], open_[:, :-1] = False, False
+        if not open_.any():
+            return added
+        rest, beside, entry = (table[open_] for table in blocks.beside_layers)
+        numbers = [number[open_] for number in blocks.numbers]
+        least = np.full(rest.shape, np.inf)
+        for level in blocks.levels:
+            held = (left[open_] * (1 + GENEROUS) - np.maximum(beside, level.extra_bytes)) / in_flight - rest
+            least = np.minimum(least, least_added(level, numbers, held - entry if level.offload else held, weights))
+        added[open_] = least
+        return added
+
+    def _static_tables(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
+        """For all ranges: bytes whatever is in flight, and those of the optimizer's step."""
+        key = (c, id(blocks))
+        if self._last_static[0] != key:
+            self._last_static = key, self._make_static(c, blocks)
+        return self._last_static[1]
+
+    def _make_static(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
+        per_numel, per_unit, per_root, per_step = self._static(c)
+        in_layers = np.where(self._layer, blocks.numel, 0.0)
+        outside = blocks.numel - in_layers
+        static = range_sums(per_numel * blocks.numel + per_root * outside + blocks.buffer_bytes)
+        static += range_maxima(per_unit * in_layers)
+        if c.offload_optimizer:
+            return static, np.maximum(range_maxima(per_step * in_layers), range_sums(per_step * outside))
+        return static, range_sums(per_step * blocks.numel)
 
     def _static(self, c: Candidate) -> tuple[float, float, float, float]:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
         def total(numel: float, unit: float, root: float) -> float:
-            return static_bytes(
+            found = static_bytes(
                 numel, zero=c.zero, num_shards=c.dp_shard, dtype=self._request.dtype,
                 param_dtype=self._request.param_dtype, optimizer=self._request.optimizer, unit_numel=unit,
                 root_numel=root,
-            ).total
+            )
+            return found.total - (found.optimizer if c.offload_optimizer else 0.0)
 
-        shards = c.dp_shard if c.zero else 1
-        return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), DTYPE_BYTES[self._request.param_dtype] / shards
+        step = step_temporary_bytes(
+            self._request.param_dtype, zero=c.zero, num_shards=c.dp_shard,
+            optimizer=self._request.optimizer if c.offload_optimizer else None,
+        )
+        return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), step
 
     def _layers_fit(self, c: Candidate, kinds: tuple[StageKind, ...], tables: dict[StageKind, StageTable]) -> bool:
         """Whether the stages have room for all layers, each taken as the leanest of them; a necessary condition."""
@@ -209,40 +373,47 @@ class Bounds:
         for kind, table in tables.items():
             held = in_flight[[other is kind for other in kinds]]
             # Layers that differ in size or class are each a row; there are few of those.
-            layers = np.unique(np.stack([table.blocks.numel, table.held_bytes])[:, self._layer], axis=1)
+            layers = np.unique(np.stack([table.blocks.numel, table.blocks.least_held()])[:, self._layer], axis=1)
             smallest = (per_numel * layers[0][:, None] + layers[1][:, None] * held[None, :]).min(axis=0)
             if smallest.min() <= 0:
                 return True
-            beside = float(table.extra_bytes[self._layer].min())
+            beside = float(table.blocks.transient_bytes[self._layer].min())
             room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
         return room >= int(self._layer.sum())
 
     def stage_table(self, c: Candidate, kind: StageKind) -> StageTable:
         """Times and bytes of each block on a stage of this kind under the candidate."""
         blocks = self._block_table(c, kind)
-        full = c.recompute is Recompute.FULL
-        forward = blocks.forward_s
-        backward = blocks.backward_s + (blocks.again_s if full else 0.0)
-        recomputed = self._layer if full else np.zeros_like(self._layer)
+        forward, backward = blocks.forward_s, blocks.backward_s
+        most = tuple(
+            np.array([max(seconds(o) for o in blocks.kinds[k]) if k >= 0 else 0.0 for k in blocks.kind])
+            for seconds in (attrgetter("forward_s"), attrgetter("backward_s"))
+        )
         moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.dp_shard, optimizer=self._request.optimizer)
         bandwidth = memory_bandwidth(kind.device)
-        start, end = np.zeros_like(forward), moved / bandwidth * blocks.numel
-        if c.dp > 1:
-            forward, backward, start, more = self._data_parallel(c, kind, blocks.numel, forward, backward)
-            end = end + more
-        if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
-            width = DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES
-            backward = backward + width * blocks.numel / bandwidth
-        return StageTable(
-            forward_s=forward, backward_s=backward, start_s=start, end_s=end, blocks=blocks,
-            held_bytes=np.where(recomputed, blocks.boundary_bytes, blocks.saved_bytes),
-            extra_bytes=blocks.transient_bytes + np.where(recomputed, blocks.saved_bytes, 0.0),
+        once = moved / bandwidth * blocks.numel
+        if c.offload_optimizer:
+            once = once + blocks.numel * offloaded_step_s(
+                1.0, zero=c.zero, num_shards=c.dp_shard, optimizer=self._request.optimizer, device=kind.device
+            )
+        made = StageTable(
+            forward_s=forward, backward_s=backward, plain_forward_s=forward, plain_backward_s=backward,
+            hidden_share=1.0, once_s=once, once_beside_s=once, blocks=blocks,
         )
+        if c.dp > 1:
+            made = self._data_parallel(c, kind, made, *most)
+        if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
+            adding = (DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES) * blocks.numel / bandwidth
+            made = replace(
+                made, backward_s=made.backward_s + adding, plain_backward_s=made.plain_backward_s + adding
+            )
+        return made
 
     def _data_parallel(
-        self, c: Candidate, kind: StageKind, numel: Table, forward: Table, backward: Table
-    ) -> tuple[Table, Table, Table, Table]:
-        """Forward, backward, start and end with gathering and reducing, as in `simulate/stage_cost.py`."""
+        self, c: Candidate, kind: StageKind, alone: StageTable, most_forward: Table, most_backward: Table
+    ) -> StageTable:
+        """Times with gathering and reducing, as in `simulate/stage_cost.py`. `most_...`: what variants add at most."""
+        numel, forward, backward = alone.blocks.numel, alone.forward_s, alone.backward_s
         wide, bandwidth = DTYPE_BYTES[self._request.dtype], memory_bandwidth(kind.device)
         # What lies outside layers moves as one; over several stages that is at least the chain's first or last block.
         units = np.where(self._layer, numel, 0.0)
@@ -269,14 +440,26 @@ class Bounds:
         none = np.zeros_like(numel)
         if c.zero == 3:
             in_layers = np.where(self._layer, gathers, 0.0)
-            return (
-                forward + exposed(forward, in_layers) + copy_out,
-                backward + exposed(backward, in_layers + reductions) + copy_out + copy_in, none, none,
+            behind = exposed(forward, in_layers), exposed(backward, in_layers + reductions)
+            slowed = OVERLAP_SLOWDOWN * in_layers, OVERLAP_SLOWDOWN * (in_layers + reductions)
+            all_slowed = all(np.array_equal(a, b) for a, b in zip(behind, slowed, strict=True))
+            return replace(
+                alone, forward_s=forward + behind[0] + copy_out, backward_s=backward + behind[1] + copy_out + copy_in,
+                plain_forward_s=forward + slowed[0] + copy_out,
+                plain_backward_s=backward + slowed[1] + copy_out + copy_in,
+                hidden_share=1.0 if all_slowed else OVERLAP_SLOWDOWN,
             )
-        start = exposed(forward, gathers) + copy_out if c.zero else none
-        if c.zero == 2:  # every micro-batch reduces behind its backward; what is left at the end counts once
-            return forward, backward + copy_in, start, exposed(backward, reductions)
-        return forward, backward, start, exposed(backward, reductions) + copy_in
+
+        def once(forward: Table, backward: Table) -> Table:
+            start = exposed(forward, gathers) + copy_out if c.zero else none
+            return alone.once_s + start + exposed(backward, reductions) + (copy_in if c.zero < 2 else none)
+
+        # Under ZeRO 2 every micro-batch reduces behind its backward; what is left at the end counts once.
+        more = copy_in if c.zero == 2 else none
+        return replace(
+            alone, backward_s=backward + more, plain_backward_s=backward + more, once_s=once(forward, backward),
+            once_beside_s=once(forward + most_forward, backward + most_backward),
+        )
 
     def _least_sent(self, c: Candidate) -> tuple[float, float]:
         """Bytes that one device sends to the next stage for a micro-batch, and gets back, at the leanest border."""
@@ -308,22 +491,29 @@ class Bounds:
             self._blocks[key] = self._make_blocks(c, kind)
         return self._blocks[key]
 
-    def _make_blocks(self, c: Candidate, kind: StageKind) -> BlockTable:
-        graph = self._graph
+    def block_costs(self, c: Candidate, kind: StageKind) -> dict[str, BlockCost]:
+        """The cost of a block of each class on a stage of this kind."""
         sharding = self._shardings(c)
-        costs = {
+        return {
             cls.name: block_cost(
-                graph, cls, sharding.get(cls.name), tp=c.tp, rows=c.micro_batch, device=kind.device,
+                self._graph, cls, sharding.get(cls.name), tp=c.tp, rows=c.micro_batch, device=kind.device,
                 tp_group=kind.tp_group, dtype=self._request.dtype, compile=self._request.compile,
             )
             for cls in self._chooser.classes
         }
+
+    def _make_blocks(self, c: Candidate, kind: StageKind) -> BlockTable:
+        graph = self._graph
+        costs = self.block_costs(c, kind)
         chain = [costs[block.cls] for block in graph.blocks]
+        offload = self._request.offload
+        options = {name: layer_options(cost, kind.device, offload=offload) for name, cost in costs.items()}
+        layers = [options[b.cls] if own else None for b, own in zip(graph.blocks, self._layer, strict=True)]
+        kinds = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         held = self._numel_first[c.pp > 1]
         return BlockTable(
             forward_s=np.array([x.forward_compute_s + x.forward_tp_comm_s for x in chain]),
             backward_s=np.array([x.backward_compute_s + x.backward_tp_comm_s for x in chain]),
-            again_s=np.where(self._layer, [x.forward_compute_s + x.forward_tp_comm_s for x in chain], 0.0),
             saved_bytes=np.array([x.saved_bytes for x in chain]),
             boundary_bytes=np.array([x.boundary_bytes for x in chain]),
             transient_bytes=np.array([x.transient_bytes for x in chain]),
@@ -332,6 +522,8 @@ class Bounds:
                 sum(n for n, own in zip(x.params, owned, strict=True) if own)
                 for x, owned in zip(chain, held, strict=True)
             ]),
+            kinds=kinds, kind=np.array([kinds.index(layer) if layer is not None else -1 for layer in layers]),
+            levels=tuple(levels(kinds)),
         )
 
 

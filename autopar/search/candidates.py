@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import Cluster
+from autopar.cost_models.memory import OPTIMIZER_STATE_BYTES
 from autopar.errors import InfeasibleError
-from autopar.plan.plan import Mesh, Recompute
+from autopar.plan.plan import Mesh
 from autopar.search.shardings import ShardingChooser
 
 
@@ -23,12 +24,14 @@ class PlanRequest:
     micro_batch: int | None = None
     max_search_seconds: float | None = None
     compile: bool = False
+    offload: bool = True  # whether activations and optimizer state may rest in host memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Candidate:
-    """One setting of everything but where the chain is cut. Their order breaks ties between equally fast plans.
+    """One setting of everything but where the chain is cut, and what layers recompute and offload so that they fit.
 
+    Their order breaks ties between equally fast plans.
     `split_weights`: the shardings that split weights over the tensor axis; else those that may keep them whole.
     """
 
@@ -38,7 +41,7 @@ class Candidate:
     dp_shard: int
     zero: int
     sequence_parallel: bool
-    recompute: Recompute
+    offload_optimizer: bool
     micro_batch: int
     num_micro_batches: int
     split_weights: bool = True
@@ -59,7 +62,7 @@ class Candidate:
         both = self.dp_replicate > 1 < self.dp_shard
         words += [f"dp {self.dp_replicate}x{self.dp_shard}" if both else f"dp {self.dp}"]
         words += [f"zero {self.zero}", f"micro-batch {self.micro_batch} x {self.num_micro_batches}"]
-        words += ["recompute"] if self.recompute is Recompute.FULL else []
+        words += ["optimizer offloaded"] if self.offload_optimizer else []
         return ", ".join(words)
 
 
@@ -104,6 +107,7 @@ def candidates(
     found: list[Candidate] = []
     row_counts: set[int] = set()
     one_part = chooser.needs_whole_batch
+    offloads = (False, True) if _can_offload_state(cluster, request) else (False,)
     for pp, tp, dp in meshes(cluster, num_blocks, tp_across_nodes=tp_across_nodes):
         if one_part and (dp > 1 or (request.micro_batch or request.global_batch) < request.global_batch):
             continue
@@ -117,17 +121,22 @@ def candidates(
             for zero, replicate, shard in data_settings(cluster, tp, dp):
                 found += [
                     Candidate(
-                        pp=pp, tp=tp, dp_replicate=replicate, dp_shard=shard, zero=zero, recompute=recompute,
+                        pp=pp, tp=tp, dp_replicate=replicate, dp_shard=shard, zero=zero, offload_optimizer=offload,
                         sequence_parallel=sequence_parallel, split_weights=split_weights, micro_batch=size,
                         num_micro_batches=rows // size,
                     )
-                    for size in sizes for recompute in (Recompute.NONE, Recompute.FULL)
+                    for size in sizes for offload in offloads
                 ]
     if not found and not row_counts:
         raise InfeasibleError(f"no plan computes the batch in one part: {one_part}")
     if not found:
         raise InfeasibleError(_no_batch(cluster, request, row_counts))
     return sorted(found)
+
+
+def _can_offload_state(cluster: Cluster, request: PlanRequest) -> bool:
+    state = OPTIMIZER_STATE_BYTES.get(request.optimizer, 0)
+    return request.offload and state > 0 and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
 
 
 def axis_variants(chooser: ShardingChooser, tp: int) -> list[tuple[bool, bool]]:

@@ -22,8 +22,7 @@ __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
 
 log = logging.getLogger(__name__)
 NOT_SEARCHED = (
-    "stages with different meshes, ZeRO levels or recomputation",
-    "selective recomputation and offload",
+    "stages with different meshes or ZeRO levels",
     "interleaved, zero-bubble and other schedules than 1F1B",
     "context and expert parallelism",
     "devices in another order than the cluster's",
@@ -67,8 +66,9 @@ def find_plan(
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
     certificate = Certificate(
         upper_bound_s=best.step_time_s, lower_bound_s=outcome.lower_bound_s,
-        searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO, recomputation and micro-batch, "
-                 f"each over all cuts of {len(graph.blocks)} blocks{_early(engine, outcome)}",
+        searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO, optimizer offload and micro-batch, "
+                 f"each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute or "
+                 f"offload{_early(engine, outcome)}",
         not_searched=NOT_SEARCHED, search_seconds=searched_s, stopped_early=not outcome.complete,
     )
     plan = engine.plan(best.candidate, best.cuts)

@@ -1,4 +1,6 @@
+import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -7,9 +9,12 @@ from toy_graphs import cluster, mlp_chain
 
 from autopar.errors import InfeasibleError
 from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan, Recompute, Variant
 from autopar.search.best_first import Engine
-from autopar.search.candidates import PlanRequest, candidates
+from autopar.search.bounds import Cuts
+from autopar.search.candidates import Candidate, PlanRequest, candidates
 from autopar.simulate.simulator import simulate
+from autopar.simulate.timeline import Timeline
 
 GRAPHS = [
     mlp_chain(num_layers=5, hidden=64, inner=256, seq_len=32),
@@ -22,12 +27,16 @@ GRAPHS = [
 @given(
     st.sampled_from(GRAPHS), st.sampled_from([(1, 4), (2, 2), (2, 4), (3, 2)]),
     st.sampled_from([(1.0, 1.0, 1.0), (1.0, 0.25, 0.5), (0.2, 1.0, 1.0)]), st.sampled_from([4, 8, 24]),
-    st.sampled_from(["float32", "bfloat16"]), st.integers(0, 10**6),
+    st.sampled_from(["float32", "bfloat16"]), st.sampled_from([16.0, 0.3, 0.1, 0.03]),
+    st.sampled_from([None, 20.0, 500.0]), st.integers(0, 10**6),
 )
 def test_bounds_never_exceed_the_simulated_time(
-    graph: ModelGraph, shape: tuple[int, int], speeds: tuple[float, ...], batch: int, dtype: str, seed: int
+    graph: ModelGraph, shape: tuple[int, int], speeds: tuple[float, ...], batch: int, dtype: str, memory_gib: float,
+    host_gb_per_s: float | None, seed: int,
 ) -> None:
-    machine = cluster(per_node=shape[1], speeds=speeds[: shape[0]])
+    machine = cluster(
+        per_node=shape[1], speeds=speeds[: shape[0]], memory_gib=memory_gib, host_gb_per_s=host_gb_per_s
+    )
     engine = Engine(graph, machine, PlanRequest(global_batch=batch, dtype=dtype))
     try:
         space = candidates(machine, engine.request, engine.chooser, len(graph.blocks))
@@ -37,20 +46,45 @@ def test_bounds_never_exceed_the_simulated_time(
     for c in rng.sample(space, min(6, len(space))):
         inner = sorted(rng.sample(range(1, len(graph.blocks)), c.pp - 1))
         cuts = (0, *inner, len(graph.blocks))
-        timeline = simulate(graph, machine, engine.plan(c, cuts))
+        plan = engine.plan(c, cuts)
+        timeline = simulate(graph, machine, plan)
         own = engine.bounds.of_cut(c, cuts)
         best = engine.bounds.best_cut(c)
-        assert best is not None
         slack = 1 + 1e-9
+        assert_memory(engine, c, cuts, plan, timeline, exact=graph is not GRAPHS[2])
+        if not timeline.feasible:
+            assert math.isinf(own) or graph is GRAPHS[2]
+            continue
+        assert best is not None
+        other = simulate(graph, machine, with_random_variants(plan, rng, offload=host_gb_per_s is not None))
+        assert not other.feasible or own <= other.step_time_s * slack, "whatever the layers do"
         assert own <= timeline.step_time_s * slack, c
         assert best[0] <= own * slack, c
         assert engine.bounds.quick(c) <= best[0] * slack or engine.bounds.quick(c) <= timeline.step_time_s * slack
         assert own >= 0.4 * timeline.step_time_s, "the bound is of use"
-        kinds = engine.layout.kinds(c)
-        for stage, group in enumerate(timeline.groups):
-            table = engine.bounds.stage_table(c, kinds[stage])
-            in_flight = min(c.pp - stage, c.num_micro_batches)
-            memory = engine.bounds.memory_table(c, kinds[stage], table, in_flight)[cuts[stage], cuts[stage + 1]]
-            assert memory <= group.memory.total * slack
-            if graph is not GRAPHS[2]:
-                assert memory == pytest.approx(group.memory.total)
+
+
+def assert_memory(
+    engine: Engine, c: Candidate, cuts: Cuts, plan: Plan, timeline: Timeline, *, exact: bool
+) -> None:
+    """The bounds see the memory that the simulator sees, and what the leanest variants would leave of it."""
+    kinds, bounds = engine.layout.kinds(c), engine.bounds
+    everything = simulate(engine.graph, engine.cluster, replace(plan, stages=tuple(
+        replace(stage, variants=(), recompute=Recompute.NONE) for stage in plan.stages
+    )))
+    for stage, (group, own) in enumerate(zip(everything.groups, timeline.groups, strict=True)):
+        span, in_flight = (cuts[stage], cuts[stage + 1]), min(c.pp - stage, c.num_micro_batches)
+        memory = bounds.memory_table(c, kinds[stage], in_flight)[span]
+        least = bounds.least_memory_table(c, kinds[stage], in_flight)[span]
+        assert memory <= group.memory.total * (1 + 1e-9)
+        assert least <= own.memory.total * (1 + 1e-9)
+        if exact:
+            assert memory == pytest.approx(group.memory.total)
+            assert (own.memory.total <= kinds[stage].memory_limit_bytes) == (least <= kinds[stage].memory_limit_bytes)
+
+
+def with_random_variants(plan: Plan, rng: random.Random, *, offload: bool) -> Plan:
+    every = [Variant(recompute=word, offload=away) for word in Recompute for away in {False, offload}]
+    return replace(plan, stages=tuple(
+        stage.with_variants([rng.choice(every) for _ in range(plan.num_layers(stage))]) for stage in plan.stages
+    ))

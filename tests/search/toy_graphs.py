@@ -113,9 +113,10 @@ def empty_class(name: str) -> BlockClass:
     return BlockClass(name=name, inputs=(), params=(), buffers=(), outputs=(), ops=(), tensors=())
 
 
-def device(speed: float = 1.0, memory_gib: float = 16.0) -> DeviceType:
+def device(speed: float = 1.0, memory_gib: float = 16.0, host_gb_per_s: float | None = None) -> DeviceType:
     return DeviceType(
-        name=f"CPU-TOY-{speed:g}-{memory_gib:g}", memory_bytes=int(memory_gib * 2**30),
+        host_bandwidth_bytes_per_s=host_gb_per_s * 1e9 if host_gb_per_s else None,
+        name=f"CPU-TOY-{speed:g}-{memory_gib:g}-{host_gb_per_s}", memory_bytes=int(memory_gib * 2**30),
         memory_bandwidth_bytes_per_s=1e12 * speed,
         peak_flops=(("float32", 10e12 * speed), ("bfloat16", 100e12 * speed)), kernel_launch_s=1e-6,
     )
@@ -125,10 +126,13 @@ LINK = Link(name="toy link", latency_s=2e-6, bandwidth_bytes_per_s=200e9)
 NETWORK = Link(name="toy network", latency_s=5e-6, bandwidth_bytes_per_s=25e9)
 
 
-def cluster(num_nodes: int = 1, per_node: int = 4, speeds: tuple[float, ...] = (), memory_gib: float = 16.0) -> Cluster:
+def cluster(
+    num_nodes: int = 1, per_node: int = 4, speeds: tuple[float, ...] = (), memory_gib: float = 16.0,
+    host_gb_per_s: float | None = None,
+) -> Cluster:
     """Nodes of toy devices; `speeds` gives the nodes' relative speeds (1 each if left out)."""
     nodes = tuple(
-        Node(device=device(speed, memory_gib), num_devices=per_node, link=LINK, network=NETWORK)
+        Node(device=device(speed, memory_gib, host_gb_per_s), num_devices=per_node, link=LINK, network=NETWORK)
         for speed in (speeds or (1.0,) * num_nodes)
     )
     return Cluster(name=f"{len(nodes)}x{per_node}xTOY", nodes=nodes)

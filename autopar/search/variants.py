@@ -1,0 +1,270 @@
+"""Which layers of a stage recompute or offload: the least added time that fits into memory, by exact counts.
+
+Layers of one kind have the same options; a stage chooses how many of its layers take each. What a choice takes on the
+device is (micro-batches in flight) x (sum of what the layers hold) + (the largest of what they need beside it). So each
+value of the largest is tried in turn, with the options that stay below it; what is left is to add as little time as
+possible with a bounded sum. `Frontier` keeps every sum that is not beaten in both time and bytes, built up layer by
+layer: exact, for a sum that is beaten stays beaten whatever is added to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.cluster.cluster import DeviceType
+from autopar.plan.plan import Recompute, Variant
+from autopar.search.elimination import Table
+from autopar.simulate.block_cost import BlockCost
+from autopar.simulate.variant_cost import variant_cost
+
+KEEP_ALL = Variant()
+ROUNDING = 1e-12  # relative; a plan that fills memory to the last byte fits
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A variant of a layer: seconds that it adds to a micro-batch's forward and backward, and its bytes."""
+
+    variant: Variant
+    forward_s: float
+    backward_s: float
+    held_bytes: float
+    extra_bytes: float
+
+    def added_s(self, weights: Weights) -> float:
+        return weights[0] * self.forward_s + weights[1] * self.backward_s
+
+
+Options = tuple[Option, ...]  # of one layer; the first keeps everything
+Weights = tuple[float, float]  # what a second of a forward and of a backward counts
+
+
+def layer_options(cost: BlockCost, device: DeviceType, *, offload: bool = True) -> Options:
+    """The variants of a layer that none beats in time, held bytes and bytes beside them; the first keeps everything.
+
+    Among equals the one that is simpler stays. `offload` has no effect where the device's host link is unknown.
+    """
+    words = product((False, True) if offload and device.host_bandwidth_bytes_per_s else (False,), Recompute)
+    found: list[Option] = []
+    for away, recompute in words:
+        variant = Variant(recompute=recompute, offload=away)
+        given = variant_cost(cost, variant, device)
+        option = Option(
+            variant, given.forward_s, given.backward_s + given.backward_tp_s, given.held_bytes, given.extra_bytes
+        )
+        if not any(_beats(other, option) for other in found):
+            found = [other for other in found if other.variant == KEEP_ALL or not _beats(option, other)] + [option]
+    return tuple(found)
+
+
+def _beats(one: Option, other: Option) -> bool:
+    return (
+        one.forward_s <= other.forward_s and one.backward_s <= other.backward_s
+        and one.held_bytes <= other.held_bytes and one.extra_bytes <= other.extra_bytes
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frontier:
+    """Sums over some layers: ascending in bytes, falling in time. `counts[i, o]`: layers that take option o."""
+
+    held_bytes: Table
+    added_s: Table
+    counts: NDArray[np.int32]
+
+    def best(self, budget: float) -> int | None:
+        """The index of the least time within a budget of bytes; None where nothing fits."""
+        index = int(np.searchsorted(self.held_bytes, budget, side="right")) - 1
+        return index if index >= 0 else None
+
+
+def joined(one: Frontier, other: Frontier) -> Frontier:
+    """The frontier of the layers of both, the counts side by side."""
+    return _unbeaten(
+        (one.held_bytes[:, None] + other.held_bytes[None, :]).ravel(),
+        (one.added_s[:, None] + other.added_s[None, :]).ravel(),
+        np.concatenate([
+            np.repeat(one.counts, len(other.counts), axis=0), np.tile(other.counts, (len(one.counts), 1))
+        ], axis=1),
+    )
+
+
+def _unbeaten(held: Table, added: Table, counts: NDArray[np.int32]) -> Frontier:
+    order = np.lexsort((added, held))
+    held, added, counts = held[order], added[order], counts[order]
+    least = np.minimum.accumulate(added)
+    kept = np.concatenate([[True], added[1:] < least[:-1] * (1 - ROUNDING)])
+    return Frontier(held[kept], added[kept], counts[kept])
+
+
+@lru_cache(maxsize=64)
+def _frontiers(options: Options, weights: Weights) -> list[Frontier]:
+    """The frontiers of 0, 1, 2, ... layers; `frontiers` appends to it."""
+    return [Frontier(np.zeros(1), np.zeros(1), np.zeros((1, len(options)), dtype=np.int32))]
+
+
+def frontiers(options: Options, num_layers: int, weights: Weights) -> list[Frontier]:
+    """The frontiers of at least 0 to `num_layers` layers with these options."""
+    known = _frontiers(options, weights)
+    held = np.array([option.held_bytes for option in options])
+    added = np.array([option.added_s(weights) for option in options])
+    one = np.eye(len(options), dtype=np.int32)
+    while len(known) <= num_layers:
+        last = known[-1]
+        known.append(_unbeaten(
+            (last.held_bytes[:, None] + held[None, :]).ravel(), (last.added_s[:, None] + added[None, :]).ravel(),
+            (last.counts[:, None, :] + one[None, :, :]).reshape(-1, len(options)),
+        ))
+    return known
+
+
+@lru_cache(maxsize=256)
+def _steps(options: Options, num_layers: int, weights: Weights) -> tuple[float, Table, Table]:
+    """All frontiers of 0 to `num_layers` layers in one ascending table: n * width + bytes, and the least added time."""
+    known = frontiers(options, num_layers, weights)[: num_layers + 1]
+    width = 2.0 * (num_layers * max(option.held_bytes for option in options) + 1.0)
+    keys = np.concatenate([number * width + each.held_bytes for number, each in enumerate(known)])
+    return width, keys, np.concatenate([each.added_s for each in known])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """The options of each kind that need no more than `extra_bytes` beside what they hold; offloading ones or none."""
+
+    extra_bytes: float
+    offload: bool
+    allowed: tuple[Options, ...]
+
+
+def levels(kinds: Sequence[Options]) -> list[Level]:
+    """Every set of options that a largest need, and whether any layer offloads, can leave; kinds may lack any."""
+    every = [option for options in kinds for option in options]
+    found: list[Level] = []
+    for offload in (False, True):
+        if offload and not any(option.variant.offload for option in every):
+            continue
+        for extra in sorted({option.extra_bytes for option in every if offload or not option.variant.offload}):
+            allowed = tuple(
+                tuple(o for o in options if o.extra_bytes <= extra and (offload or not o.variant.offload))
+                for options in kinds
+            )
+            found.append(Level(extra_bytes=extra, offload=offload, allowed=allowed))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a stage has for its layers' activations.
+
+    `budget_bytes` is for all micro-batches in flight and for what is needed beside them, blocks that are no layers
+    taken off; those need `extra_bytes` beside. `entry_bytes` stay of each micro-batch where any layer offloads.
+    """
+
+    budget_bytes: float
+    in_flight: int
+    extra_bytes: float
+    entry_bytes: float
+
+    def for_held(self, level: Level) -> float:
+        """The bytes that the layers may hold of one micro-batch at a level."""
+        left = self.budget_bytes * (1 - ROUNDING) - max(level.extra_bytes, self.extra_bytes)
+        return left / self.in_flight - (self.entry_bytes if level.offload else 0.0)
+
+
+def cheapest(layers: Sequence[Options], room: Room, weights: Weights) -> tuple[Option, ...] | None:
+    """An option for each layer, of least added time among all that fit; None where none does.
+
+    Layers of one kind take those that hold least first.
+    """
+    kinds = list(dict.fromkeys(layers))
+    numbers = [layers.count(kind) for kind in kinds]
+    best: tuple[float, list[list[Option]]] | None = None
+    for level in levels(kinds):
+        budget = room.for_held(level)
+        if not all(level.allowed):
+            continue
+        whole: Frontier | None = None
+        for options, number in zip(level.allowed, numbers, strict=True):
+            own = frontiers(options, number, weights)[number]
+            whole = own if whole is None else joined(whole, own)
+        if whole is None:
+            return () if budget >= 0 else None
+        index = whole.best(budget)
+        if index is None or (best is not None and whole.added_s[index] >= best[0] * (1 - ROUNDING)):
+            continue
+        counts = iter(whole.counts[index])
+        chosen = [
+            sorted(
+                (option for option in options for _ in range(int(next(counts)))), key=lambda option: option.held_bytes
+            )
+            for options in level.allowed
+        ]
+        best = float(whole.added_s[index]), chosen
+    if best is None:
+        return None if layers or room.budget_bytes < room.extra_bytes else ()
+    queues = {kind: iter(options) for kind, options in zip(kinds, best[1], strict=True)}
+    return tuple(next(queues[kind]) for kind in layers)
+
+
+def least_added(
+    level: Level, numbers: Sequence[NDArray[np.intp]], budget: Table, weights: Weights
+) -> Table:
+    """Elementwise: a lower bound of the added time of `numbers[k]` layers of kind k within a budget of held bytes.
+
+    Infinite exactly where nothing fits. With one kind of layers the bound is the exact least; with several it is that
+    of fractional counts (the convex hull of each kind's options, filled up greedily).
+    """
+    if len(numbers) == 1:
+        return _exact(level.allowed[0], numbers[0], budget, weights)
+    added, lacking = np.zeros_like(budget), np.where(np.isfinite(budget), -budget, np.inf)
+    segments: list[tuple[float, float, int]] = []  # (seconds a byte, bytes a layer, kind)
+    for kind, options in enumerate(level.allowed):
+        if not options:
+            lacking = np.where(numbers[kind] > 0, np.inf, lacking)
+            continue
+        hull = _hull(options, weights)
+        added = added + numbers[kind] * hull[0][0]
+        lacking = lacking + numbers[kind] * hull[0][1]
+        segments += [
+            ((after[0] - before[0]) / (before[1] - after[1]), before[1] - after[1], kind)
+            for before, after in pairwise(hull)
+        ]
+    scale = np.abs(np.where(np.isfinite(budget), budget, 0.0)) + 1.0
+    for slope, size, kind in sorted(segments):
+        taken = np.clip(lacking, 0.0, numbers[kind] * size)
+        added = added + slope * taken
+        lacking = lacking - taken
+    return np.where(lacking <= ROUNDING * scale, added, np.inf)
+
+
+def _exact(options: Options, numbers: NDArray[np.intp], budget: Table, weights: Weights) -> Table:
+    if not options:
+        return np.where((numbers == 0) & (budget >= 0), 0.0, np.inf)
+    width, keys, added = _steps(options, int(numbers.max(initial=0)), weights)
+    own = numbers * width
+    index = np.searchsorted(keys, own + np.clip(budget, -0.25 * width, 0.75 * width), side="right") - 1
+    fits = (index >= 0) & (keys[np.maximum(index, 0)] >= own)
+    return np.where(fits, added[np.maximum(index, 0)], np.inf)
+
+
+def _hull(options: Options, weights: Weights) -> list[tuple[float, float]]:
+    """(time, bytes) of the lower convex hull of the options: from the least time to the fewest bytes."""
+    hull: list[tuple[float, float]] = []
+    for point in sorted((option.added_s(weights), option.held_bytes) for option in options):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _is_above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _is_above(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
+    """Whether the middle one lies on or above the line between the others (time over falling bytes)."""
+    return (middle[0] - first[0]) * (first[1] - last[1]) >= (last[0] - first[0]) * (first[1] - middle[1])
