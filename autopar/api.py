@@ -50,12 +50,13 @@ class PlannedModel(Plan):
 def plan(
     model: nn.Module, example_batch: Example, *, cluster: Cluster | str, global_batch: int,
     loss_fn: LossFn | None = None, dtype: str | None = None, optimizer: str = "adamw", micro_batch: int | None = None,
-    max_search_seconds: float | None = None, compile: bool = False,  # noqa: A002
+    max_search_seconds: float | None = None, compile: bool = False, offload: bool = True,  # noqa: A002
 ) -> PlannedModel:
     """The fastest plan found for a model on a cluster, with its certificate; no device is needed.
 
     The model may be real, fake or on the meta device. `dtype` ("bf16", "float32", ...) is the one to compute in, the
-    model's own if left out. InfeasibleError, naming the smallest change that helps, where nothing fits.
+    model's own if left out. `offload`: activations and optimizer state may rest in host memory where that pays.
+    InfeasibleError, naming the smallest change that helps, where nothing fits.
     """
     machine = parse_cluster(cluster) if isinstance(cluster, str) else cluster
     compute = _dtype(dtype, model)
@@ -63,6 +64,7 @@ def plan(
     request = PlanRequest(
         global_batch=global_batch, seq_len=graph.sequence_length, dtype=compute, param_dtype=param_dtype(compute),
         optimizer=optimizer, micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile,
+        offload=offload,
     )
     found = find_plan(graph, machine, request)
     return PlannedModel(
@@ -91,13 +93,14 @@ def parallelize(
     model: nn.Module, example_batch: Example, optimizer: OptimizerFactory, *, loss_fn: LossFn | None = None,
     plan: Plan | str | Path | None = None, cluster: Cluster | str | None = None, global_batch: int | None = None,
     dtype: str | None = None, micro_batch: int | None = None, max_search_seconds: float | None = None,
-    device: torch.device | str | None = None, timeout_s: float = 1800.0,
+    device: torch.device | str | None = None, timeout_s: float = 1800.0, offload: bool = False,
 ) -> Trainer:
     """A Trainer that runs the model over all processes of the job, under torchrun or alone.
 
     `example_batch` is a dict of keyword arguments or a tuple; `model(**example_batch)` returns a scalar loss or an
     object with `.loss`, or `loss_fn(output, batch)` gives it. Without `plan` (a Plan or its file), rank 0 plans for
     `cluster`, or for the machines at hand, and `global_batch` rows a step, or as many as the example has.
+    `offload` lets that plan rest activations and optimizer state in host memory.
     `optimizer` makes a torch optimizer from parameters: `lambda p: torch.optim.AdamW(p, lr=3e-4)`. Every rank calls
     it with the same arguments; rank 0's weights are used.
     """
@@ -120,7 +123,7 @@ def parallelize(
         request = PlanRequest(
             global_batch=rows, seq_len=captured.graph.sequence_length, dtype=compute,
             param_dtype=param_dtype(compute), optimizer=_optimizer_name(optimizer), micro_batch=micro_batch,
-            max_search_seconds=max_search_seconds,
+            max_search_seconds=max_search_seconds, offload=offload,
         )
         return plan_to_json(find_plan(captured.graph, machine, request))
 

@@ -63,6 +63,12 @@ SearchedMicroBatch = Annotated[int | None, typer.Option(
 SearchSeconds = Annotated[float | None, typer.Option(
     "--max-search-seconds", metavar="T", min=0, help="Stop the search then, with the best plan so far.")]
 Compile = Annotated[bool, typer.Option("--compile", help="The model runs under torch.compile.")]
+OffloadOption = Annotated[bool, typer.Option(
+    "--offload/--no-offload", help="Let activations and optimizer state rest in host memory where that pays.")]
+OffloadActivations = Annotated[bool, typer.Option(
+    "--offload-activations", help="Keep what every layer saves for its backward in host memory.")]
+OffloadOptimizer = Annotated[bool, typer.Option(
+    "--offload-optimizer", help="Keep the optimizer's state in host memory.")]
 PlanOption = Annotated[Path | None, typer.Option("--plan", metavar="PLAN", help="Simulate this plan file.")]
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")]
 Pp = Annotated[int, typer.Option("--pp", min=1, help="Pipeline-parallel degree.")]
@@ -110,7 +116,7 @@ def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    output: Output = None, json_: Json = False,
+    offload: OffloadOption = True, output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""
     from autopar.plan.file import save_plan
@@ -129,6 +135,7 @@ def plan(
                 global_batch=global_batch, seq_len=graph.sequence_length, dtype=name,
                 param_dtype=param_dtype(name), optimizer=optimizer,
                 micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
+                offload=offload,
             )
             found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
             report = simulate_plan(graph, machine, found).report()
@@ -156,7 +163,8 @@ def simulate(
     virtual_stages: VirtualStages = 1, cp: Cp = 1, ep: Ep = 1, dp_replicate: DpReplicate = None,
     dp_shard: DpShard = None, zero: Zero = None, micro_batch: MicroBatch = 1,
     recompute: RecomputeOption = Recompute.NONE, schedule: ScheduleOption = None,
-    sequence_parallel: SequenceParallel = False, compile_: Compile = False, profile: ProfileOption = None,
+    sequence_parallel: SequenceParallel = False, offload_activations: OffloadActivations = False,
+    offload_optimizer: OffloadOptimizer = False, compile_: Compile = False, profile: ProfileOption = None,
     trace: Trace = None, requests: Requests = None, json_: Json = False,
 ) -> None:
     """Predict time and memory of one training step, of a plan file or of degrees that you choose."""
@@ -172,6 +180,7 @@ def simulate(
         attention=str(attention), plan=str(plan_) if plan_ else None, tp=tp, pp=pp, virtual_stages=virtual_stages,
         cp=cp, ep=ep, dp_replicate=dp_replicate, dp_shard=dp_shard, zero=zero, micro_batch=micro_batch,
         recompute=recompute, schedule=schedule, sequence_parallel=sequence_parallel,
+        offload_activations=offload_activations, offload_optimizer=offload_optimizer,
         compile=compile_, profile=str(profile) if profile else None,
     ))
     with answer(as_json=json_) as reply:

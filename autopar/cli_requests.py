@@ -49,6 +49,8 @@ class SimulateRequest(BaseModel):
     recompute: Annotated[Recompute, Field(strict=False)] = Recompute.NONE
     schedule: Annotated[Schedule, Field(strict=False)] | None = None
     sequence_parallel: bool = False
+    offload_activations: bool = False
+    offload_optimizer: bool = False
     compile: bool = False
     profile: str | None = None
 
@@ -181,6 +183,7 @@ class Simulations:
             cp=request.cp, ep=request.ep, dp_replicate=replicate, dp_shard=shard, zero=request.zero_level(shard),
             micro_batch=request.micro_batch, recompute=request.recompute,
             schedule=request.schedule,
+            offload_activations=request.offload_activations, offload_optimizer=request.offload_optimizer,
             sequence_parallel=request.sequence_parallel, compile=request.compile,
         ), chooser=chooser)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from autopar.export.settings import Settings, common_gaps, even_layers, num_chunks, one_mesh
-from autopar.plan.plan import Plan, Recompute, Schedule, Stage
+from autopar.export.settings import Settings, common_gaps, even_layers, main_recompute, num_chunks, one_mesh
+from autopar.plan.plan import MIXED, Plan, Recompute, Schedule, Stage
 
 OPTIMIZERS = {"adamw": "adam", "adam": "adam", "sgd": "sgd"}
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
@@ -43,8 +43,18 @@ def to_megatron(plan: Plan) -> Settings:
                       ("--data-parallel-sharding-strategy", SHARDING[zero])]
     if zero and mesh.dp_replicate > 1:
         arguments.append(("--num-distributed-optimizer-instances", str(mesh.dp_replicate)))
-    recompute = plan.stages[0].recompute
-    if recompute is Recompute.FULL:
+    recompute = main_recompute(plan, plan.stages[0])
+    mixed = [stage for stage in plan.stages if stage.recompute_word == MIXED]
+    if mixed:
+        full = [stage.recompute_layers(plan.num_layers(stage))["full"] for stage in plan.stages]
+        # Megatron-LM's block method recomputes the first layers of every stage.
+        arguments += [("--recompute-granularity", "full"), ("--recompute-method", "block"),
+                      ("--recompute-num-layers", str(max(full)))]
+        if len(set(full)) > 1:
+            gaps.append(f"stages that recompute {full} layers: the largest number is written for all")
+        if any(stage.recompute_layers(plan.num_layers(stage))["selective"] for stage in plan.stages):
+            gaps.append("selective recomputation of some layers beside full recomputation of others")
+    elif recompute is Recompute.FULL:
         arguments += [("--recompute-granularity", "full"), ("--recompute-method", "uniform"),
                       ("--recompute-num-layers", "1")]
     elif recompute is Recompute.SELECTIVE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autopar.errors import InputError
-from autopar.plan.plan import Mesh, Plan
+from autopar.plan.plan import Mesh, Plan, Recompute, Stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +44,16 @@ def common_gaps(plan: Plan) -> list[str]:
     gaps = []
     if plan.shardings:
         gaps.append("how tensor parallelism splits each operator: the target uses its own fixed column/row scheme")
-    if len({stage.recompute for stage in plan.stages}) > 1:
+    if len({main_recompute(plan, stage) for stage in plan.stages}) > 1:
         gaps.append("stages that recompute differently: the first stage's choice is written for all")
+    if any(stage.num_offloaded for stage in plan.stages):
+        gaps.append("activations in host memory")
+    if any(stage.offload_optimizer for stage in plan.stages):
+        gaps.append("optimizer state in host memory")
     return gaps
+
+
+def main_recompute(plan: Plan, stage: Stage) -> Recompute:
+    """What most layers of a stage recompute; among equals what recomputes more."""
+    counts = stage.recompute_layers(plan.num_layers(stage)) if stage.variants else {str(stage.recompute): 1}
+    return max(reversed(Recompute), key=lambda word: counts.get(str(word), 0))

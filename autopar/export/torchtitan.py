@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from autopar.export.settings import Settings, common_gaps, even_layers, num_chunks, one_mesh
-from autopar.plan.plan import Plan, Recompute, Schedule, Stage
+from autopar.export.settings import Settings, common_gaps, even_layers, main_recompute, num_chunks, one_mesh
+from autopar.plan.plan import MIXED, Plan, Recompute, Schedule, Stage
 
 SCHEDULES = {
     (Schedule.GPIPE, False): "GPipe", (Schedule.ONE_F_ONE_B, False): "1F1B",
@@ -57,7 +57,9 @@ def to_torchtitan(plan: Plan) -> Settings:
         training["mixed_precision_param"] = plan.dtype
     else:
         gaps.append(f"computing in {plan.dtype}: mixed_precision_param takes bfloat16 or float32")
-    recompute = plan.stages[0].recompute
+    recompute = main_recompute(plan, plan.stages[0])
+    if any(stage.recompute_word == MIXED for stage in plan.stages):
+        gaps.append(f"layers that recompute differently: `{recompute}`, what most of them do, is written for all")
     checkpointing: dict[str, object] = {"mode": str(recompute)}
     if recompute is Recompute.SELECTIVE:
         checkpointing["selective_ac_option"] = "op"

@@ -10,7 +10,7 @@ from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import InputError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage, is_layer
+from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage, Variant, is_layer
 from autopar.search.shardings import ShardingChooser
 
 
@@ -33,6 +33,8 @@ class Degrees:
     zero: int = 0
     micro_batch: int = 1
     recompute: Recompute = Recompute.NONE
+    offload_activations: bool = False
+    offload_optimizer: bool = False
     schedule: Schedule | None = None
     sequence_parallel: bool = False
     compile: bool = False
@@ -73,7 +75,10 @@ def plan_from_degrees(
     stages = tuple(
         Stage(
             first=first, last=last, devices=stage_devices(index % d.pp, mesh.size), mesh=mesh, zero=d.zero,
-            recompute=d.recompute, virtual=index // d.pp,
+            recompute=d.recompute, virtual=index // d.pp, offload_optimizer=d.offload_optimizer,
+        ).with_variants(
+            [Variant(recompute=d.recompute, offload=d.offload_activations)]
+            * sum(is_layer(block.name) for block in graph.blocks[first:last])
         )
         for index, (first, last) in enumerate(pairwise(cuts))
     )

@@ -21,6 +21,10 @@ from autopar.search.need import smallest_need
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
 
 log = logging.getLogger(__name__)
+OFFLOAD_NOTE = (
+    "copies to host memory are counted at 0.8 of the host link's rate and were not measured: plan without offload "
+    "(--no-offload) to do without them"
+)
 NOT_SEARCHED = (
     "stages with different meshes or ZeRO levels",
     "interleaved, zero-bubble and other schedules than 1F1B",
@@ -63,19 +67,25 @@ def find_plan(
             )
         raise InfeasibleError(smallest_need(engine, space, deadline))
     searched_s = time.monotonic() - began
+    offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
     certificate = Certificate(
         upper_bound_s=best.step_time_s, lower_bound_s=outcome.lower_bound_s,
-        searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO, optimizer offload and micro-batch, "
-                 f"each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute or "
-                 f"offload{_early(engine, outcome)}",
-        not_searched=NOT_SEARCHED, search_seconds=searched_s, stopped_early=not outcome.complete,
+        searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO"
+                 f"{', optimizer offload' * offload} and micro-batch, each over all cuts of {len(graph.blocks)} blocks "
+                 f"and all counts of layers that recompute{' or offload' * offload}{_early(engine, outcome)}",
+        not_searched=NOT_SEARCHED if offload else (*NOT_SEARCHED, "offload to host memory"),
+        search_seconds=searched_s, stopped_early=not outcome.complete,
     )
     plan = engine.plan(best.candidate, best.cuts)
+    notes = plan.notes
     if one_part := engine.chooser.needs_whole_batch:
-        plan = replace(plan, notes=(*plan.notes, f"searched without data axes and micro-batches: {one_part}"))
+        notes = (*notes, f"searched without data axes and micro-batches: {one_part}")
+    if any(stage.num_offloaded or stage.offload_optimizer for stage in plan.stages):
+        notes = (*notes, OFFLOAD_NOTE)
     plan = replace(
         plan, certificate=certificate, baselines=baselines, coverage=plan_coverage(graph, cluster, plan),
+        notes=notes,
         stages=tuple(
             replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
             for stage, peak, limit in zip(plan.stages, best.peak_bytes, best.limit_bytes, strict=True)

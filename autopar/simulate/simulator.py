@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.memory import GRADIENT_BYTES, check_optimizer
+from autopar.cost_models.memory import GRADIENT_BYTES, HOST_LINK_EFFICIENCY, check_optimizer
 from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
@@ -68,7 +68,7 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Timeline:
         model_flops=3 * flops * plan.num_micro_batches, peak_flops=sum(device.peak(plan.dtype) for device in devices),
         bubble_fraction=breakdown.bubble / step, feasible=reason is None, infeasible_reason=reason,
         breakdown=breakdown, groups=groups, events=_events(ranks, costs, run, starts, ends),
-        notes=_notes(graph, cluster, plan),
+        notes=(*_notes(graph, cluster, plan), *_host_notes(ranks, costs)),
     )
 
 
@@ -217,6 +217,21 @@ def _events(
     return tuple(events)
 
 
+def _host_notes(ranks: _Ranks, costs: Sequence[StageCost]) -> tuple[str, ...]:
+    """What offload takes of the host's memory."""
+    activations = peak_activation_bytes(ranks.lists, [cost.host_bytes for cost in costs])
+    host = max(
+        activations[rank] + sum(costs[i].host_state_bytes for i in ranks.stages_of(rank))
+        for rank in range(ranks.num_ranks)
+    )
+    if not host:
+        return ()
+    return (
+        f"offload: up to {host / GIB:.3g} GiB of host memory for each device, which is not checked; copies at "
+        f"{HOST_LINK_EFFICIENCY:g} of the host link's rate, each device by itself",
+    )
+
+
 def _notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, ...]:
     notes = []
     if any(stage.mesh.cp > 1 for stage in plan.stages):
@@ -225,11 +240,6 @@ def _notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, ...]:
         )
     if any(stage.mesh.ep > 1 for stage in plan.stages):
         notes.append("ep not modelled: every rank counts all experts and no all-to-all; such a plan cannot run")
-    if any(stage.num_offloaded or stage.offload_optimizer for stage in plan.stages):
-        notes.append(
-            "offload: copies run at 0.8 of the host link's rate, each device's alone; the host's own memory is not "
-            "checked"
-        )
     unknown = sorted({op.target for cls in graph.classes for op in cls.ops if not is_known(op.target)})
     if unknown:
         notes.append(f"ops without a cost rule, counted by their bytes alone: {', '.join(unknown)}")

@@ -52,6 +52,8 @@ class StageCost:
     extra_bytes: float  # while a backward runs: what recomputation brings back, temporaries
     static: StaticBytes
     optimizer_step_bytes: float  # temporaries of the optimizer step, when no activation is held
+    host_bytes: float  # of activations in host memory, from a micro-batch's forward to its backward
+    host_state_bytes: float  # of optimizer state in host memory
     forward_flops: float  # of the model, over the tensor axis, without recomputation
     param_numel: float
 
@@ -127,7 +129,7 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
     extra = max((more.extra_bytes for more in added), default=0.0)
     if index and any(more.host_bytes for more in added):
         # What the stage received stays on the device until its backward ends.
-        held += max(cost.boundary_bytes for cost, more in zip(costs, added, strict=True) if more.host_bytes)
+        held += max(cost.boundary_bytes for block, cost in zip(blocks, costs, strict=True) if is_layer(block))
 
     numels, root_numel, partial = _unit_numels(blocks, costs)
     numel = sum(numels) + root_numel
@@ -147,6 +149,7 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
     moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer)
     optimizer = memory_time_s(device, moved) if moved else 0.0
     step_bytes = step_temporary_bytes(plan.param_dtype, zero=stage.zero, num_shards=data_shards) * numel
+    state_bytes = 0.0
     if stage.offload_optimizer:
         optimizer += offloaded_step_s(
             numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer, device=device
@@ -154,7 +157,8 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
         per_numel = step_temporary_bytes(
             plan.param_dtype, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer
         )
-        step_bytes, static = per_numel * max(unit, root_numel), replace(static, optimizer=0.0)
+        step_bytes, state_bytes = per_numel * max(unit, root_numel), static.optimizer
+        static = replace(static, optimizer=0.0)
     return StageCost(
         forward_compute_s=forward, backward_compute_s=backward,
         weight_backward_s=weights,
@@ -163,7 +167,8 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
         step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
         optimizer_s=optimizer,
         held_bytes=held + cp_bytes, extra_bytes=extra, static=static,
-        optimizer_step_bytes=step_bytes,
+        optimizer_step_bytes=step_bytes, host_bytes=sum(more.host_bytes for more in added),
+        host_state_bytes=state_bytes,
         forward_flops=sum(cost.forward_flops for cost in costs) * mesh.cp, param_numel=numel,
     )
 

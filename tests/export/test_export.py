@@ -11,7 +11,7 @@ import pytest
 from autopar.errors import InputError
 from autopar.export.megatron import to_megatron
 from autopar.export.torchtitan import to_torchtitan
-from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage
+from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage, Variant
 
 
 def make_plan(
@@ -68,6 +68,28 @@ def test_megatron_arguments() -> None:
     assert {"--sequence-parallel", "--bf16", "--use-distributed-optimizer"} <= set(words)
     assert words[words.index("--recompute-granularity") + 1] == "full"
     assert "--pipeline-model-parallel-layout" not in words
+
+
+def mixed_plan() -> Plan:
+    plan = make_plan(zero=1)
+    full, none = Variant(recompute=Recompute.FULL), Variant()
+    stages = plan.stages[0].with_variants([full, none]), plan.stages[1].with_variants([none, Variant(offload=True)])
+    return replace(plan, stages=(replace(stages[0], offload_optimizer=True), stages[1]))
+
+
+def test_layers_that_recompute_differently() -> None:
+    """Megatron-LM's block method recomputes the first layers of a stage, as a mixed plan does."""
+    settings = to_megatron(mixed_plan())
+    words = shlex.split(settings.text.replace("\\\n", " "))
+    assert words[words.index("--recompute-method") + 1] == "block"
+    assert words[words.index("--recompute-num-layers") + 1] == "1"
+    gaps = " ".join(settings.not_expressed)
+    assert "stages that recompute [1, 0] layers" in gaps
+    assert "activations in host memory" in gaps
+    assert "optimizer state in host memory" in gaps
+    settings = to_torchtitan(mixed_plan())
+    assert tomllib.loads(settings.text)["activation_checkpoint"] == {"mode": "full"}
+    assert "layers that recompute differently: `full`" in " ".join(settings.not_expressed)
 
 
 def test_megatron_lays_out_uneven_stages() -> None:

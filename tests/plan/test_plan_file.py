@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from autopar.errors import InputError
 from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
-from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage
+from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
 from autopar.plan.text import plan_json, plan_text, ranges, seconds
+from autopar.plan.verify import problems
 from autopar.sharding.state import RP, R, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 
@@ -47,6 +48,48 @@ def test_a_plan_comes_back_as_it_was(tmp_path: Path) -> None:
     assert load_plan(path) == PLAN
     assert load_plan(path).stages[0].peak_memory_bytes == 3e9
     assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+VARIED = dataclasses.replace(
+    PLAN, blocks=("prologue", *(f"layers.{i}" for i in range(6)), "epilogue"), stages=(
+        Stage(first=0, last=6, devices=(0, 1), mesh=Mesh(dp_shard=2), zero=3, recompute=Recompute.NONE,
+              offload_optimizer=True).with_variants([
+                  Variant(recompute=Recompute.FULL, offload=True), Variant(recompute=Recompute.FULL),
+                  Variant(recompute=Recompute.SELECTIVE), Variant(), Variant(),
+              ]),
+        Stage(first=6, last=8, devices=(2, 3), mesh=Mesh(dp_shard=2), zero=3, recompute=Recompute.NONE)
+        .with_variants([Variant(recompute=Recompute.SELECTIVE)]),
+    ),
+)
+
+
+def test_variants_of_layers_come_back_and_are_shown() -> None:
+    assert plan_from_json(plan_to_json(VARIED)) == VARIED
+    assert list(problems(VARIED, None)) == []
+    text = " ".join(plan_text(VARIED, width=200).split())
+    assert "1 full, offloaded, 1 full, 1 selective, 2 none; optimizer offloaded" in text
+    stages = plan_json(VARIED, {})["stages"]
+    assert [stage["recompute"] for stage in stages] == ["mixed", "selective"]
+    assert stages[0]["recompute_layers"] == {"none": 2, "selective": 1, "full": 2}
+    assert stages[1]["recompute_layers"] == {"none": 0, "selective": 1, "full": 0}
+    assert [(stage["offload_layers"], stage["offload_optimizer"]) for stage in stages] == [(1, True), (0, False)]
+
+
+def test_a_file_without_variants_is_read() -> None:
+    """As plans were written before layers had variants."""
+    document = json.loads(TEXT)
+    for stage in document["stages"]:
+        del stage["variants"], stage["offload_optimizer"]
+    assert plan_from_json(json.dumps(document)) == PLAN
+
+
+def test_counts_of_variants_must_add_up() -> None:
+    stage = dataclasses.replace(VARIED.stages[0], variants=VARIED.stages[0].variants[:2])
+    wrong = dataclasses.replace(VARIED, stages=(stage, VARIED.stages[1]))
+    assert list(problems(wrong, None)) == ["the variants of stage 0 are counts of 2 layers, and it has 5"]
+    zero = plan_to_json(VARIED).replace('"layers": 2', '"layers": 0')
+    with pytest.raises(InputError, match=r"at stages\.0\.variants\.3\.layers"):
+        plan_from_json(zero)
 
 
 @given(st.integers(0, len(TEXT.rstrip()) - 1))
