@@ -14,13 +14,14 @@ import transformers
 
 from autopar.cluster.parse import parse_cluster
 from autopar.graph.capture import capture
-from autopar.graph.model_graph import BlockClass, ModelGraph
+from autopar.graph.model_graph import BlockClass, ModelGraph, TensorInfo
 from autopar.plan.verify import verify_plan
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.search.intra_op import boundary_placement
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.search.shardings import ShardingChooser
 from autopar.sharding.lowering import Lowering
-from autopar.sharding.state import Kind, R, shard
+from autopar.sharding.state import Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.simulator import simulate
 
@@ -81,6 +82,24 @@ def test_many_channels_split_in_the_last_stage() -> None:
         assert {factor for _, factor, _ in convolutions(cls, choice)} <= {"i", "o"}
         weights = [s for s, name in zip(choice.params, cls.params, strict=True) if len(cls.tensor[name].shape) == 4]
         assert all(state.kind is Kind.SHARDED for state in weights)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "expected"),
+    [
+        ((5, 64, 56, 56), (4,), (shard(2),)),
+        ((5, 2048, 7, 7), (4,), (R,)),  # the last stage at 224 pixels
+        ((5, 1024, 14, 14), (2, 2), (shard(2), R)),  # 7 rows are left for the second axis
+        ((5, 64, 56, 56), (2, 2), (shard(2), shard(2))),
+        ((1, 8, 16, 16), (2,), (R,)),  # no image: the same for all rows
+    ],
+)
+def test_a_height_that_does_not_divide_passes_whole(
+    shape: tuple[int, ...], sizes: tuple[int, ...], expected: tuple[State, ...]
+) -> None:
+    info = TensorInfo(name="x", shape=shape, dtype="float32", requires_grad=True)
+    assert boundary_placement(info, (shard(1),) * len(sizes), sizes) == expected
+    assert boundary_placement(info, (R,) * len(sizes), sizes) == (R,) * len(sizes)
 
 
 def test_whole_images_are_cut_at_the_stem_at_once() -> None:
