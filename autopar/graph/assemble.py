@@ -184,8 +184,59 @@ def assemble(outer: Lifted, bound: list[BoundBlock]) -> Chain:
             _check_writes(block_, cls, outer, bound, order)
     assert shared is not None
     used_classes = {block.cls for block in blocks} | {shared.cls}
-    return Chain(classes=tuple(cls for name, cls in classes.items() if name in used_classes), blocks=tuple(blocks),
-                 shared=shared, loss=global_name[loss])
+    return _without_unread_outputs(Chain(
+        classes=tuple(cls for name, cls in classes.items() if name in used_classes), blocks=tuple(blocks),
+        shared=shared, loss=global_name[loss]))
+
+
+def _without_unread_outputs(chain: Chain) -> Chain:
+    """The chain without outputs that no block of their class hands on, as attention weights that a layer returns.
+
+    With an output go the ops that only it needs, and what only those read; that may leave more outputs unread.
+    """
+    while True:
+        read = {chain.loss, *(name for block in chain.blocks for name in block.inputs)}
+        kept: dict[str, set[int]] = {}
+        for block in chain.blocks:
+            kept.setdefault(block.cls, set()).update(i for i, out in enumerate(block.outputs) if out in read)
+        smaller = {
+            cls.name: _with_outputs(cls, kept[cls.name]) for cls in chain.classes
+            if 0 < len(kept.get(cls.name, ())) < len(cls.outputs)
+        }
+        if not smaller:
+            return chain
+        classes = {cls.name: cls for cls in chain.classes}
+        blocks = tuple(
+            _like_class(block, classes[block.cls], smaller[block.cls]) if block.cls in smaller else block
+            for block in chain.blocks
+        )
+        chain = replace(chain, classes=tuple(smaller.get(cls.name, cls) for cls in chain.classes), blocks=blocks)
+
+
+def _with_outputs(cls: BlockClass, positions: set[int]) -> BlockClass:
+    """The class with these of its outputs and what they need."""
+    outputs = tuple(out for i, out in enumerate(cls.outputs) if i in positions)
+    ops = _needed(cls.ops, outputs)
+    read = {operand for op in ops for operand in op.operands} | set(outputs)
+    used = read | {out for op in ops for out in op.outputs}
+    inputs, params, buffers = (
+        tuple(name for name in names if name in read) for names in (cls.inputs, cls.params, cls.buffers)
+    )
+    return replace(cls, inputs=inputs, params=params, buffers=buffers, outputs=outputs, ops=ops,
+                   tensors=tuple(info for info in cls.tensors if info.name in used))
+
+
+def _like_class(block: Block, before: BlockClass, after: BlockClass) -> Block:
+    """The block with the names of what its class still has."""
+    def left(own: tuple[str, ...], locals_before: tuple[str, ...], locals_after: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name, local in zip(own, locals_before, strict=True) if local in locals_after)
+
+    return replace(
+        block, inputs=left(block.inputs, before.inputs, after.inputs),
+        params=left(block.params, before.params, after.params),
+        buffers=left(block.buffers, before.buffers, after.buffers),
+        outputs=left(block.outputs, before.outputs, after.outputs),
+    )
 
 
 def _check_writes(block: Block, cls: BlockClass, outer: Lifted, bound: list[BoundBlock],

@@ -238,6 +238,47 @@ def test_a_block_called_twice() -> None:
     assert not any(first.tensor[name].requires_grad for name in first.outputs)
 
 
+class Telling(nn.Module):
+    """Returns a scale for the next layer to use and weights that nobody reads, from a parameter of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.unread = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weights = (self.unread(x) + shift).softmax(-1)
+        return x + self.linear(x) * scale, scale.sigmoid(), weights
+
+
+class Handing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(Telling() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        scale, shift = x.mean(), x.sum()
+        for layer in self.layers:
+            x, scale, _ = layer(x, scale, shift)
+        return x.square().mean()
+
+
+def test_outputs_that_no_block_reads_are_left_out_with_what_only_they_need() -> None:
+    graph = equal_to_eager(Handing(), (torch.randn(3, 8),))
+    layers = [block for block in graph.blocks if block.name.startswith("layers")]
+    assert [len(block.outputs) for block in layers] == [2, 2, 2], "the last block's scale is an output of its class"
+    (cls,) = {block.cls for block in layers}
+    kept = graph.block_class[cls]
+    assert kept.params == ("linear.weight", "linear.bias")
+    assert layers[0].params == ("layers.0.linear.weight", "layers.0.linear.bias")
+    assert len(kept.inputs) == len(layers[0].inputs) == 2
+    assert not [op for op in kept.ops if "softmax" in op.target]
+    assert {"layers.0.unread.weight", "layers.0.unread.bias"} <= {info.name for info in graph.params}
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
