@@ -73,6 +73,7 @@ class _Sharding(_Record):
     buffers: tuple[str, ...]
     outputs: tuple[str, ...]
     ops: tuple[_Strategy, ...]
+    axis: Annotated[str, Field(pattern="^(cp|tp)$")] = "tp"
 
     _states = field_validator("inputs", "params", "buffers", "outputs")(lambda states: _checked_states(states))
 
@@ -230,7 +231,7 @@ def _parsed(texts: tuple[str, ...]) -> tuple[State, ...]:
 def _sharding_record(choice: ClassSharding) -> _Sharding:
     return _Sharding(
         cls=choice.cls, inputs=_texts(choice.inputs), params=_texts(choice.params), buffers=_texts(choice.buffers),
-        outputs=_texts(choice.outputs),
+        outputs=_texts(choice.outputs), axis=choice.axis,
         ops=tuple(
             _Strategy(
                 op=name, factor=strategy.factor, inputs=_texts(strategy.inputs), outputs=_texts(strategy.outputs),
@@ -290,7 +291,7 @@ def _plan(record: _PlanFile) -> Plan:
         shardings=tuple(
             ClassSharding(
                 cls=choice.cls, inputs=_parsed(choice.inputs), params=_parsed(choice.params),
-                buffers=_parsed(choice.buffers), outputs=_parsed(choice.outputs),
+                buffers=_parsed(choice.buffers), outputs=_parsed(choice.outputs), axis=choice.axis,
                 ops=tuple(
                     (op.op, Strategy(factor=op.factor, inputs=_parsed(op.inputs), outputs=_parsed(op.outputs),
                                      lowering=op.lowering))

@@ -1,7 +1,7 @@
 """The Plan: which devices run which blocks, and how, as an immutable value.
 
-Ranks inside a stage are laid out with tp fastest, then dp_shard, then dp_replicate:
-`stage.devices[(replicate * dp_shard + shard) * tp + t]`.
+Ranks inside a stage are laid out with tp fastest, then cp, dp_shard and dp_replicate:
+`stage.devices[((replicate * dp_shard + shard) * cp + c) * tp + t]`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Sizes of a stage's mesh axes. `cp` and `ep` are taken by `simulate` alone so far and are 1 in planned stages."""
+    """Sizes of a stage's mesh axes. `ep` is taken by `simulate` alone so far and is 1 in planned stages.
+
+    The data axes, `dp_replicate` and `dp_shard`, split rows and are run around the blocks; the inner axes, `cp` and
+    then `tp`, split the ops of the blocks. `cp` leaves parameters whole: its ranks share dp_shard's shards.
+    """
 
     dp_replicate: int = 1
     dp_shard: int = 1
@@ -69,6 +73,11 @@ class Mesh:
     @property
     def size(self) -> int:
         return self.dp * self.tp * self.cp
+
+    @property
+    def inner(self) -> tuple[tuple[str, int], ...]:
+        """Names and sizes of the axes that split the blocks' ops and have more than one rank, outermost first."""
+        return tuple((name, size) for name, size in (("cp", self.cp), ("tp", self.tp)) if size > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,9 +178,9 @@ class Plan:
     """A whole plan. `micro_batch` is in rows of one data-parallel replica;
     global_batch = micro_batch * num_micro_batches * dp.
 
-    `shardings` holds the tensor-axis choice of each block class (and of the class of `graph.shared`, always replicated
-    and left out); it is empty where tp is 1 in every stage. `dtype` is the compute dtype; parameters rest in
-    `param_dtype`. `blocks` names the model's chain, so that a plan can be shown without its model.
+    `shardings` holds the choice on each inner axis of each block class (and of the class of `graph.shared`, always
+    replicated and left out); it is empty where no stage has an inner axis. `dtype` is the compute dtype; parameters
+    rest in `param_dtype`. `blocks` names the model's chain, so that a plan can be shown without its model.
     """
 
     model_name: str
@@ -199,7 +208,16 @@ class Plan:
 
     @cached_property
     def sharding(self) -> dict[str, ClassSharding]:
-        return {choice.cls: choice for choice in self.shardings}
+        """The choice on the tensor axis, by class."""
+        return {choice.cls: choice for choice in self.shardings if choice.axis == "tp"}
+
+    @cached_property
+    def _by_axis(self) -> dict[tuple[str, str], ClassSharding]:
+        return {(choice.axis, choice.cls): choice for choice in self.shardings}
+
+    def class_shardings(self, cls: str, mesh: Mesh) -> tuple[ClassSharding, ...]:
+        """The class's choice on each of the mesh's inner axes, outermost first; KeyError where one is missing."""
+        return tuple(self._by_axis[name, cls] for name, _ in mesh.inner)
 
     def num_layers(self, stage: Stage) -> int:
         """How many blocks of a stage are layers; where the plan names no blocks, as many as its counts say."""

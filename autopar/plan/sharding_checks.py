@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from autopar.graph.model_graph import BlockClass
-from autopar.sharding.reshard import divides
-from autopar.sharding.state import State
+from autopar.sharding.joint import Placement, can_be_placed, placement_text
 from autopar.sharding.strategy import ClassSharding
 
 
 def sharding_problems(
-    choice: ClassSharding, cls: BlockClass, size: int, *, tagged_rows: int = 1, rows: int = 1
+    choice: ClassSharding | Sequence[ClassSharding], cls: BlockClass, size: int | Sequence[int], *,
+    tagged_rows: int = 1, rows: int = 1,
 ) -> Iterator[str]:
-    """What is malformed in one class's sharding over an axis of `size` ranks.
+    """What is malformed in one class's sharding over an axis of `size` ranks, or over several, outermost first.
 
     The class's shapes are seen with `rows` in the place of the `tagged_rows` that it was captured with.
     """
+    choices = (choice,) if isinstance(choice, ClassSharding) else tuple(choice)
+    sizes = (size,) if isinstance(size, int) else tuple(size)
     shapes = {
         info.name: tuple(dim // tagged_rows * rows if dim % tagged_rows == 0 else dim for dim in info.shape)
         for info in cls.tensors
     }
     where = f"the sharding of class {cls.name}"
     for word in ("inputs", "params", "buffers", "outputs"):
-        names, states = getattr(cls, word), getattr(choice, word)
-        if len(names) != len(states):
-            yield f"{where} has {len(states)} {word}, and the class has {len(names)}"
+        names = getattr(cls, word)
+        for own in choices:
+            if len(names) != len(getattr(own, word)):
+                yield f"{where} has {len(getattr(own, word))} {word}, and the class has {len(names)}"
+                return
+        for name, place in zip(names, zip(*(getattr(own, word) for own in choices), strict=True), strict=True):
+            yield from _place_problems(f"{where}, {name}", shapes[name], place, sizes)
+    for own in choices:
+        if [name for name, _ in own.ops] != [op.name for op in cls.ops]:
+            yield f"{where} does not list the class's {len(cls.ops)} ops in their order"
             return
-        for name, state in zip(names, states, strict=True):
-            yield from _state_problems(f"{where}, {name}", shapes[name], state, size)
-    if [name for name, _ in choice.ops] != [op.name for op in cls.ops]:
-        yield f"{where} does not list the class's {len(cls.ops)} ops in their order"
-        return
-    for op, (_, strategy) in zip(cls.ops, choice.ops, strict=True):
+    for i, op in enumerate(cls.ops):
+        strategies = [own.ops[i][1] for own in choices]
         operands, outputs = op.operands, op.outputs
-        if len(strategy.inputs) != len(operands) or len(strategy.outputs) != len(outputs):
+        wrong = [s for s in strategies if len(s.inputs) != len(operands) or len(s.outputs) != len(outputs)]
+        if wrong:
             yield (
-                f"{where}, op {op.name}: {len(strategy.inputs)} and {len(strategy.outputs)} states for "
+                f"{where}, op {op.name}: {len(wrong[0].inputs)} and {len(wrong[0].outputs)} states for "
                 f"{len(operands)} operands and {len(outputs)} outputs"
             )
             continue
-        for name, state in zip((*operands, *outputs), (*strategy.inputs, *strategy.outputs), strict=True):
+        places = zip(*((*s.inputs, *s.outputs) for s in strategies), strict=True)
+        for name, place in zip((*operands, *outputs), places, strict=True):
             if name:
-                yield from _state_problems(f"{where}, op {op.name}, {name}", shapes[name], state, size)
+                yield from _place_problems(f"{where}, op {op.name}, {name}", shapes[name], place, sizes)
 
 
-def _state_problems(where: str, shape: tuple[int, ...], state: State, size: int) -> Iterator[str]:
-    if not divides(shape, state, size):
-        yield f"{where}: {state} over {size} ranks of a tensor of shape {list(shape)}"
+def _place_problems(where: str, shape: tuple[int, ...], place: Placement, sizes: Sequence[int]) -> Iterator[str]:
+    if not can_be_placed(shape, place, sizes):
+        over = " x ".join(map(str, sizes))
+        yield f"{where}: {placement_text(place)} over {over} ranks of a tensor of shape {list(shape)}"

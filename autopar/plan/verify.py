@@ -12,7 +12,7 @@ from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Schedule, Stage, is_layer
 from autopar.plan.sharding_checks import sharding_problems
-from autopar.sharding.state import R, State, shard
+from autopar.sharding.state import Kind, R, State, shard
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -156,24 +156,28 @@ def _schedule_fits(subject: _Subject) -> Iterator[str]:
 
 def _shardings_complete(subject: _Subject) -> Iterator[str]:
     plan, graph = subject.plan, subject.graph
-    sizes = sorted({stage.mesh.tp for stage in plan.stages if stage.mesh.tp > 1})
-    names = [choice.cls for choice in plan.shardings]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"block class {name} has {names.count(name)} shardings"
-    if graph is None or not sizes:
+    names = [(choice.axis, choice.cls) for choice in plan.shardings]
+    for axis, name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"block class {name} has {names.count((axis, name))} shardings for the {axis} axis"
+    if graph is None:
         return
     for stage in plan.stages:
         for block in graph.blocks[stage.first : stage.last]:
-            if stage.mesh.tp > 1 and block.cls not in plan.sharding:
-                yield f"block {block.name} runs under tp {stage.mesh.tp}, and its class {block.cls} has no sharding"
-                return
+            for axis, size in stage.mesh.inner:
+                if (axis, block.cls) not in names:
+                    yield f"block {block.name} runs under {axis} {size}, and its class {block.cls} has no sharding"
+                    return
     for choice in plan.shardings:
         if choice.cls not in graph.block_class:
             yield f"a sharding names block class {choice.cls}, which the model does not have"
             return
-        for size in sizes:
+        if choice.axis == "cp" and any(state.kind is Kind.SHARDED for state in choice.params):
+            yield f"the cp axis splits a parameter of class {choice.cls}, and only the tensor axis may"
+    for mesh in dict.fromkeys(stage.mesh for stage in plan.stages if stage.mesh.inner):
+        for name in dict.fromkeys(choice.cls for choice in plan.shardings):
             yield from sharding_problems(
-                choice, graph.block_class[choice.cls], size, tagged_rows=graph.rows if graph.rows_are_tagged else 1,
+                plan.class_shardings(name, mesh), graph.block_class[name], [size for _, size in mesh.inner],
+                tagged_rows=graph.rows if graph.rows_are_tagged else 1,
                 rows=plan.micro_batch if graph.rows_are_tagged else 1,
             )
 
@@ -182,35 +186,38 @@ def _boundaries_agree(subject: _Subject) -> Iterator[str]:
     plan, graph = subject.plan, subject.graph
     if graph is None or not plan.shardings:
         return
-    left: dict[str, tuple[str, State]] = {}
-    for block in graph.blocks:
-        choice = plan.sharding.get(block.cls)
-        if choice is None:
-            continue
-        for name, state in zip(block.inputs, choice.inputs, strict=True):
-            producer, have = left.get(name, ("the batch", R))
-            if have != state:
-                yield f"{name} leaves {producer} as {have} and enters {block.name} as {state}"
-        cls = graph.block_class[block.cls]
-        for own, name, state in zip(cls.outputs, block.outputs, choice.outputs, strict=True):
-            left[name] = (block.name, state)
-            rank = len(cls.tensor[own].shape)
-            allowed = (R, shard(1)) if rank < 4 else (R, shard(2))  # whole, by the sequence, or images by their height
-            if state not in allowed:
-                words = " and ".join(map(str, allowed))
-                yield f"{name} leaves {block.name} as {state}, and only {words} may pass between blocks"
-    if (final := left.get(graph.loss)) and final[1] != R:
-        yield f"the loss leaves {final[0]} as {final[1]}"
+    for axis in dict.fromkeys(choice.axis for choice in plan.shardings):
+        choices = {choice.cls: choice for choice in plan.shardings if choice.axis == axis}
+        left: dict[str, tuple[str, State]] = {}
+        for block in graph.blocks:
+            choice = choices.get(block.cls)
+            if choice is None:
+                continue
+            for name, state in zip(block.inputs, choice.inputs, strict=True):
+                producer, have = left.get(name, ("the batch", R))
+                if have != state:
+                    yield f"{name} leaves {producer} as {have} and enters {block.name} as {state}"
+            cls = graph.block_class[block.cls]
+            for own, name, state in zip(cls.outputs, block.outputs, choice.outputs, strict=True):
+                left[name] = (block.name, state)
+                rank = len(cls.tensor[own].shape)
+                allowed = (R, shard(1)) if rank < 4 else (R, shard(2))  # whole, by the sequence, or images by height
+                if state not in allowed:
+                    words = " and ".join(map(str, allowed))
+                    yield f"{name} leaves {block.name} as {state}, and only {words} may pass between blocks"
+        if (final := left.get(graph.loss)) and final[1] != R:
+            yield f"the loss leaves {final[0]} as {final[1]}"
 
 
-def _one_tp_size(subject: _Subject) -> Iterator[str]:
+def _one_inner_mesh(subject: _Subject) -> Iterator[str]:
     stages: tuple[Stage, ...] = subject.plan.stages
-    sizes = sorted({stage.mesh.tp for stage in stages})
-    if len(sizes) > 1:
-        yield f"stages have different tp sizes {sizes}, and one sharding a class serves one size"
+    for axis in ("cp", "tp"):
+        sizes = sorted({getattr(stage.mesh, axis) for stage in stages})
+        if len(sizes) > 1:
+            yield f"stages have different {axis} sizes {sizes}, and one sharding a class serves one size"
 
 
 CHECKS = (
     _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _layer_counts_add_up, _batch_adds_up,
-    _schedule_fits, _one_tp_size, _shardings_complete, _boundaries_agree,
+    _schedule_fits, _one_inner_mesh, _shardings_complete, _boundaries_agree,
 )

@@ -23,11 +23,12 @@ Fn = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """One rank's place on a mesh axis: the process group's name, its size and the rank in it."""
+    """One rank's place on a mesh axis: the process group's name, its size, the rank in it, and the axis's own name."""
 
     group_name: str
     size: int
     rank: int
+    name: str = "tp"
 
 
 def all_reduce(axis: Axis, x: Tensor, op: str = "sum") -> Tensor:

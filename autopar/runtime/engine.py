@@ -29,8 +29,8 @@ from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.rows import at_rows
 from autopar.runtime.stage import StageBuilder, needed_ops
-from autopar.sharding.reshard import local_shape
-from autopar.sharding.state import RP, R
+from autopar.sharding.joint import placed_shape
+from autopar.sharding.state import RP
 from autopar.simulate.schedules import Action, schedule_actions
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Trainer:
         verify_plan(plan, graph)
         self._owns_group = False
         mixed = plan.dtype != plan.param_dtype
-        needs_mesh = mixed or plan.stages[0].mesh.dp > 1
+        needs_mesh = mixed or plan.stages[0].mesh.dp * plan.stages[0].mesh.cp > 1
         if needs_mesh and not dist.is_initialized():
             self._open_lone_group(timeout)
         self.layout = parameter_layout(graph, plan, (name for name, _ in model.named_modules()))
@@ -82,7 +82,7 @@ class Trainer:
             name: self._from_first(value) if sent and name in persistent else value.detach().to(self.device)
             for name, value in captured.constants.items()
         }
-        builder = StageBuilder(graph, plan, self.layout, self.terms, self.groups.tensor_axis, self.device)
+        builder = StageBuilder(graph, plan, self.layout, self.terms, self.groups.axes, self.device)
         self.stages = tuple(
             self._local_stage(index, builder, params, constants, persistent) for index in self.groups.place.stages
         )
@@ -134,7 +134,7 @@ class Trainer:
         rows = self.batch.micro_batches(batch, self.groups.place.data_rank, self.device)
         total = self.executor.run(rows, self._factors(rows), observe)
         self._reduce_gradients()
-        if self.groups.place.tensor_rank != 0:
+        if self.groups.place.tensor_rank != 0 or self.groups.place.context_rank != 0:
             total = torch.zeros_like(total)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
@@ -379,11 +379,11 @@ def boundary_wires(graph: ModelGraph, plan: Plan, boundary: int) -> tuple[Wire, 
         position = block.outputs.index(name)
         cls = graph.block_class[block.cls]
         info = cls.tensor[cls.outputs[position]]
-        sharding = plan.sharding.get(block.cls) if stage.mesh.tp > 1 else None
-        state = sharding.outputs[position] if sharding else R
+        place = tuple(own.outputs[position] for own in plan.class_shardings(block.cls, stage.mesh))
+        sizes = [size for _, size in stage.mesh.inner]
         wires.append(
             Wire(
-                name=name, shape=local_shape(info.shape, state, stage.mesh.tp), dtype=getattr(torch, info.dtype),
+                name=name, shape=placed_shape(info.shape, place, sizes), dtype=getattr(torch, info.dtype),
                 requires_grad=info.requires_grad,
             )
         )

@@ -21,6 +21,7 @@ class Place:
     stages: tuple[int, ...]
     lane: int  # index in stage.devices
     data_rank: int  # which rows it gets
+    context_rank: int
     tensor_rank: int
 
 
@@ -28,11 +29,14 @@ class Place:
 class Groups:
     """This rank's process groups. None where the axis has one rank, so that a lone process needs no group at all.
 
+    `axes` are the axes inside the stage, outermost first; `tensor_axis` is the one of them called "tp". `data` holds
+    the ranks that have other rows; `data_mesh` all those that have other tokens, which share the shards of parameters.
     `tied` maps a set of stages to the group of the ranks that hold the same part of the parameters which they share.
     `forward[i]` and `backward[i]` carry what passes between stages i and i + 1.
     """
 
     place: Place
+    axes: tuple[Axis, ...]
     tensor_axis: Axis | None
     tensor: dist.ProcessGroup | None
     data: dist.ProcessGroup | None
@@ -53,8 +57,8 @@ def check_runnable(plan: Plan, world_size: int) -> None:
     if len(meshes) > 1:
         raise InputError("the plan's stages have different meshes, which can be simulated, not yet run; plan with one")
     for mesh in meshes:
-        if mesh.cp > 1 or mesh.ep > 1:
-            raise InputError(f"the plan has cp {mesh.cp} and ep {mesh.ep}, which can be simulated, not yet run")
+        if mesh.ep > 1:
+            raise InputError(f"the plan has ep {mesh.ep}, which can be simulated, not yet run")
     if plan.schedule not in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
         raise InputError(f"schedule {plan.schedule} can be simulated, not yet run; plan with 1f1b or gpipe")
     if plan.dtype == "float16":
@@ -67,8 +71,11 @@ def place_of(plan: Plan, rank: int) -> Place:
     if not stages:
         raise PlanMismatchError(f"rank {rank} is in no stage of the plan")
     stage = plan.stages[stages[0]]
-    lane = stage.devices.index(rank)
-    return Place(stages=stages, lane=lane, data_rank=lane // stage.mesh.tp, tensor_rank=lane % stage.mesh.tp)
+    mesh, lane = stage.mesh, stage.devices.index(rank)
+    return Place(
+        stages=stages, lane=lane, data_rank=lane // (mesh.cp * mesh.tp), context_rank=lane // mesh.tp % mesh.cp,
+        tensor_rank=lane % mesh.tp,
+    )
 
 
 def make_groups(
@@ -86,13 +93,17 @@ def make_groups(
             continue
         seen.add(stage.devices)
         mesh = stage.mesh
-        grid = torch.tensor(stage.devices, dtype=torch.int).view(mesh.dp_replicate, mesh.dp_shard, mesh.tp)
+        grid = torch.tensor(stage.devices, dtype=torch.int).view(mesh.dp, mesh.cp, mesh.tp)
         if needs_mesh:
             names = ("dp_replicate", "dp_shard", "tp")
-            device_mesh = DeviceMesh(device.type, grid, mesh_dim_names=names)
+            copies, shards = (mesh.dp * mesh.cp, 1) if stage.zero == 0 else (mesh.dp_replicate, mesh.dp_shard * mesh.cp)
+            device_mesh = DeviceMesh(device.type, grid.view(copies, shards, mesh.tp), mesh_dim_names=names)
             if rank in stage.devices:
                 data_mesh = device_mesh["dp_replicate", "dp_shard"]
-        rows = {"tensor": grid.flatten(0, 1).tolist(), "data": grid.flatten(0, 1).t().tolist()}
+        rows = {
+            "tp": grid.flatten(0, 1).tolist(), "cp": grid.transpose(1, 2).flatten(0, 1).tolist(),
+            "data": grid.flatten(1, 2).t().tolist(),
+        }
         for axis, members in rows.items():
             for ranks in members:
                 if len(ranks) > 1:
@@ -112,11 +123,13 @@ def make_groups(
         ranks = sorted({*plan.stages[index].devices, *plan.stages[index + 1].devices})
         forward[index] = dist.new_group(ranks, timeout=timeout)
         backward[index] = dist.new_group(ranks, timeout=timeout)
-    tensor = mine.get("tensor")
-    axis_of = None
-    if tensor is not None:
-        axis_of = Axis(group_name=tensor.group_name, size=dist.get_world_size(tensor), rank=dist.get_rank(tensor))
+    axes = {
+        name: Axis(
+            group_name=mine[name].group_name, size=dist.get_world_size(mine[name]), rank=dist.get_rank(mine[name]),
+            name=name,
+        ) for name in ("cp", "tp") if name in mine
+    }
     return Groups(
-        place=place, tensor_axis=axis_of, tensor=tensor, data=mine.get("data"), data_mesh=data_mesh, tied=tied,
-        forward=forward, backward=backward,
+        place=place, axes=tuple(axes.values()), tensor_axis=axes.get("tp"), tensor=mine.get("tp"),
+        data=mine.get("data"), data_mesh=data_mesh, tied=tied, forward=forward, backward=backward,
     )

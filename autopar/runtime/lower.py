@@ -8,6 +8,7 @@ tensor is in another state than the op wants, and each tensor is dropped after i
 from __future__ import annotations
 
 import linecache
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,11 +24,11 @@ from autopar.runtime.collectives import Axis, converter
 from autopar.runtime.loss import Term, ignored_index
 from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
 from autopar.runtime.recompute import OpGroup, op_groups, recompute
-from autopar.sharding.local_args import bias_operand, local_op
+from autopar.sharding.joint import WRAPPING, JointStrategy, Placement, local_joint_op, placement_text, steps
+from autopar.sharding.local_args import bias_operand
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.rules.windows import halo_of
-from autopar.sharding.state import R, State
-from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import AttentionCore
 
 Code = Callable[..., tuple[Any, ...]]
@@ -82,13 +83,13 @@ def _is_single(op: Op) -> bool:
 class _Writer:
     """Lines of one program, with the objects that they name."""
 
-    def __init__(self, cls: BlockClass, axis: Axis | None, device: torch.device) -> None:
-        self.cls, self.axis, self.device = cls, axis, device
+    def __init__(self, cls: BlockClass, axes: Sequence[Axis], device: torch.device) -> None:
+        self.cls, self.axes, self.device = cls, tuple(axes), device
         self.globals: dict[str, Any] = {}
         self.lines: list[str] = []
         self.functions: list[str] = []  # source texts of what is recomputed
-        self.where: dict[tuple[str, State], str] = {}  # variable that holds a tensor in a state
-        self.state: dict[str, State] = {}
+        self.where: dict[tuple[str, Placement], str] = {}  # variable that holds a tensor in a placement
+        self.state: dict[str, Placement] = {}
         self.identifiers: dict[str, str] = {}
 
     def identifier(self, name: str) -> str:
@@ -99,29 +100,35 @@ class _Writer:
             self.identifiers[name] = plain if plain not in taken else f"{plain}__{len(taken)}"
         return self.identifiers[name]
 
-    def define(self, name: str, variable: str, state: State) -> None:
+    def define(self, name: str, variable: str, state: Placement) -> None:
         self.where[name, state] = variable
         self.state[name] = state
 
-    def in_state(self, name: str, wanted: State) -> str:
-        """The variable that holds the tensor in the wanted state, converted at first demand."""
+    def in_state(self, name: str, wanted: Placement) -> str:
+        """The variable that holds the tensor in the wanted placement, converted at first demand."""
         found = self.where.get((name, wanted))
         if found is not None:
             return found
-        source = self.state[name]
-        assert self.axis is not None
-        convert = converter(source, wanted, self.axis, differentiable=self.cls.tensor[name].requires_grad)
-        variable = self.where[name, source]
-        if convert is not None:
-            word = str(wanted).replace("(", "").replace(")", "").replace(",", "_")
-            function, before = f"{self.state[name].kind}_to_{word}_{len(self.globals)}", variable
-            variable = f"{before}_{word}"
+        differentiable = self.cls.tensor[name].requires_grad
+        path = steps(self.state[name], wanted, differentiable)
+        assert path is not None, f"no conversion of {name} to {placement_text(wanted)}"
+        variable = first = self.where[name, self.state[name]]
+        words = ""
+        for step in path:
+            axis = self.axes[step.axis]
+            word = f"{axis.name}_{step.dst}" if len(self.axes) > 1 else str(step.dst)
+            words += "_" + re.sub(r"\W+", "_", word).strip("_")
+            convert = converter(step.src, step.dst, axis, differentiable=differentiable)
+            if convert is None:
+                continue
+            function, before = f"{step.src.kind}_to{words}_{len(self.globals)}", variable
+            variable = first + words
             self.globals[function] = convert
             self.lines.append(f"{variable} = {function}({before})")
         self.where[name, wanted] = variable
         return variable
 
-    def call(self, op: Op, program: Any, inputs: Sequence[State], outputs: Sequence[State]) -> None:
+    def call(self, op: Op, program: Any, inputs: Sequence[Placement], outputs: Sequence[Placement]) -> None:
         variables = iter([self.in_state(name, state) for name, state in zip(op.operands, inputs, strict=True)])
         function = f"op_{self.identifier(op.name)}"
         self.globals[function] = program
@@ -142,7 +149,7 @@ class _Writer:
 
 
     @contextmanager
-    def recomputed(self, group: OpGroup, wanted: Callable[[Op], Sequence[State]]) -> Iterator[None]:
+    def recomputed(self, group: OpGroup, wanted: Callable[[Op], Sequence[Placement]]) -> Iterator[None]:
         """Makes what is written meanwhile a function that runs again in the backward; its inputs alone are kept.
 
         Conversions of tensors from outside stay outside, so that no communication of theirs runs again.
@@ -170,42 +177,54 @@ class _Writer:
 
 
 def lower_class(
-    cls: BlockClass, sharding: ClassSharding | None, axis: Axis | None, device: torch.device,
-    terms: Mapping[str, Term] | None = None, cores: Sequence[AttentionCore] = (),
+    cls: BlockClass, sharding: ClassSharding | Sequence[ClassSharding] | None, axis: Axis | Sequence[Axis] | None,
+    device: torch.device, terms: Mapping[str, Term] | None = None, cores: Sequence[AttentionCore] = (),
 ) -> LoweredClass:
-    """The program of a class on one rank of the tensor axis (`axis` None: whole tensors, no sharding).
+    """The program of a class on one rank of the mesh axes inside its stage (none: whole tensors, no sharding).
 
-    `terms` are the loss's terms in this class: a counted cross-entropy sums, and terms that are counted or shared are
-    multiplied with the factor that the caller passes under the op's name. `cores` are computed again in the backward.
+    There is one sharding an axis, outermost first. `terms` are the loss's terms in this class: a counted cross-entropy
+    sums, and terms that are counted or shared are multiplied with the factor that the caller passes under the op's
+    name. `cores` are computed again in the backward.
     """
     terms = terms or {}
-    if axis is None or axis.size == 1:
-        sharding = None
-    writer = _Writer(cls, axis, device)
+    axes = (axis,) if isinstance(axis, Axis) else tuple(axis or ())
+    shardings = (sharding,) if isinstance(sharding, ClassSharding) else tuple(sharding or ())
+    if math.prod(one.size for one in axes) == 1:
+        axes = shardings = ()
+    assert len(axes) == len(shardings), f"{len(shardings)} shardings of {cls.name} for {len(axes)} axes"
+    writer = _Writer(cls, axes, device)
+
+    def places(word: str) -> list[Placement]:
+        if not shardings:
+            return [()] * len(getattr(cls, word))
+        return list(zip(*(getattr(own, word) for own in shardings), strict=True))
+
     arguments = []
     for word in ("params", "buffers", "inputs"):
-        states = getattr(sharding, word) if sharding else (R,) * len(getattr(cls, word))
-        for name, state in zip(getattr(cls, word), states, strict=True):
+        for name, place in zip(getattr(cls, word), places(word), strict=True):
             arguments.append(f"v_{writer.identifier(name)}")
-            writer.define(name, arguments[-1], state)
+            writer.define(name, arguments[-1], place)
     factors = tuple(op.name for op in cls.ops if terms.get(op.name) in (Term.COUNT, Term.SHARE))
     arguments += [f"factor_{writer.identifier(name)}" for name in factors]
 
-    def wanted(op: Op) -> tuple[State, ...]:
-        return sharding.strategy[op.name].inputs if sharding else (R,) * len(op.operands)
+    def joint(op: Op) -> JointStrategy:
+        return tuple(own.strategy[op.name] for own in shardings)
+
+    def wanted(op: Op) -> list[Placement]:
+        return list(zip(*(own.inputs for own in joint(op)), strict=True)) if shardings else [()] * len(op.operands)
+
+    def left(op: Op) -> list[Placement]:
+        return list(zip(*(own.outputs for own in joint(op)), strict=True)) if shardings else [()] * len(op.outputs)
 
     for group in op_groups(cls, cores):
         with writer.recomputed(group, wanted) if group.is_core else nullcontext():
             for op in group.ops:
-                strategy = sharding.strategy[op.name] if sharding else None
-                outputs = strategy.outputs if strategy else (R,) * len(op.outputs)
                 counted = terms.get(op.name) is Term.COUNT
-                writer.call(*_program(cls, op, strategy, axis, counted), wanted(op), outputs)
+                writer.call(*_program(cls, op, joint(op), axes, counted), wanted(op), left(op))
                 if op.name in factors:
-                    variable = writer.where[op.outputs[0], outputs[0]]
+                    variable = writer.where[op.outputs[0], left(op)[0]]
                     writer.lines.append(f"{variable} = {variable} * factor_{writer.identifier(op.name)}")
-    leaving = sharding.outputs if sharding else (R,) * len(cls.outputs)
-    results = [writer.in_state(name, state) for name, state in zip(cls.outputs, leaving, strict=True)]
+    results = [writer.in_state(name, place) for name, place in zip(cls.outputs, places("outputs"), strict=True)]
     lines = _drop_early(writer.lines, arguments, results)
     source = "\n\n".join([*writer.functions, _function(_identifier(cls.name), arguments, lines, results)])
     return LoweredClass(name=cls.name, code=_compile(cls.name, source, writer.globals), source=source, factors=factors)
@@ -218,28 +237,33 @@ def _function(name: str, arguments: Sequence[str], lines: Sequence[str], results
 
 
 def _program(
-    cls: BlockClass, op: Op, strategy: Strategy | None, axis: Axis | None, counted: bool
+    cls: BlockClass, op: Op, choice: JointStrategy, axes: Sequence[Axis], counted: bool
 ) -> tuple[Op, Any]:
-    """The op as it is called on this rank, and the function to call."""
-    if counted:
+    """The op as it is called on this rank, and the function to call: the axes' special programs around one another."""
+    whole = op
+    sums = any(own.lowering == Lowering.SUM_OVER_COUNT for own in choice)
+    if counted or sums:
         op = _with_sum(op)
-    if strategy is None or axis is None:
-        return op, resolve_target(op.target)
-    whole, op = op, local_op(op, strategy, cls.tensor, axis.size)
+    op = local_joint_op(op, choice, cls.tensor, [axis.size for axis in axes]) if choice else op
     program = resolve_target(op.target)
-    match strategy.lowering:
-        case "":
-            return op, program
-        case Lowering.SUM_OVER_COUNT:
-            if counted:
-                return op, program
-            return _with_sum(op), partial(sum_over_count, axis, program, ignored_index(op))
-        case Lowering.BIAS_ON_FIRST_RANK:
-            return op, special_program(strategy.lowering, program, axis, bias_position=bias_operand(op))
-        case Lowering.SPATIAL_HALO:
-            halo = halo_of(whole, strategy, cls.tensor, axis.size)
-            return op, special_program(strategy.lowering, program, axis, halo=halo)
-    return op, special_program(strategy.lowering, program, axis)
+    lowered = [(own, axis) for own, axis in zip(choice, axes, strict=True) if own.lowering]
+    # What depends on the rank's part is nearest to the op; wrappers go around it, the first axis outermost.
+    lowered.sort(key=lambda item: item[0].lowering not in WRAPPING)
+    counting: list[Axis] = []
+    for own, axis in reversed(lowered):
+        match own.lowering:
+            case Lowering.SUM_OVER_COUNT:
+                counting.append(axis)
+            case Lowering.BIAS_ON_FIRST_RANK:
+                program = special_program(own.lowering, program, axis, bias_position=bias_operand(op))
+            case Lowering.SPATIAL_HALO:
+                halo = halo_of(whole, own, cls.tensor, axis.size)
+                program = special_program(own.lowering, program, axis, halo=halo)
+            case _:
+                program = special_program(own.lowering, program, axis)
+    if counting and not counted:
+        program = partial(sum_over_count, tuple(counting), program, ignored_index(op))
+    return op, program
 
 
 def _with_sum(op: Op) -> Op:

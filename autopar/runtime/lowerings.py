@@ -149,9 +149,13 @@ def causal_context(
     return torch.cat((earlier, later), dim=-2)
 
 
-def sum_over_count(axis: Axis, op: Program, ignore_index: int, logits: Tensor, target: Tensor, *args: Any) -> Tensor:
-    """A cross-entropy `op` that sums over this rank's rows, divided by the valid targets of the whole axis."""
-    count = all_reduce(axis, (target != ignore_index).sum())
+def sum_over_count(
+    axes: tuple[Axis, ...], op: Program, ignore_index: int, logits: Tensor, target: Tensor, *args: Any
+) -> Tensor:
+    """A cross-entropy `op` that sums over this rank's rows, divided by the valid targets of all the axes' ranks."""
+    count = (target != ignore_index).sum()
+    for axis in axes:
+        count = all_reduce(axis, count)
     result: Tensor = op(logits, target, *args) / count
     return result
 

@@ -18,7 +18,8 @@ from autopar.runtime.loss import LossTerms
 from autopar.runtime.lower import LoweredClass, lower_class, run_ops
 from autopar.runtime.offload import Offloader
 from autopar.runtime.recompute import recompute
-from autopar.sharding.state import R, State
+from autopar.sharding.joint import Placement
+from autopar.sharding.state import RP
 from autopar.simulate.attention_core import attention_cores
 
 
@@ -113,11 +114,12 @@ class StageBuilder:
     """Makes the modules of a rank's stages; programs are made once a class and shared by all of them."""
 
     def __init__(
-        self, graph: ModelGraph, plan: Plan, layout: Layout, terms: LossTerms, axis: Axis | None,
+        self, graph: ModelGraph, plan: Plan, layout: Layout, terms: LossTerms, axes: tuple[Axis, ...],
         device: torch.device,
     ) -> None:
         self.graph, self.plan, self.layout, self.terms = graph, plan, layout, terms
-        self.axis, self.device = axis, device
+        self.axes, self.device = axes, device
+        self.mesh = plan.stages[0].mesh  # all stages have one (`groups.check_runnable`)
         self.stored = {param.name: param.state for param in layout.params}
         self.programs: dict[tuple[str, bool], LoweredClass] = {}
 
@@ -130,7 +132,8 @@ class StageBuilder:
             cls = self.graph.block_class[name]
             terms = dict(self.terms.terms) if cls is self.terms.cls else {}
             cores = attention_cores(cls) if selective else ()
-            lowered = lower_class(cls, self.plan.sharding.get(name), self.axis, self.device, terms, cores)
+            shardings = self.plan.class_shardings(name, self.mesh)
+            lowered = lower_class(cls, shardings, self.axes, self.device, terms, cores)
             if self.plan.compile:
                 lowered = LoweredClass(
                     name=name, code=torch.compile(lowered.code), source=lowered.source, factors=lowered.factors
@@ -166,13 +169,14 @@ class StageBuilder:
         offloader = module._autopar_offloader = Offloader(self.device) if stage.num_offloaded else None
         for block, made in module._autopar_chain:
             variant = next(variants) if is_layer(block.name) else Variant()
-            sharding = self.plan.sharding.get(block.cls) if self.axis is not None else None
+            shardings = self.plan.class_shardings(block.cls, self.mesh)
             places = [
-                (*_owner(module, name), self._from_storage(name, sharding.params[i] if sharding else R))
+                (*_owner(module, name), self._from_storage(name, tuple(own.params[i] for own in shardings)))
                 for i, name in enumerate(block.params)
             ]
-            states = sharding.buffers if sharding else (R,) * len(block.buffers)
-            held = [local_part(buffers[n], state, self.axis) for n, state in zip(block.buffers, states, strict=True)]
+            held = [buffers[name] for name in block.buffers]
+            for own, axis in zip(shardings, self.axes, strict=True):
+                held = [local_part(value, state, axis) for value, state in zip(held, own.buffers, strict=True)]
             made.bind(
                 self.program(block.cls, selective=variant.recompute is Recompute.SELECTIVE), places, held,
                 variant=variant, offloader=offloader,
@@ -185,11 +189,17 @@ class StageBuilder:
         module._autopar_dead = _last_uses(blocks, frozenset(module._autopar_leaving))
         return module
 
-    def _from_storage(self, name: str, wanted: State) -> Fn | None:
-        stored = self.stored[name]
-        if self.axis is None or stored == wanted:
-            return None
-        return converter(stored, wanted, self.axis, differentiable=self.graph.param[name].requires_grad)
+    def _from_storage(self, name: str, wanted: Placement) -> Fn | None:
+        """The way of a parameter from its place at rest: as stored on the tensor axis, RP on every other."""
+        found = []
+        for state, axis in zip(wanted, self.axes, strict=True):
+            stored = self.stored[name] if axis.name == "tp" else RP
+            convert = converter(stored, state, axis, differentiable=self.graph.param[name].requires_grad)
+            if convert is not None:
+                found.append(convert)
+        if len(found) < 2:
+            return found[0] if found else None
+        return partial(_one_after_another, tuple(found))
 
     def _add_buffers(
         self, module: StageModule, blocks: Sequence[Block], constants: Mapping[str, Tensor],
@@ -227,6 +237,12 @@ class StageBuilder:
 
     def run_ops(self, ops: tuple[Op, ...], values: dict[str, Tensor]) -> None:
         run_ops(ops, values, self.device)
+
+
+def _one_after_another(functions: Sequence[Fn], x: Tensor) -> Tensor:
+    for function in functions:
+        x = function(x)
+    return x
 
 
 def needed_ops(ops: Sequence[Op], outputs: Sequence[str]) -> tuple[tuple[Op, ...], frozenset[str]]:

@@ -62,14 +62,19 @@ def plan_from_degrees(
         raise InputError(f"virtual stages need the interleaved schedule, not {schedule}; leave --schedule out")
     chooser = chooser or ShardingChooser(graph, cluster, d.dtype, rows=d.micro_batch)
     sequence_parallel = d.sequence_parallel and d.tp > 1
-    choice = chooser.choose(d.tp, sequence_parallel=sequence_parallel, split_products=True)
+    choice = chooser.choose(d.tp, sequence_parallel=sequence_parallel, split_products=True, cp=d.cp)
+    if choice is None and d.cp > 1:
+        raise InputError(
+            f"context parallel over cp {d.cp} (and tp {d.tp}) does not divide what passes between the blocks of "
+            f"{graph.name}; choose another cp, tp or sequence length"
+        )
     if choice is None:
         raise InputError(
             f"sequence parallel over tp {d.tp} does not divide what passes between the blocks of {graph.name}; "
             f"choose another tp or sequence length, or leave --sequence-parallel out"
         )
     shardings = chooser.shardings(
-        d.tp, d.micro_batch, sequence_parallel=sequence_parallel, split_products=True
+        d.tp, d.micro_batch, sequence_parallel=sequence_parallel, split_products=True, cp=d.cp
     )
     cuts = even_cuts(graph, d.pp * d.virtual_stages)
     stages = tuple(

@@ -65,7 +65,7 @@ def branch_and_bound(
         if best_order(current)[1] > max_table:
             pruned = prune(current, upper, max_table=max_table)
             bound = max(bound, pruned.lower_bound)
-            if np.isinf(bound) and bound > 0 or bound >= upper - _SLACK * abs(upper):
+            if (np.isinf(bound) and bound > 0) or bound >= upper - _SLACK * abs(upper):
                 continue
             current = pruned.graph
             kept = tuple(old[new] for old, new in zip(kept, pruned.kept, strict=True))
@@ -162,7 +162,7 @@ def prune(graph: FactorGraph, upper_bound: float, *, max_table: int, passes: int
             dropped = _drop(state, lower, limit)
             if dropped and best_order(_restricted(graph, state.kept))[1] <= max_table:
                 break
-            if np.isfinite(upper_bound) and upper_bound - lower <= _SLACK * abs(upper_bound) or (
+            if (np.isfinite(upper_bound) and upper_bound - lower <= _SLACK * abs(upper_bound)) or (
                 not dropped and lower - before <= STALLED * (upper_bound - lower)
             ):
                 break

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.loss_terms import needs_whole_batch
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
-from autopar.search.intra_op import is_hidden, is_image, shard_class
+from autopar.search.intra_op import is_hidden, is_image, shard_class, shard_class_jointly
 from autopar.search.ties import TieSearch
+from autopar.sharding.joint import JointStrategy, joint_strategies
 from autopar.sharding.propagate import ClassStrategies, class_strategies
 from autopar.sharding.state import Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.block_cost import block_cost
 from autopar.simulate.class_costs import ClassCosts
+from autopar.simulate.stage_cost import inner_axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +44,8 @@ class ShardingChooser:
     def __init__(self, graph: ModelGraph, cluster: Cluster, dtype: str, *, rows: float = 1) -> None:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
         self._rows = rows if graph.rows_are_tagged else graph.rows
-        self._kept: dict[tuple[int, bool, bool, bool], Choice | None] = {}
-        self._at_rows: dict[tuple[int, bool, bool, bool, int], tuple[ClassSharding, ...]] = {}
+        self._kept: dict[tuple[int, int, bool, bool, bool], Choice | None] = {}
+        self._at_rows: dict[tuple[int, int, bool, bool, bool, int], tuple[ClassSharding, ...]] = {}
         self._strategies: dict[tuple[str, int], ClassStrategies] = {}
         self._costs: dict[tuple[str, int], ClassCosts] = {}
         self.classes: tuple[BlockClass, ...] = tuple(
@@ -61,30 +64,75 @@ class ShardingChooser:
         return any(is_hidden(info) or is_image(info) for info in crossing)
 
     def choose(
-        self, tp: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False
+        self, tp: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False, cp: int = 1
     ) -> Choice | None:
         """The shardings under an axis of `tp` ranks; None where a block allows no such boundary.
 
         `split_weights`: what a rank stores is charged as in a step of one micro-batch; else it is free.
         `split_products`: where the fastest choice repeats every product of every layer, the fastest that splits them.
+        `cp`: ranks of an axis before the tensor axis, over which hidden states pass between blocks split by sequence.
         """
-        key = (tp, sequence_parallel, split_weights, split_products)
+        key = (cp, tp, sequence_parallel, split_weights, split_products)
         if key not in self._kept:
-            self._kept[key] = self._choose(*key) if tp > 1 else Choice(shardings=(), notes=())
+            if cp > 1:
+                self._kept[key] = self._choose_jointly(*key)
+            else:
+                self._kept[key] = self._choose(*key[1:]) if tp > 1 else Choice(shardings=(), notes=())
         return self._kept[key]
 
     def shardings(
-        self, tp: int, rows: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False
+        self, tp: int, rows: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False,
+        cp: int = 1,
     ) -> tuple[ClassSharding, ...]:
         """The chosen shardings as a plan with micro-batches of `rows` rows holds them; the same objects each time."""
-        key = (tp, sequence_parallel, split_weights, split_products, rows)
+        key = (cp, tp, sequence_parallel, split_weights, split_products, rows)
         if key not in self._at_rows:
             choice = self.choose(
-                tp, sequence_parallel=sequence_parallel, split_weights=split_weights, split_products=split_products
+                tp, sequence_parallel=sequence_parallel, split_weights=split_weights, split_products=split_products,
+                cp=cp,
             )
             assert choice is not None, "only for an axis that has shardings"
             self._at_rows[key] = at_rows(choice.shardings, self._graph, rows)
         return self._at_rows[key]
+
+    def _choose_jointly(
+        self, cp: int, tp: int, sequence_parallel: bool, split_weights: bool, split_products: bool
+    ) -> Choice | None:
+        """Both axes at once. None where nothing passes between blocks that the first one could split."""
+        if not self.has_hidden_states:
+            return None
+        outer = inner_axis(self._cluster, tuple(i * tp for i in range(cp)))
+        sizes = (cp, tp) if tp > 1 else (cp,)
+        boundary = (shard(1), shard(1) if sequence_parallel else R)[: len(sizes)]
+        found: list[ClassSharding] = []
+        notes: list[str] = []
+        for cls in self.classes:
+            costs = ClassCosts(
+                self._graph, cls, tp=tp, rows=self._rows, device=slowest_device(self._cluster),
+                tp_group=tp_group(self._cluster, tp) if tp > 1 else None, dtype=self._dtype, outer=(outer,),
+            )
+            strategies = joint_strategies(cls, sizes)
+
+            def search(options: Mapping[str, Sequence[JointStrategy]], cls: BlockClass = cls,
+                       costs: ClassCosts = costs) -> tuple[ClassSharding, ...] | None:
+                return shard_class_jointly(
+                    cls, options, boundary, costs, parameter_weight=float(split_weights),
+                    whole_params=(True, False)[: len(sizes)],
+                )
+
+            shardings = search(strategies)
+            if shardings is None:
+                return None
+            is_asked = split_products and tp > 1 and cls.name in self._layer_classes and _products(cls)
+            if is_asked and not _splits_products(cls, shardings[-1]):
+                shardings = search(_without_repetition(cls, strategies)) or shardings
+                notes.append(
+                    f"tp {tp} splits {cls.name} as asked; repeating the work is faster here"
+                    if _splits_products(cls, shardings[-1]) else
+                    f"tp {tp} can split no product of {cls.name}: each tensor rank repeats them"
+                )
+            found += [replace(own, axis=axis) for own, axis in zip(shardings, ("cp", "tp"), strict=False)]
+        return Choice(shardings=tuple(found), notes=tuple(notes))
 
     def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool, split_products: bool) -> Choice | None:
         boundary, weight = shard(1) if sequence_parallel else R, float(split_weights)
@@ -171,13 +219,17 @@ def _splits_products(cls: BlockClass, sharding: ClassSharding) -> bool:
     return any(sharding.strategy[name].factor for name in _products(cls))
 
 
+Option = TypeVar("Option", Strategy, JointStrategy)
+
+
 def _without_repetition(
-    cls: BlockClass, strategies: Mapping[str, tuple[Strategy, ...]]
-) -> Mapping[str, tuple[Strategy, ...]]:
-    """The strategies, less those that run a product whole on every rank where it has others."""
+    cls: BlockClass, strategies: Mapping[str, Sequence[Option]]
+) -> Mapping[str, Sequence[Option]]:
+    """The strategies, less those that run a product whole on every rank of the (last) axis where it has others."""
     kept = dict(strategies)
     for name in _products(cls):
-        kept[name] = tuple(strategy for strategy in kept[name] if strategy.factor) or kept[name]
+        split = [own for own in kept[name] if (own if isinstance(own, Strategy) else own[-1]).factor]
+        kept[name] = split or kept[name]
     return kept
 
 

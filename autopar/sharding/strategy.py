@@ -29,7 +29,10 @@ class Strategy:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassSharding:
-    """The choice for one block class on one tensor axis.
+    """The choice for one block class on one mesh axis inside a stage, called `axis`.
+
+    Where a stage has several such axes, a class has a ClassSharding for each, and states are in terms of the tensors as
+    the axes before it leave them (`sharding/joint.py`).
 
     `inputs`, `params`, `buffers`, `outputs` give the states of the class's tuples of those names as they arrive, are
     stored, and leave; `ops` gives (op name, strategy) in execution order. A tensor whose state differs from what an op
@@ -43,6 +46,7 @@ class ClassSharding:
     buffers: tuple[State, ...]
     outputs: tuple[State, ...]
     ops: tuple[tuple[str, Strategy], ...]
+    axis: str = "tp"
 
     def at_rows(self, captured: int, rows: int) -> ClassSharding:
         """The same choice when the batch has `rows` rows, from one captured at the tagged prime `captured`."""
@@ -53,6 +57,7 @@ class ClassSharding:
             buffers=self.buffers,
             outputs=_at_rows(self.outputs, captured, rows),
             ops=tuple((name, strategy.at_rows(captured, rows)) for name, strategy in self.ops),
+            axis=self.axis,
         )
 
     @cached_property

@@ -183,7 +183,9 @@ class _Summation:
             key_value_bytes=sum(self.smallest_view_bytes(name) for core in cores for name in core.keys_and_values),
             param_numel_local=sum(local_params),
             params=tuple(local_params),
-            partial_params=tuple(self.state[name][-1].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params),
+            partial_params=tuple(
+                costs.tp > 1 and self.state[name][-1].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params
+            ),
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
 

@@ -48,7 +48,8 @@ class ClassCosts:
     """Times and bytes of one class's ops for `rows` rows on one device of a tensor axis of `tp` ranks.
 
     `dtype` is the compute dtype. Every tensor's bytes are those of `element_bytes`, whatever the capture's dtype.
-    With `outer` axes before the tensor axis, states and strategies are tuples of one an axis, outermost first.
+    With `outer` axes before the tensor axis, states and strategies are tuples of one an axis, outermost first; a tensor
+    axis of one rank is then left out.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class ClassCosts:
         assert graph.rows_are_tagged or rows == graph.rows, "only a graph with tagged rows can be rescaled"
         self.graph, self.cls, self.tp, self.rows, self.device = graph, cls, tp, rows, device
         self.tp_group, self.dtype, self.tp_groups_per_node = tp_group, dtype, tp_groups_per_node
-        self.axes = (*outer, CostAxis(tp, tp_group, tp_groups_per_node))
+        self.outer = tuple(outer)
+        self.axes = (*outer, CostAxis(tp, tp_group, tp_groups_per_node)) if tp > 1 or not outer else self.outer
         self.sizes = tuple(axis.size for axis in self.axes)
         width = element_bytes(cls, captured_dtype(graph), dtype)
         ratio = rows / graph.rows
@@ -233,11 +235,11 @@ class ClassCosts:
         step_s = OPTIMIZER_STEP_BYTES["adamw"] * local.numel / bandwidth
         if self.tp_group is not None:
             step_s += 2 * gradient_bytes / self.tp_group.link.bandwidth_bytes_per_s
-            if _each(state)[-1].kind is Kind.REPLICATED_PARTIAL_GRAD:
+            if _each(state)[-1].kind is Kind.REPLICATED_PARTIAL_GRAD:  # a tensor axis is the last
                 step_s += collective_time_s(
                     Collective.ALL_REDUCE, gradient_bytes, self.tp_group, groups_per_node=self.tp_groups_per_node
                 )
-        for axis, own in zip(self.axes[:-1], _each(state)[:-1], strict=True):
+        for axis, own in zip(self.outer, _each(state), strict=False):
             if axis.group is not None and own.kind is not Kind.SHARDED:
                 step_s += collective_time_s(
                     Collective.REDUCE_SCATTER, gradient_bytes, axis.group, groups_per_node=axis.groups_per_node

@@ -91,10 +91,10 @@ def _check(graph: ModelGraph, cluster: Cluster, plan: Plan) -> None:
         layers = sum(map(is_layer, graph.blocks[stage.first : stage.last]))
         if stage.variants and sum(count for _, count in stage.variants) != layers:
             raise PlanMismatchError(f"the variants of stage {i} are not counts of its {layers} layers")
-        if stage.mesh.tp > 1 and any(graph.blocks[b].cls not in plan.sharding for b in range(
-            stage.first, min(stage.last, len(graph.blocks))
-        )):
-            raise PlanMismatchError(f"stage {i} has a tensor axis of {stage.mesh.tp} but blocks without a sharding")
+        known = {(choice.axis, choice.cls) for choice in plan.shardings}
+        for name, size in stage.mesh.inner:
+            if any((name, block.cls) not in known for block in graph.blocks[stage.first : stage.last]):
+                raise PlanMismatchError(f"stage {i} has a {name} axis of {size} but blocks without a sharding for it")
     if at != len(graph.blocks):
         raise PlanMismatchError(f"the plan covers {at} blocks, the model has {len(graph.blocks)}")
     if len(plan.stages) % (1 + max(stage.virtual for stage in plan.stages)):
@@ -234,10 +234,6 @@ def _host_notes(ranks: _Ranks, costs: Sequence[StageCost]) -> tuple[str, ...]:
 
 def _notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, ...]:
     notes = []
-    if any(stage.mesh.cp > 1 for stage in plan.stages):
-        notes.append(
-            "cp approximated: tokens divide evenly over the axis, keys and values are gathered; such a plan cannot run"
-        )
     if any(stage.mesh.ep > 1 for stage in plan.stages):
         notes.append("ep not modelled: every rank counts all experts and no all-to-all; such a plan cannot run")
     unknown = sorted({op.target for cls in graph.classes for op in cls.ops if not is_known(op.target)})

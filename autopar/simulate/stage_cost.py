@@ -19,10 +19,10 @@ from autopar.cost_models.memory import (
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, Block, ModelGraph
 from autopar.plan.plan import Plan, Recompute, Stage, Variant
+from autopar.sharding.joint import held_share
 from autopar.sharding.reshard import Collective
-from autopar.sharding.state import Kind
 from autopar.simulate.block_cost import BlockCost, block_cost
-from autopar.simulate.class_costs import captured_dtype
+from autopar.simulate.class_costs import CostAxis, captured_dtype
 from autopar.simulate.events import StageTimes
 from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
 from autopar.simulate.variant_cost import VariantCost, variant_cost
@@ -111,16 +111,16 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
     stage = plan.stages[index]
     mesh, blocks = stage.mesh, graph.blocks[stage.first : stage.last]
     device = slowest_device(cluster, stage.devices, plan.dtype)
-    rows = plan.global_batch / (mesh.dp * plan.num_micro_batches) / mesh.cp
+    rows = plan.global_batch / (mesh.dp * plan.num_micro_batches)
     tp_group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
-    costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group) for block in blocks]
-    cp_forward, cp_backward, cp_bytes = _context_parallel(cluster, plan, stage, costs)
+    outer = context_axis(cluster, stage)
+    costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group, outer) for block in blocks]
 
     forward = sum(cost.forward_compute_s for cost in costs)
     backward = sum(cost.backward_compute_s for cost in costs)
     weights = sum(cost.weight_backward_s for cost in costs)
-    forward_tp = sum(cost.forward_tp_comm_s for cost in costs) + cp_forward
-    backward_tp = sum(cost.backward_tp_comm_s for cost in costs) + cp_backward
+    forward_tp = sum(cost.forward_tp_comm_s for cost in costs)
+    backward_tp = sum(cost.backward_tp_comm_s for cost in costs)
     added = added_by_variants(blocks, costs, stage, device)
     forward += sum(more.forward_s for more in added)
     backward += sum(more.backward_s for more in added)
@@ -166,20 +166,37 @@ def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> S
         forward_dp_s=data.forward_s, backward_dp_s=data.backward_s, step_start_s=data.start_s, step_end_s=data.end_s,
         step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
         optimizer_s=optimizer,
-        held_bytes=held + cp_bytes, extra_bytes=extra, static=static,
+        held_bytes=held, extra_bytes=extra, static=static,
         optimizer_step_bytes=step_bytes, host_bytes=sum(more.host_bytes for more in added),
         host_state_bytes=state_bytes,
-        forward_flops=sum(cost.forward_flops for cost in costs) * mesh.cp, param_numel=numel,
+        forward_flops=sum(cost.forward_flops for cost in costs), param_numel=numel,
     )
+
+
+def context_axis(cluster: Cluster, stage: Stage) -> tuple[CostAxis, ...]:
+    """The axis before the tensor axis, where the stage has one."""
+    mesh = stage.mesh
+    if mesh.cp == 1:
+        return ()
+    ranks = tuple(stage.devices[i * mesh.tp] for i in range(mesh.cp))
+    return (inner_axis(cluster, ranks),)
+
+
+def inner_axis(cluster: Cluster, ranks: tuple[int, ...]) -> CostAxis:
+    """An axis whose first group these ranks are; all other devices of their nodes form groups of the same shape."""
+    shape = cluster.group(ranks)
+    on_node = max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in ranks)
+    return CostAxis(len(ranks), shape, max(1, on_node // shape.per_node))
 
 
 def _cost_of(
     graph: ModelGraph, plan: Plan, block: Block, stage: Stage, rows: float, device: DeviceType,
-    tp_group: GroupShape | None,
+    tp_group: GroupShape | None, outer: tuple[CostAxis, ...],
 ) -> BlockCost:
     return block_cost(
-        graph, graph.block_class[block.cls], plan.sharding.get(block.cls), tp=stage.mesh.tp, rows=rows, device=device,
-        tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
+        graph, graph.block_class[block.cls], plan.class_shardings(block.cls, stage.mesh),
+        tp=stage.mesh.tp, rows=rows, device=device, tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
+        outer=outer,
     )
 
 
@@ -215,26 +232,6 @@ def _unit_numels(blocks: Sequence[Block], costs: Sequence[BlockCost]) -> tuple[l
         else:
             root += own
     return units, root, partial
-
-
-def _context_parallel(
-    cluster: Cluster, plan: Plan, stage: Stage, costs: Sequence[BlockCost]
-) -> tuple[float, float, float]:
-    """Seconds (forward, backward) and bytes of gathering keys and values over the cp axis and reducing their gradients.
-
-    An approximation: every rank holds 1/cp of the tokens of each sequence and attends to all of them.
-    """
-    cp, tp = stage.mesh.cp, stage.mesh.tp
-    if cp == 1:
-        return 0.0, 0.0, 0.0
-    group = _group(cluster, plan, tuple(stage.devices[i * tp] for i in range(cp)))
-    forward = backward = held = 0.0
-    for cost in costs:
-        whole = cost.key_value_bytes * cp
-        forward += group.time_s(Collective.ALL_GATHER, whole)
-        backward += group.time_s(Collective.REDUCE_SCATTER, whole)
-        held += whole - cost.key_value_bytes
-    return forward, backward, held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,7 +311,8 @@ def _data_parallel(
 def boundary_bytes(graph: ModelGraph, plan: Plan, index: int) -> tuple[float, float]:
     """Bytes that one device of stage `index` sends to the next stage for a micro-batch, and receives as gradients."""
     stage = plan.stages[index]
-    rows = plan.global_batch / (stage.mesh.dp * plan.num_micro_batches) / stage.mesh.cp
+    rows = plan.global_batch / (stage.mesh.dp * plan.num_micro_batches)
+    inner_sizes = [size for _, size in stage.mesh.inner]
     wanted = set(graph.boundary(stage.last))
     dtype = captured_dtype(graph)
     forward = backward = 0.0
@@ -323,13 +321,13 @@ def boundary_bytes(graph: ModelGraph, plan: Plan, index: int) -> tuple[float, fl
             continue
         cls = graph.block_class[block.cls]
         sizes = element_bytes(cls, dtype, plan.dtype)
-        sharding = plan.sharding.get(block.cls) if stage.mesh.tp > 1 else None
+        shardings = plan.class_shardings(block.cls, stage.mesh)
         for i, (name, local) in enumerate(zip(block.outputs, cls.outputs, strict=True)):
             if name not in wanted:
                 continue
             info = cls.tensor[local]
-            split = stage.mesh.tp if sharding and sharding.outputs[i].kind is Kind.SHARDED else 1
-            size = info.numel * graph.scale(info.numel, rows) * sizes[local] / split
+            share = held_share(tuple(own.outputs[i] for own in shardings), inner_sizes)
+            size = info.numel * graph.scale(info.numel, rows) * sizes[local] * share
             forward += size
             backward += size if info.requires_grad else 0.0
     return forward, backward

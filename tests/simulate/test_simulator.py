@@ -127,14 +127,11 @@ def test_what_does_not_fit_is_named() -> None:
     assert "rank 0" in timeline.infeasible_reason
 
 
-def test_context_and_expert_parallelism_are_noted() -> None:
-    notes = run(hand.plan(MODEL, mesh=Mesh(cp=2, ep=2, dp_shard=2), zero=3)).notes
-    assert any("cp approximated" in note for note in notes)
+def test_expert_parallelism_is_noted_and_a_context_axis_needs_shardings() -> None:
+    notes = run(hand.plan(MODEL, mesh=Mesh(ep=2, dp_shard=2), zero=3)).notes
     assert any("ep not modelled" in note for note in notes)
-    half = stage_cost(MODEL, hand.cluster(), hand.plan(MODEL, mesh=Mesh(cp=2)), 0)
-    whole = stage_cost(MODEL, hand.cluster(), hand.plan(MODEL), 0)
-    assert half.held_bytes == pytest.approx(whole.held_bytes / 2)
-    assert half.forward_flops == pytest.approx(whole.forward_flops)
+    with pytest.raises(PlanMismatchError, match="cp axis of 2 but blocks without a sharding"):
+        run(hand.plan(MODEL, mesh=Mesh(cp=2)))
 
 
 def test_plans_that_do_not_match() -> None:
