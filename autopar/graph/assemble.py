@@ -141,7 +141,7 @@ class Chain:
 
 def assemble(outer: Lifted, bound: list[BoundBlock]) -> Chain:
     """Splits the outer program at its block calls and binds everything to global names."""
-    outer = _without_dead_ops(outer, bound)
+    outer = _with_aliases(_without_dead_ops(outer, bound))
     elements, shared_ops = _split(outer)
     global_name: dict[str, str] = {name: leaf.name for name, leaf in outer.leaves.items()}
     classes: dict[str, BlockClass] = {}
@@ -270,6 +270,27 @@ def _without_dead_ops(outer: Lifted, bound: list[BoundBlock]) -> Lifted:
             continue
         kept.append(item)
     return replace(outer, items=tuple(reversed(kept)))
+
+
+def _with_aliases(outer: Lifted) -> Lifted:
+    """The program with an alias in the place of each parameter or buffer of the model that a block takes as an input.
+
+    Between blocks pass activations alone, and such an alias is one.
+    """
+    items: list[Op | Call] = []
+    info, owner, known = dict(outer.info), dict(outer.owner), dict[str, str]()
+    for item in outer.items:
+        if isinstance(item, Call):
+            for operand in dict.fromkeys(item.operands):
+                leaf = outer.leaves.get(operand)
+                if leaf is None or leaf.kind == "input" or operand in known:
+                    continue
+                name = known[operand] = f"%leaf.{len(known)}"
+                info[name], owner[name] = replace(info[operand], name=name), owner[operand]
+                items.append(Op(name="alias", target="aten.alias.default", args=(Ref(operand),), outputs=(name,)))
+            item = replace(item, operands=tuple(known.get(operand, operand) for operand in item.operands))
+        items.append(item)
+    return replace(outer, items=tuple(items), info=info, owner=owner)
 
 
 def _element(name: str, ops: list[Op], outer: Lifted, needed_later: set[str],

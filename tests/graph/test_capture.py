@@ -363,3 +363,30 @@ def test_flops_of_convolutions(layer: nn.Module) -> None:
     found = [op for cls in graph.classes for op in cls.ops if "conv" in op.target]
     assert [op.flops for op in found] == [2 * 3 * positions * layer.weight.numel()]
     assert [op.backward_flops for op in found] == [2 * op.flops for op in found]
+
+
+def test_blocks_that_take_a_parameter_or_a_buffer_of_the_model() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, scale: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) * scale + mask
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(8))
+            self.register_buffer("mask", torch.randn(8))
+            self.layers = nn.ModuleList(Scaled() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, self.scale, self.mask)
+            return x.square().sum()
+
+    graph = equal_to_eager(Net(), (torch.randn(3, 8),))
+    passed = {name for block in graph.blocks for name in block.inputs}
+    assert passed.isdisjoint({"scale", "mask"})
+    assert len({block.cls for block in graph.blocks if block.name in ("layers.1", "layers.2")}) == 1

@@ -117,7 +117,8 @@ def build(sample: Sample) -> Built:
     args = tuple(_refs(item, operands) for item in sample.args)
     kwargs = tuple((name, _refs(item, operands)) for name, item in sample.kwargs.items())
     leaves = [
-        x.clone().requires_grad_(x.is_floating_point() and i not in sample.frozen) for i, x in enumerate(operands)
+        x.clone().requires_grad_((x.is_floating_point() or x.is_complex()) and i not in sample.frozen)
+        for i, x in enumerate(operands)
     ]
     op = Op(name="op", target=sample.target, args=args, kwargs=kwargs, outputs=())
     outputs = reference(op, leaves, [0], 1, Strategy(factor="", inputs=(), outputs=()), None)[0]
@@ -276,7 +277,7 @@ def _close(actual: T | None, expected: T | None, what: str) -> None:
         assert other is None or not other.any(), f"{what}: gradient on one side alone"
         return
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, whole {tuple(expected.shape)}"
-    if not expected.is_floating_point():
+    if not expected.is_floating_point() and not expected.is_complex():
         assert torch.equal(actual, expected), what
         return
     torch.testing.assert_close(

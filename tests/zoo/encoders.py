@@ -40,6 +40,8 @@ _TEXT: dict[str, tuple[str, dict[str, Any]]] = {
         position_buckets=4, max_relative_positions=-1, max_position_embeddings=32, share_att_key=True)),
     "deberta_v2_unshared": ("DebertaV2ForMaskedLM", _ENCODER | _NO_DROPOUT | _DISENTANGLED | dict(
         max_relative_positions=8, share_att_key=False, conv_kernel_size=3, conv_act="gelu")),
+    "deberta": ("DebertaForMaskedLM", _ENCODER | _NO_DROPOUT | dict(  # each layer takes the embeddings of distances
+        relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=-1, max_position_embeddings=32)),
     "t5": ("T5ForConditionalGeneration", _T5),
     "t5_gated": ("T5ForConditionalGeneration", _T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     "bart": ("BartForConditionalGeneration", _SEQ2SEQ | dict(max_position_embeddings=32)),

@@ -12,6 +12,7 @@ import autopar.sharding.rules.indexing
 import autopar.sharding.rules.losses
 import autopar.sharding.rules.matmul
 import autopar.sharding.rules.norms
+import autopar.sharding.rules.patches
 import autopar.sharding.rules.pointwise
 import autopar.sharding.rules.recurrent
 import autopar.sharding.rules.reductions
