@@ -13,7 +13,7 @@ import runtime_models
 from test_parity import graph_of, plan_of
 
 from autopar.graph.model_graph import BlockClass, ModelGraph
-from autopar.plan.plan import Plan, is_layer
+from autopar.plan.plan import Plan, Recompute, is_layer
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import compare
 from autopar.search.intra_op import shard_class
@@ -91,6 +91,14 @@ def test_heads_are_exchanged_for_the_sequence(pool: LocalPool, model: str) -> No
     choice = next(choice for choice in plan.shardings if is_layer_class(graph, choice.cls))
     assert moved(graph.block_class[choice.cls], choice) == {Collective.ALL_TO_ALL}
     report = compare(getattr(runtime_models, model), plan, steps=2, pool=pool)
+    assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"
+
+
+@pytest.mark.parametrize("dim", [QUERIES, HEADS])
+def test_attention_is_recomputed_with_its_exchanges(pool: LocalPool, dim: int) -> None:
+    plan = split_plan("llama", dim)
+    stages = tuple(replace(stage, recompute=Recompute.SELECTIVE) for stage in plan.stages)
+    report = compare(runtime_models.llama, replace(plan, stages=stages), steps=2, pool=pool)
     assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"
 
 
