@@ -21,6 +21,7 @@ class DeviceType:
     usable_memory_fraction: float = 0.92  # what the allocator can get, after context and reserve
     price_per_hour: float | None = None
     host_bandwidth_bytes_per_s: float | None = None  # to and from host memory, each way; None: unknown, or one memory
+    host_memory_bytes: float | None = None  # this device's share of it; None: unknown
     sources: tuple[tuple[str, str], ...] = ()
 
     @property

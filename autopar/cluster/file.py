@@ -17,6 +17,7 @@ The YAML schema (a full example, every optional key shown):
           peak_tflops: {bfloat16: 312, float32: 19.5}   # dense; merged into the preset's
           kernel_launch_us: 4
           host_gb_per_s: 31.5       # copies to and from host memory, each way; without it nothing is offloaded
+          host_memory_gib: 128      # each device's share of its host's memory, for what is offloaded
           usable_memory_fraction: 0.92
           price_per_hour: 1.80      # of one device
         link: PCIe4                 # a link's name, or {name, bandwidth_gb_per_s, latency_us}; bandwidth of one
@@ -71,6 +72,7 @@ class _DeviceEntry(_Entry):
     peak_tflops: dict[str, _Positive] | None = None
     kernel_launch_us: _Positive | None = None
     host_gb_per_s: _Positive | None = None
+    host_memory_gib: _Positive | None = None
     usable_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
@@ -276,6 +278,8 @@ def _device(entry: str | _DeviceEntry, where: str) -> tuple[DeviceType, Preset |
         values["kernel_launch_s"] = entry.kernel_launch_us / 1e6
     if entry.host_gb_per_s is not None:
         values["host_bandwidth_bytes_per_s"] = entry.host_gb_per_s * 1e9
+    if entry.host_memory_gib is not None:
+        values["host_memory_bytes"] = entry.host_memory_gib * GIB
     if entry.usable_memory_fraction is not None:
         values["usable_memory_fraction"] = entry.usable_memory_fraction
     if entry.price_per_hour is not None:
@@ -313,8 +317,10 @@ def _check_node(node: Node, where: str) -> None:
         "link.bandwidth_bytes_per_s": node.link.bandwidth_bytes_per_s,
         "network.bandwidth_bytes_per_s": node.network.bandwidth_bytes_per_s,
         **{f"peak_flops.{dtype}": rate for dtype, rate in device.peak_flops},
-        **({"host_bandwidth_bytes_per_s": device.host_bandwidth_bytes_per_s}
-           if device.host_bandwidth_bytes_per_s is not None else {}),
+        **{
+            field: value for field in ("host_bandwidth_bytes_per_s", "host_memory_bytes")
+            if (value := getattr(device, field)) is not None
+        },
     }
     for field, value in positive.items():
         if not 0 < value < float("inf"):

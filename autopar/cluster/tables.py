@@ -66,6 +66,7 @@ class _DeviceRow(_Row):
     peak_tflops: dict[str, Constant] = Field(min_length=1)
     kernel_launch_us: Constant
     host_gb_per_s: Constant | None = None
+    host_memory_gib: Constant | None = None
     link: str
     devices_per_node: PositiveInt
     network: _NetworkRow
@@ -158,6 +159,7 @@ def preset(name: str) -> Preset:
         ("memory_bandwidth_bytes_per_s", row.memory_bandwidth_gb_per_s),
         ("kernel_launch_s", row.kernel_launch_us),
         *([("host_bandwidth_bytes_per_s", row.host_gb_per_s)] if row.host_gb_per_s else []),
+        *([("host_memory_bytes", row.host_memory_gib)] if row.host_memory_gib else []),
         *((f"peak_flops.{dtype}", constant) for dtype, constant in row.peak_tflops.items()),
     ]
     rate = row.network.gbps_per_device or row.network.gbps
@@ -170,6 +172,7 @@ def preset(name: str) -> Preset:
             peak_flops=tuple((dtype, constant.value * 1e12) for dtype, constant in row.peak_tflops.items()),
             kernel_launch_s=row.kernel_launch_us.value / 1e6,
             host_bandwidth_bytes_per_s=row.host_gb_per_s.value * 1e9 if row.host_gb_per_s else None,
+            host_memory_bytes=row.host_memory_gib.value * GIB if row.host_memory_gib else None,
             sources=tuple((field, _said(constant, table.sources)) for field, constant in sources)
             + (("usable_memory_fraction", "assumed: the driver's context, communication buffers and fragmentation"),),
         ),

@@ -253,8 +253,10 @@ class Engine:
             budget_bytes=left - in_flight * sum(other.saved_bytes for other in others), in_flight=in_flight,
             extra_bytes=max((other.transient_bytes for other in others), default=0.0),
             entry_bytes=max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0,
+            host_bytes=(kind.device.host_memory_bytes or math.inf) - cost.host_state_bytes,
         )
-        options = [layer_options(layer, kind.device, offload=self.request.offload) for layer in layers]
+        number = sum(map(is_layer, self.graph.blocks))
+        options = [layer_options(layer, kind.device, number, offload=self.request.offload) for layer in layers]
         m = c.num_micro_batches
         return cheapest(options, room, (float(m - in_flight + 1), float(m)))
 

@@ -507,7 +507,8 @@ class Bounds:
         costs = self.block_costs(c, kind)
         chain = [costs[block.cls] for block in graph.blocks]
         offload = self._request.offload
-        options = {name: layer_options(cost, kind.device, offload=offload) for name, cost in costs.items()}
+        number = int(self._layer.sum())
+        options = {name: layer_options(cost, kind.device, number, offload=offload) for name, cost in costs.items()}
         layers = [options[b.cls] if own else None for b, own in zip(graph.blocks, self._layer, strict=True)]
         kinds = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
         held = self._numel_first[c.pp > 1]

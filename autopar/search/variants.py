@@ -9,6 +9,7 @@ layer: exact, for a sum that is beaten stays beaten whatever is added to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,6 +37,7 @@ class Option:
     backward_s: float
     held_bytes: float
     extra_bytes: float
+    host_bytes: float = 0.0
 
     def added_s(self, weights: Weights) -> float:
         return weights[0] * self.forward_s + weights[1] * self.backward_s
@@ -45,19 +47,25 @@ Options = tuple[Option, ...]  # of one layer; the first keeps everything
 Weights = tuple[float, float]  # what a second of a forward and of a backward counts
 
 
-def layer_options(cost: BlockCost, device: DeviceType, *, offload: bool = True) -> Options:
+def layer_options(cost: BlockCost, device: DeviceType, num_layers: int, *, offload: bool = True) -> Options:
     """The variants of a layer that none beats in time, held bytes and bytes beside them; the first keeps everything.
 
-    Among equals the one that is simpler stays. `offload` has no effect where the device's host link is unknown.
+    Among equals the one that is simpler stays. `offload` has no effect where the device's host link is unknown, and
+    allows what fits into the host's memory for all `num_layers` of the model: stages of a pipeline have fewer of them,
+    each for more micro-batches.
     """
+    host = device.host_memory_bytes or math.inf
     words = product((False, True) if offload and device.host_bandwidth_bytes_per_s else (False,), Recompute)
     found: list[Option] = []
     for away, recompute in words:
         variant = Variant(recompute=recompute, offload=away)
         given = variant_cost(cost, variant, device)
         option = Option(
-            variant, given.forward_s, given.backward_s + given.backward_tp_s, given.held_bytes, given.extra_bytes
+            variant, given.forward_s, given.backward_s + given.backward_tp_s, given.held_bytes, given.extra_bytes,
+            given.host_bytes,
         )
+        if given.host_bytes * num_layers > host:
+            continue
         if not any(_beats(other, option) for other in found):
             found = [other for other in found if other.variant == KEEP_ALL or not _beats(option, other)] + [option]
     return tuple(found)
@@ -163,13 +171,15 @@ class Room:
     """What a stage has for its layers' activations.
 
     `budget_bytes` is for all micro-batches in flight and for what is needed beside them, blocks that are no layers
-    taken off; those need `extra_bytes` beside. `entry_bytes` stay of each micro-batch where any layer offloads.
+    taken off; those need `extra_bytes` beside. `entry_bytes` stay of each micro-batch where any layer offloads;
+    `host_bytes` are there for what is offloaded.
     """
 
     budget_bytes: float
     in_flight: int
     extra_bytes: float
     entry_bytes: float
+    host_bytes: float = math.inf
 
     def for_held(self, level: Level) -> float:
         """The bytes that the layers may hold of one micro-batch at a level."""
@@ -180,7 +190,8 @@ class Room:
 def cheapest(layers: Sequence[Options], room: Room, weights: Weights) -> tuple[Option, ...] | None:
     """An option for each layer, of least added time among all that fit; None where none does.
 
-    Layers of one kind take those that hold least first.
+    Layers of one kind take those that hold least first. Where what is cheapest among the options of a level lacks host
+    memory, that level is passed over.
     """
     kinds = list(dict.fromkeys(layers))
     numbers = [layers.count(kind) for kind in kinds]
@@ -205,7 +216,9 @@ def cheapest(layers: Sequence[Options], room: Room, weights: Weights) -> tuple[O
             )
             for options in level.allowed
         ]
-        best = float(whole.added_s[index]), chosen
+        away = sum(option.host_bytes for options in chosen for option in options)
+        if room.in_flight * away <= room.host_bytes:
+            best = float(whole.added_s[index]), chosen
     if best is None:
         return None if layers or room.budget_bytes < room.extra_bytes else ()
     queues = {kind: iter(options) for kind, options in zip(kinds, best[1], strict=True)}

@@ -60,7 +60,8 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Timeline:
     critical = ends.index(step)
     breakdown = _breakdown(plan, ranks, costs, times, run, starts, step, critical, tied)
     groups = _groups(cluster, plan, ranks, costs, run, starts, ends)
-    reason = _infeasible_reason(cluster, plan, groups)
+    host = _host_bytes(ranks, costs)
+    reason = _infeasible_reason(cluster, plan, groups) or _host_lacks(cluster, plan, host)
     flops = sum(cost.forward_flops * plan.stages[i].mesh.dp for i, cost in enumerate(costs))
     devices = [cluster.device(rank) for stage in plan.stages[:num_ranks] for rank in stage.devices]
     return Timeline(
@@ -68,7 +69,7 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Timeline:
         model_flops=3 * flops * plan.num_micro_batches, peak_flops=sum(device.peak(plan.dtype) for device in devices),
         bubble_fraction=breakdown.bubble / step, feasible=reason is None, infeasible_reason=reason,
         breakdown=breakdown, groups=groups, events=_events(ranks, costs, run, starts, ends),
-        notes=(*_notes(graph, cluster, plan), *_host_notes(ranks, costs)),
+        notes=(*_notes(graph, cluster, plan), *_host_notes(max(host))),
     )
 
 
@@ -217,17 +218,34 @@ def _events(
     return tuple(events)
 
 
-def _host_notes(ranks: _Ranks, costs: Sequence[StageCost]) -> tuple[str, ...]:
-    """What offload takes of the host's memory."""
+def _host_bytes(ranks: _Ranks, costs: Sequence[StageCost]) -> tuple[float, ...]:
+    """The most bytes that each rank's device keeps in host memory."""
     activations = peak_activation_bytes(ranks.lists, [cost.host_bytes for cost in costs])
-    host = max(
+    return tuple(
         activations[rank] + sum(costs[i].host_state_bytes for i in ranks.stages_of(rank))
         for rank in range(ranks.num_ranks)
     )
-    if not host:
+
+
+def _host_lacks(cluster: Cluster, plan: Plan, host: Sequence[float]) -> str | None:
+    """Why what is offloaded does not fit into host memory; None where it does, or where its size is unknown."""
+    for size, stage in zip(host, plan.stages, strict=False):
+        for rank in stage.devices:
+            device = cluster.device(rank)
+            if device.host_memory_bytes is not None and size > device.host_memory_bytes:
+                return (
+                    f"rank {rank} ({device.name}) keeps {size / GIB:.1f} GiB in host memory, and its share of that is "
+                    f"{device.host_memory_bytes / GIB:.1f}"
+                )
+    return None
+
+
+def _host_notes(size_bytes: float) -> tuple[str, ...]:
+    """What offload takes of the host's memory."""
+    if not size_bytes:
         return ()
     return (
-        f"offload: up to {host / GIB:.3g} GiB of host memory for each device, which is not checked; copies at "
+        f"offload: up to {size_bytes / GIB:.3g} GiB of host memory for each device; copies at "
         f"{HOST_LINK_EFFICIENCY:g} of the host link's rate, each device by itself",
     )
 

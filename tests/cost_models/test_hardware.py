@@ -24,7 +24,7 @@ def test_every_constant_has_a_kind_and_a_source(name: str) -> None:
     device = device_type(name)
     sources = dict(device.sources)
     fields = ["memory_bytes", "memory_bandwidth_bytes_per_s", "kernel_launch_s", "usable_memory_fraction"]
-    fields += ["host_bandwidth_bytes_per_s"] if name != "CPU" else []
+    fields += ["host_bandwidth_bytes_per_s", "host_memory_bytes"] if name != "CPU" else []
     assert (device.host_bandwidth_bytes_per_s is None) == (name == "CPU")
     fields += [f"peak_flops.{dtype}" for dtype, _ in device.peak_flops]
     for field in fields:

@@ -87,6 +87,15 @@ def test_layers_that_hold_least_come_first() -> None:
     assert [option.variant.recompute for option in chosen] == ["full", "full", "none", "none"]
 
 
+def test_more_than_the_host_holds_is_not_offloaded() -> None:
+    away = Option(VARIANTS[3], 0, 1, 0, 1, 10)
+    full = Option(VARIANTS[2], 0, 3, 1, 1)
+    options = (Option(VARIANTS[0], 0, 0, 10, 1), full, away)
+    for host_bytes, expected in ((80.0, away), (79.0, full)):
+        room = Room(budget_bytes=10, in_flight=2, extra_bytes=0, entry_bytes=0, host_bytes=host_bytes)
+        assert cheapest([options] * 4, room, (1.0, 1.0)) == (expected,) * 4
+
+
 @pytest.fixture(scope="module")
 def llama() -> ModelGraph:
     return capture_source(load_source("llama-3.1-8b", seq_len=8192, dtype="bfloat16"))

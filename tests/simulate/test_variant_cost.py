@@ -84,6 +84,19 @@ def test_nothing_is_offloaded_without_a_host_link() -> None:
             step(*variants, host_bandwidth=None, **changes)  # type: ignore[misc]
 
 
+def test_what_exceeds_host_memory_is_infeasible() -> None:
+    variants = [Variant(offload=True)] * 4
+    made = cluster(1e10)
+    stage = hand.plan(GRAPH).stages[0].with_variants(variants)
+    plan = replace(hand.plan(GRAPH), stages=(stage,))
+    size = 4 * layer().saved_bytes
+    for share, feasible in ((size, True), (size - 1, False)):
+        node = replace(made.nodes[0], device=replace(made.nodes[0].device, host_memory_bytes=share))
+        timeline = simulate(GRAPH, replace(made, nodes=(node,)), plan)
+        assert timeline.feasible == feasible
+        assert feasible or "in host memory, and its share of that is" in str(timeline.infeasible_reason)
+
+
 def test_counts_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(PlanMismatchError, match="variants of stage 0 are not counts of its 4 layers"):
         step(Variant(recompute=Recompute.FULL), Variant())
