@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, constant_pad_nd
 
 from autopar.sharding.state import Kind, State
 
@@ -55,18 +55,29 @@ def split_dim(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
     return unflatten(x, dim, (outer, size, x.shape[dim] // (outer * size)))
 
 
-def take_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
-    """This rank's shard of a whole tensor: no communication."""
+def pad_dim(axis: Axis, x: Tensor, dim: int) -> Tensor:
+    """The tensor with zeros after the dim's last step, so that the axis divides it."""
+    missing = -x.shape[dim] % axis.size
+    return constant_pad_nd(x, [*[0] * (2 * (x.dim() - 1 - dim)), 0, missing]) if missing else x
+
+
+def take_shard(axis: Axis, x: Tensor, dim: int, outer: int, length: int = 0) -> Tensor:
+    """This rank's shard of a whole tensor: no communication. With a `length`, which is the dim's, it is padded."""
+    x = pad_dim(axis, x, dim) if length else x
     shard = split_dim(x, dim, outer, axis.size).select(dim + 1, axis.rank)
     return shard.flatten(dim, dim + 1).contiguous()
 
 
-def pad_shard(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
+def pad_shard(axis: Axis, x: Tensor, dim: int, outer: int, length: int = 0) -> Tensor:
     """A whole tensor that is zero outside this rank's shard `x`: no communication."""
     shard = unflatten(x, dim, (outer, x.shape[dim] // outer))
     whole = shard.new_zeros((*shard.shape[: dim + 1], axis.size, *shard.shape[dim + 1 :]))
     whole.select(dim + 1, axis.rank).copy_(shard)
-    return whole.flatten(dim, dim + 2)
+    return _unpadded(whole.flatten(dim, dim + 2), dim, length)
+
+
+def _unpadded(x: Tensor, dim: int, length: int) -> Tensor:
+    return x.narrow(dim, 0, length) if length else x
 
 
 def merge_shards(stacked: Tensor, dim: int, outer: int) -> Tensor:
@@ -75,13 +86,14 @@ def merge_shards(stacked: Tensor, dim: int, outer: int) -> Tensor:
     return parts.movedim(0, dim + 1).flatten(dim, dim + 2)
 
 
-def all_gather(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
-    """The whole tensor from every rank's shard."""
-    return merge_shards(_stacked_gather(axis, x), dim, outer)
+def all_gather(axis: Axis, x: Tensor, dim: int, outer: int, length: int = 0) -> Tensor:
+    """The whole tensor from every rank's shard; with a `length`, without the padding after it."""
+    return _unpadded(merge_shards(_stacked_gather(axis, x), dim, outer), dim, length)
 
 
-def reduce_scatter(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
-    """This rank's shard of the sum over the axis."""
+def reduce_scatter(axis: Axis, x: Tensor, dim: int, outer: int, length: int = 0) -> Tensor:
+    """This rank's shard of the sum over the axis; with a `length`, which is the dim's, it is padded."""
+    x = pad_dim(axis, x, dim) if length else x
     parts = split_dim(x, dim, outer, axis.size).movedim(dim + 1, 0).flatten(dim + 1, dim + 2).contiguous()
     shape = parts.shape[1:]
     summed = _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", axis.size, axis.group_name))
@@ -90,9 +102,10 @@ def reduce_scatter(axis: Axis, x: Tensor, dim: int, outer: int) -> Tensor:
 
 
 def all_to_all(axis: Axis, x: Tensor, src: State, dst: State) -> Tensor:
-    """From one sharded dim to another; strides of one dim change by a gather and a slice."""
-    if src.dim == dst.dim:
-        return take_shard(axis, all_gather(axis, x, src.dim, src.outer), dst.dim, dst.outer)
+    """From one sharded dim to another; strides of one dim, and padding, change by a gather and a slice."""
+    if src.dim == dst.dim or src.length or dst.length:
+        whole = all_gather(axis, x, src.dim, src.outer, src.length)
+        return take_shard(axis, whole, dst.dim, dst.outer, dst.length)
     parts = split_dim(x, dst.dim, dst.outer, axis.size).movedim(dst.dim + 1, 0)
     parts = parts.flatten(dst.dim + 1, dst.dim + 2).contiguous()
     ones = [1] * axis.size
@@ -137,7 +150,7 @@ class _Convert(torch.autograd.Function):
 
 
 def _along(fn: Callable[..., Tensor], axis: Axis, state: State) -> Fn:
-    return partial(fn, axis, dim=state.dim, outer=state.outer)
+    return partial(fn, axis, dim=state.dim, outer=state.outer, length=state.length)
 
 
 def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:

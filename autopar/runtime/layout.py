@@ -106,11 +106,11 @@ def local_part(full: Tensor, state: State, axis: Axis | None) -> Tensor:
     """This rank's part of a full tensor on the tensor axis."""
     if axis is None or state.kind is not Kind.SHARDED:
         return full
-    return take_shard(axis, full, state.dim, state.outer)
+    return take_shard(axis, full, state.dim, state.outer, state.length)
 
 
 def full_tensor(local: Tensor, state: State, axis: Axis | None) -> Tensor:
     """The full tensor from every rank's part; every rank of the tensor axis must call it."""
     if axis is None or state.kind is not Kind.SHARDED:
         return local
-    return all_gather(axis, local, state.dim, state.outer)
+    return all_gather(axis, local, state.dim, state.outer, state.length)

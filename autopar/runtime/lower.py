@@ -256,6 +256,8 @@ def _program(
                 counting.append(axis)
             case Lowering.BIAS_ON_FIRST_RANK:
                 program = special_program(own.lowering, program, axis, bias_position=bias_operand(op))
+            case Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
+                program = special_program(own.lowering, program, axis, num_classes=own.inputs[0].length)
             case Lowering.SPATIAL_HALO:
                 halo = halo_of(whole, own, cls.tensor, axis.size)
                 program = special_program(own.lowering, program, axis, halo=halo)

@@ -54,10 +54,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Loss of each row from logits (rows, local vocabulary); the softmax is kept, the gradient is made in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, axis: Axis, ignore_index: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, axis: Axis, ignore_index: int, num_classes: int
+    ) -> Tensor:
         wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        top = all_reduce(axis, wide.amax(dim=-1), "max")
+        own = logits.shape[-1]
+        if num_classes:  # the last ranks' classes from this one on are padding
+            own = min(max(num_classes - axis.rank * own, 0), own)
+        top = wide[..., :own].amax(dim=-1) if own else torch.full_like(wide[..., 0], -torch.inf)
+        top = all_reduce(axis, top, "max")
         shifted = wide - top.unsqueeze(-1)
+        shifted[..., own:] = -torch.inf
         local = target - axis.rank * logits.shape[-1]
         ignored = target == ignore_index
         absent = (local < 0) | (local >= logits.shape[-1]) | ignored
@@ -77,22 +84,25 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         scale = grads[0].masked_fill(ignored, 0.0).unsqueeze(-1)
         grad = probabilities * scale
         grad.scatter_add_(-1, local.unsqueeze(-1), -scale.masked_fill(absent.unsqueeze(-1), 0.0))
-        return grad.to(ctx.dtype), None, None, None
+        return grad.to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
     axis: Axis, logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
-    ignore_index: int = -100, label_smoothing: float = 0.0,
+    ignore_index: int = -100, label_smoothing: float = 0.0, *, num_classes: int = 0,
 ) -> Tensor:
     """Cross-entropy of logits (rows, vocabulary / n): the same value on every rank, a whole gradient for the loss.
 
+    `num_classes` is the size of a vocabulary that n does not divide: classes from there on are padding, and never win.
     The rows' losses are summed in float32 at least; class weights and label smoothing are not split.
     """
     assert weight is None and label_smoothing == 0.0, "class weights and label smoothing need the whole vocabulary"
     if logits.dim() > 2:  # (rows, vocabulary, ...): the class dim goes last
         logits = logits.movedim(1, -1).flatten(0, -2)
         target = target.flatten()
-    losses: Tensor = _VocabParallelCrossEntropy.apply(logits, target, axis, ignore_index)  # type: ignore[no-untyped-call]
+    losses: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits, target, axis, ignore_index, num_classes
+    )
     if reduction == MEAN:
         return (losses.sum() / (target != ignore_index).sum()).to(logits.dtype)
     return losses.sum().to(logits.dtype) if reduction == SUM else losses.to(logits.dtype)
@@ -161,7 +171,7 @@ def sum_over_count(
 
 
 def special_program(
-    name: str, op: Program, axis: Axis, *, bias_position: int = -1, halo: Halo | None = None
+    name: str, op: Program, axis: Axis, *, bias_position: int = -1, halo: Halo | None = None, num_classes: int = 0
 ) -> Program:
     """The program called `name` for an op on this rank of the axis."""
     match name:
@@ -170,7 +180,7 @@ def special_program(
         case Lowering.VOCAB_PARALLEL_EMBEDDING_BAG:
             return partial(vocab_parallel_embedding_bag, axis, op)
         case Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
-            return partial(vocab_parallel_cross_entropy, axis)
+            return partial(vocab_parallel_cross_entropy, axis, num_classes=num_classes)
         case Lowering.BIAS_ON_FIRST_RANK:
             return partial(bias_on_first_rank, axis, op, bias_position)
         case Lowering.SCALED_MEAN:

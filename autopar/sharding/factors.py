@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autopar.sharding.state import RP, Kind, P, R, State, shard
+from autopar.sharding.state import RP, Kind, P, R, State, padded_shard, shard
 from autopar.sharding.strategy import Strategy
 
 Dims = tuple[tuple[str, ...], ...]
@@ -37,6 +37,8 @@ class OpFactors:
     must not be split, for the reason given. `rigid` ones split only at their outermost level, into parts of at least
     `least` steps (what a part's neighbours need of it). `lowerings` names the
     special program that a factor's split needs, `split_lowering` the one that any other split needs.
+    `padded` factors may also be split where the axis does not divide them: each tensor that has one pads the dim that
+    is this factor alone, and whatever the op computes from padding is padding again, its gradient zero.
     `linear` lists the sets of operand positions in which the op is jointly linear. `joint` names splits of several
     factors by one axis, which a lowering makes possible; the first of them may be split below its outermost level.
     """
@@ -51,6 +53,7 @@ class OpFactors:
     least: Mapping[str, int] = field(default_factory=dict)
     lowerings: Mapping[str, str] = field(default_factory=dict)
     split_lowering: str = ""
+    padded: frozenset[str] = frozenset()
     linear: tuple[tuple[int, ...], ...] = ()
     joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -84,6 +87,9 @@ class OpFactors:
         """The split that puts a tensor with these dims into this sharded state, or None."""
         if state.kind is not Kind.SHARDED or state.dim >= len(dims):
             return None
+        if state.length:
+            (name, *more) = dims[state.dim] or ("",)
+            return (name, 1) if not more and self.sizes.get(name) == state.length else None
         before = 1
         for name in dims[state.dim]:
             inner, remainder = divmod(state.outer, before)
@@ -94,8 +100,11 @@ class OpFactors:
             before *= self.sizes[name]
         return None
 
-    def refusal(self, split: Split, size: int) -> Refusal | None:
-        """Why an axis of this size cannot make this split, or None where it can."""
+    def refusal(self, split: Split, size: int, *, may_pad: bool = False) -> Refusal | None:
+        """Why an axis of this size cannot make this split, or None where it can.
+
+        `may_pad`: shards may be padded, where the rule allows it.
+        """
         name, inner = split
         if name in self.joint:
             found = (self.refusal(part, size) for part in self.parts(split))
@@ -107,7 +116,7 @@ class OpFactors:
             return Refusal(factor=name, size=0, reason="the dim is empty")
         if inner > 1 and name in self.rigid:
             return Refusal(factor=name, size=length, reason="splits at its outermost level only")
-        if length % (inner * size):
+        if length % (inner * size) and not (may_pad and inner == 1 and self._can_pad(name)):
             seen = f"{length}" if inner == 1 else f"{length} in {inner} parts"
             return Refusal(factor=name, size=length, reason=f"size {seen} does not divide by {size}")
         least = self.least.get(name, 0)
@@ -115,6 +124,12 @@ class OpFactors:
             reason = f"a part of {length // size} is shorter than the {least} that its neighbours need"
             return Refusal(factor=name, size=length, reason=reason)
         return None
+
+    def _can_pad(self, name: str) -> bool:
+        """Whether the factor may be padded, and makes up whole dims of every tensor that has it."""
+        return name in self.padded and all(
+            names == (name,) for dims in (*self.operands, *self.outputs) for names in dims if name in names
+        )
 
     def lowering(self, name: str) -> str:
         return self.lowerings.get(name, self.split_lowering)
@@ -125,26 +140,30 @@ class OpFactors:
         first, *rest = self.joint.get(name, (name,))
         return ((first, inner), *((other, 1) for other in rest))
 
-    def _state(self, dims: Dims, split: Split) -> State | None:
+    def _state(self, dims: Dims, split: Split, size: int) -> State | None:
         for name, inner in self.parts(split):
             for dim, names in enumerate(dims):
                 if name in names:
+                    if self.sizes[name] % (inner * size):
+                        return padded_shard(dim, self.sizes[name])
                     outer = math.prod(self.sizes[before] for before in names[: names.index(name)])
                     return shard(dim, outer * inner)
         return None
 
-    def strategy(self, split: Split, differentiable: Sequence[bool]) -> Strategy:
-        """The strategy of one split. `differentiable` says for each operand whether a gradient flows back to it.
+    def strategy(self, split: Split, differentiable: Sequence[bool], size: int = 1) -> Strategy:
+        """The strategy of one split, padded where an axis of `size` ranks does not divide the factor.
+
+        `differentiable` says for each operand whether a gradient flows back to it.
 
         An operand without the factor serves every part of the loop, so its gradient is a sum over the ranks.
         """
         name, inner = split
         inputs = tuple(
-            self._state(dims, split) or (RP if gradient else R)
+            self._state(dims, split, size) or (RP if gradient else R)
             for dims, gradient in zip(self.operands, differentiable, strict=True)
         )
         absent = P if name in self.reducing else R
-        outputs = tuple(self._state(dims, split) or absent for dims in self.outputs)
+        outputs = tuple(self._state(dims, split, size) or absent for dims in self.outputs)
         label = name if inner == 1 else f"{name}.{inner}"
         return Strategy(factor=label, inputs=inputs, outputs=outputs, lowering=self.lowering(name))
 

@@ -12,10 +12,12 @@ class Lowering(StrEnum):
     SCALED_MEAN: the op on shards, its output divided by n; the output is partial.
     BIAS_ON_FIRST_RANK: the op on shards with its bias (`local_args.bias_operand`) multiplied by 1 on rank 0 and by 0 on
         the others; the output is partial and so is the bias's gradient.
-    VOCAB_PARALLEL_EMBEDDING: the weight holds rows [i*v/n, (i+1)*v/n): ids outside give rows of zeros; output partial.
+    VOCAB_PARALLEL_EMBEDDING: the weight holds rows [i*c, (i+1)*c), c = ceil(v/n), rows from v on being padding: ids
+        outside give rows of zeros; output partial.
     SUM_OVER_COUNT: cross entropy with reduction "sum" over the local rows, divided by the number of valid targets
         (target != ignore_index) summed over the axis; the output is partial.
-    VOCAB_PARALLEL_CROSS_ENTROPY: the logits hold classes [i*c/n, (i+1)*c/n): maximum, sum of exponentials and the
+    VOCAB_PARALLEL_CROSS_ENTROPY: the logits hold classes [i*c, (i+1)*c), c = ceil(v/n), those from v on being
+        padding that never wins: maximum, sum of exponentials and the
         target's logit are reduced over the axis; the output is whole and the logits' gradient is
         (softmax - one_hot) of the local classes, with no communication.
     CAUSAL_CONTEXT: causal attention of queries [i*q/n, (i+1)*q/n) to the keys before (i+1)*q/n, the mask aligned to the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from autopar.graph.model_graph import BlockClass
+from autopar.graph.model_graph import BlockClass, Op
 from autopar.sharding.factors import OpFactors, Split
 from autopar.sharding.rules.table import gradients, op_factors, strategies_with
 from autopar.sharding.state import Kind, R, State
@@ -36,7 +36,8 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
 
     A fixed point: an op starts with one split a factor; when a neighbour can leave or take a shared tensor in a strided
     shard, the op also gets the split that makes that shard, if it has one. Ops whose tensors come from the class's
-    inputs with no gradient anywhere before them (masks, positions) are pinned to R.
+    inputs with no gradient anywhere before them (masks, positions) are pinned to R. Padded shards begin at parameters,
+    whose sizes no batch changes, and are passed on by the neighbours that can.
     """
     tensors = cls.tensor
     factors: dict[str, OpFactors] = {}
@@ -49,7 +50,11 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
         elif op.name not in pinned:
             factors[op.name] = found
 
-    splits: dict[str, dict[Split, None]] = {name: dict.fromkeys(f.default_splits()) for name, f in factors.items()}
+    splits: dict[str, dict[Split, None]] = {name: {} for name in factors}
+    for op in cls.ops:
+        for plain in factors[op.name].default_splits() if op.name in factors else ():
+            if not factors[op.name].refusal(plain, size, may_pad=_in_parameter(cls, op, factors[op.name], plain)):
+                splits[op.name][plain] = None
     states: dict[str, dict[State, None]] = {name: {} for name in tensors}
     ops = [op for op in cls.ops if op.name in factors]
     grew = True
@@ -62,13 +67,11 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
                 for state in states.get(name, ()):
                     split = found.split_for(dims, state)
                     for each in found.with_joint(split) if split else ():
-                        if not found.refusal(each, size):
+                        if not found.refusal(each, size, may_pad=bool(state.length)):
                             splits[op.name].setdefault(each)
             differentiable, _ = gradients(op, tensors)
             for split in splits[op.name]:
-                if found.refusal(split, size):
-                    continue
-                strategy = found.strategy(split, differentiable)
+                strategy = found.strategy(split, differentiable, size)
                 for name, state in zip((*op.operands, *op.outputs), (*strategy.inputs, *strategy.outputs), strict=True):
                     if name and state.kind is Kind.SHARDED and state not in states[name]:
                         states[name][state] = None
@@ -84,6 +87,14 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
     return ClassStrategies(
         strategies=result, unruled=tuple(unruled), factors=factors,
         splits={name: tuple(found) for name, found in splits.items()},
+    )
+
+
+def _in_parameter(cls: BlockClass, op: Op, factors: OpFactors, split: Split) -> bool:
+    """Whether the split factor lies in a parameter."""
+    return any(
+        name in cls.params and any(split[0] in names for names in dims)
+        for name, dims in zip(op.operands, factors.operands, strict=True)
     )
 
 

@@ -72,9 +72,10 @@ def conversion(src: State, dst: State, differentiable: bool) -> Conversion | Non
 
 
 def _between_shards(src: State, dst: State) -> Conversion:
-    if src.dim != dst.dim:
+    if src.dim != dst.dim and not (src.length or dst.length):
         return Conversion(forward=Collective.ALL_TO_ALL, backward=Collective.ALL_TO_ALL)
-    # Two layouts of one dim exchange pieces of unequal sizes, which an even all-to-all cannot.
+    # Two layouts of one dim, and a padded one with any other, exchange pieces of unequal sizes, which an even
+    # all-to-all cannot.
     gather, keep = Collective.ALL_GATHER, LocalAction.SLICE
     return Conversion(forward=gather, forward_local=keep, backward=gather, backward_local=keep)
 
@@ -99,9 +100,14 @@ _TABLE: dict[tuple[Kind, Kind], Conversion] = {
 
 
 def divides(shape: tuple[int, ...], state: State, size: int) -> bool:
-    """Whether a tensor of this shape can be in this state on an axis of this size: every shard has the same shape."""
+    """Whether a tensor of this shape can be in this state on an axis of this size: every shard has the same shape.
+
+    A padded state is of one length, which the size must not divide.
+    """
     if state.kind is not Kind.SHARDED:
         return True
+    if state.length:
+        return state.dim < len(shape) and shape[state.dim] == state.length and state.length % size > 0
     return state.dim < len(shape) and shape[state.dim] > 0 and shape[state.dim] % (state.outer * size) == 0
 
 
@@ -110,7 +116,7 @@ def local_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[int, .
     if state.kind is not Kind.SHARDED:
         return shape
     assert divides(shape, state, size), f"{state} does not divide {shape} by {size}"
-    return tuple(length // size if dim == state.dim else length for dim, length in enumerate(shape))
+    return tuple(-(-length // size) if dim == state.dim else length for dim, length in enumerate(shape))
 
 
 def split_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[tuple[int, ...], int]:
@@ -118,7 +124,7 @@ def split_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[tuple[
 
     Rank i's shard of x is `x.reshape(split).select(position, i).reshape(local_shape(...))`.
     """
-    assert state.kind is Kind.SHARDED, f"{state} is no shard"
+    assert state.kind is Kind.SHARDED and not state.length, f"{state} is no shard without padding"
     assert divides(shape, state, size), f"{state} does not divide {shape} by {size}"
     dim, rest = state.dim, shape[state.dim] // (state.outer * size)
     return (*shape[:dim], state.outer, size, rest, *shape[dim + 1 :]), dim + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -16,15 +16,23 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """`State(SHARDED, dim, outer)`: dim is seen as (outer, n, rest) and the axis splits n; outer=1 is a plain shard."""
+    """`State(SHARDED, dim, outer)`: dim is seen as (outer, n, rest) and the axis splits n; outer=1 is a plain shard.
+
+    A padded shard has the dim's `length` (0 elsewhere), which n does not divide: rank i holds the steps
+    [i*c, (i+1)*c), c = ceil(length / n), those from `length` on being padding. What is padded starts as zeros; whatever
+    it holds, it reaches no result, and its gradient is zero.
+    """
 
     kind: Kind
     dim: int = 0
     outer: int = 1
+    length: int = 0
 
     def __str__(self) -> str:
         if self.kind is not Kind.SHARDED:
             return str(self.kind)
+        if self.length:
+            return f"S({self.dim};{self.length})"
         return f"S({self.dim})" if self.outer == 1 else f"S({self.dim},{self.outer})"
 
     def at_rows(self, captured: int, rows: int) -> State:
@@ -34,17 +42,17 @@ class State:
         """
         if self.kind is not Kind.SHARDED or self.outer % captured:
             return self
-        return State(self.kind, self.dim, self.outer // captured * rows)
+        return replace(self, outer=self.outer // captured * rows)
 
     @staticmethod
     def parse(text: str) -> State:
-        """The state written as "R", "RP", "P", "S(1)" or "S(1,3)"; ValueError for anything else."""
+        """The state written as "R", "RP", "P", "S(1)", "S(1,3)" or, padded, "S(1;97)"; ValueError for anything else."""
         if text in (Kind.REPLICATED, Kind.REPLICATED_PARTIAL_GRAD, Kind.PARTIAL):
             return State(Kind(text))
-        found = re.fullmatch(r"S\((\d+)(?:,(\d+))?\)", text)
+        found = re.fullmatch(r"S\((\d+)(?:,(\d+)|;(\d+))?\)", text)
         if not found:
             raise ValueError(f"not a sharding state: {text!r}")
-        return State(Kind.SHARDED, int(found[1]), int(found[2] or 1))
+        return State(Kind.SHARDED, int(found[1]), int(found[2] or 1), int(found[3] or 0))
 
 
 R = State(Kind.REPLICATED)
@@ -54,3 +62,7 @@ P = State(Kind.PARTIAL)
 
 def shard(dim: int, outer: int = 1) -> State:
     return State(Kind.SHARDED, dim, outer)
+
+
+def padded_shard(dim: int, length: int) -> State:
+    return State(Kind.SHARDED, dim, 1, length)

@@ -94,7 +94,8 @@ class ClassCosts:
         shape = whole.shape
         for own, size in zip(_each(state), self.sizes, strict=True):
             if own.kind is Kind.SHARDED and size > 1:
-                shape = tuple(dim / size if i == own.dim else dim for i, dim in enumerate(shape))
+                part = -(-own.length // size) if own.length else shape[own.dim] / size
+                shape = tuple(part if i == own.dim else dim for i, dim in enumerate(shape))
         return whole if shape is whole.shape else LocalTensor(shape, whole.element_bytes, whole.requires_grad)
 
     def scale(self, op: Op) -> float:
@@ -105,6 +106,14 @@ class ClassCosts:
     def parts(self, strategy: Strategy | JointStrategy | None) -> int:
         """Into how many parts the strategy cuts the op's work."""
         return math.prod(size for own, size in zip(_strategies(strategy), self.sizes, strict=False) if own.factor)
+
+    def _padding(self, strategy: Strategy | JointStrategy | None) -> float:
+        """How much more than its even part of the work a rank does, padding included."""
+        ratio = 1.0
+        for own, size in zip(_strategies(strategy), self.sizes, strict=False):
+            length = max((state.length for state in (*own.inputs, *own.outputs)), default=0)
+            ratio *= -(-length // size) * size / length if length else 1.0
+        return ratio
 
     def saved_extra_bytes(self, op: Op, strategy: Strategy | JointStrategy | None) -> float:
         """What the op keeps on this rank besides tensors of the graph."""
@@ -155,7 +164,7 @@ class ClassCosts:
         if found is not None:
             return found
         parts = self.parts(strategy)
-        share = self.scale(op) / parts
+        share = self.scale(op) / parts * self._padding(strategy)
         operands = [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)]
         results = [self.local(name, state) for name, state in zip(op.outputs, outputs, strict=False) if name]
         saved = sum(self._whole[name].size_bytes / parts for name in op.saved if name in self._whole)

@@ -33,13 +33,15 @@ def causal_batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def gpt2(dropout: float = 0.0, attention: str = "sdpa") -> tuple[nn.Module, dict[str, Tensor], Any]:
+def gpt2(
+    dropout: float = 0.0, attention: str = "sdpa", vocabulary: int = VOCABULARY
+) -> tuple[nn.Module, dict[str, Tensor], Any]:
     """GPT-2: fused QKV, biases, tied embeddings."""
     import transformers
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = transformers.GPT2Config(
-        n_layer=2, n_embd=32, n_head=4, vocab_size=VOCABULARY, n_positions=LENGTH, resid_pdrop=dropout,
+        n_layer=2, n_embd=32, n_head=4, vocab_size=vocabulary, n_positions=LENGTH, resid_pdrop=dropout,
         embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, attn_implementation=attention,
     )
     return transformers.GPT2LMHeadModel(config), causal_batch(), None
@@ -58,6 +60,11 @@ def gpt2_eager() -> tuple[nn.Module, dict[str, Tensor], Any]:
 def gpt2_eager_dropout() -> tuple[nn.Module, dict[str, Tensor], Any]:
     """GPT-2 with dropout, whose attention is products and a softmax."""
     return gpt2(dropout=0.2, attention="eager")
+
+
+def gpt2_uneven() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """GPT-2 with a vocabulary that neither 2 nor 4 divides, as its own 50257."""
+    return gpt2(vocabulary=VOCABULARY + 1)
 
 
 def llama(tied: bool = True, attention: str = "sdpa") -> tuple[nn.Module, dict[str, Tensor], Any]:

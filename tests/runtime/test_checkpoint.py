@@ -57,7 +57,8 @@ def load_and_go_on(model: str, plan: Plan, directory: str) -> tuple[list[float],
 
 @pytest.mark.parametrize(
     ("model", "before", "after"),
-    [("gpt2", "tp2xpp2_m2", "fsdp2xtp2"), ("llama", "fsdp2_zero2", "pp2xdp2_m2"), ("llama_untied", "hsdp2x2", "tp4")],
+    [("gpt2", "tp2xpp2_m2", "fsdp2xtp2"), ("llama", "fsdp2_zero2", "pp2xdp2_m2"), ("llama_untied", "hsdp2x2", "tp4"),
+     ("gpt2_uneven", "tp4", "fsdp2xtp2")],
 )
 def test_a_checkpoint_loads_under_another_plan(
     pool: LocalPool, tmp_path: Path, model: str, before: str, after: str

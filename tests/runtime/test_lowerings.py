@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from autopar.runtime import lowerings
-from autopar.runtime.collectives import Axis, all_gather, all_reduce
+from autopar.runtime.collectives import Axis, all_gather, all_reduce, take_shard
 from autopar.runtime.local import LocalPool
 from autopar.runtime.lowerings import special_program
 
@@ -17,24 +17,24 @@ pytestmark = pytest.mark.processes
 aten = torch.ops.aten
 
 
-def embedding_errors() -> list[float]:
-    """Of the value and of the gradient, with padding on each side of the split."""
+def embedding_errors(num_rows: int) -> list[float]:
+    """Of the value and of the gradient, with padding on each side of the split; an uneven table ends in zeros."""
     axis = world_axis()
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(12, 5, dtype=torch.float64, generator=generator)
-    ids = torch.randint(0, 12, (3, 7), generator=generator)
+    weight = torch.randn(num_rows, 5, dtype=torch.float64, generator=generator)
+    ids = torch.randint(0, num_rows, (3, 7), generator=generator)
     upstream = torch.randn(3, 7, 5, dtype=torch.float64, generator=generator)
     errors = []
-    for padding in (-1, 1, 11):
+    for padding in (-1, 1, num_rows - 1):
         whole = weight.clone().requires_grad_()
         aten.embedding.default(whole, ids, padding).backward(upstream)
-        local = weight.chunk(axis.size)[axis.rank].clone().requires_grad_()
+        local = take_shard(axis, weight, 0, 1, num_rows).requires_grad_()
         program = special_program("vocab_parallel_embedding", aten.embedding.default, axis)
         out = program(local, ids, padding)
         out.backward(upstream)
         assert local.grad is not None and whole.grad is not None
         errors.append((all_reduce(axis, out.detach()) - weight[ids]).abs().max().item())
-        errors.append((local.grad - whole.grad.chunk(axis.size)[axis.rank]).abs().max().item())
+        errors.append((local.grad - take_shard(axis, whole.grad, 0, 1, num_rows)).abs().max().item())
     return errors
 
 
@@ -67,26 +67,33 @@ def embedding_bag_errors() -> list[float]:
     return errors
 
 
-def cross_entropy_errors() -> list[float]:
-    """Of value and gradient for each reduction, with ignored targets and large logits; then with three dims."""
+def cross_entropy_errors(num_classes: int) -> list[float]:
+    """Of value and gradient for each reduction, with ignored targets and large logits; then with three dims.
+
+    Logits of an uneven number of classes are padded with zeros, which are far above those of the classes.
+    """
     axis = world_axis()
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for shape in ((9, 12), (3, 12, 4)):
-        logits = torch.randn(shape, dtype=torch.float64, generator=generator) * 30 + 1000
-        target = torch.randint(0, 12, (shape[0], *shape[2:]), generator=generator)
+    for shape in ((9, num_classes), (3, num_classes, 4)):
+        logits = torch.randn(shape, dtype=torch.float64, generator=generator) * 30
+        logits += 1000 if num_classes % axis.size == 0 else -1000
+        target = torch.randint(0, num_classes, (shape[0], *shape[2:]), generator=generator)
         target.view(-1)[::4] = -7
         for reduction in (1, 2):
             whole = logits.clone().requires_grad_()
             expected = aten.cross_entropy_loss.default(whole, target, None, reduction, -7)
             expected.backward()
-            local = logits.chunk(axis.size, dim=1)[axis.rank].clone().requires_grad_()
-            program = special_program("vocab_parallel_cross_entropy", aten.cross_entropy_loss.default, axis)
+            local = take_shard(axis, logits, 1, 1, num_classes).requires_grad_()
+            program = special_program(
+                "vocab_parallel_cross_entropy", aten.cross_entropy_loss.default, axis,
+                num_classes=num_classes if num_classes % axis.size else 0,
+            )
             loss = program(local, target, None, reduction, -7)
             loss.backward()
             assert local.grad is not None and whole.grad is not None
             errors.append(abs(loss.item() - expected.item()))
-            errors.append((local.grad - whole.grad.chunk(axis.size, dim=1)[axis.rank]).abs().max().item())
+            errors.append((local.grad - take_shard(axis, whole.grad, 1, 1, num_classes)).abs().max().item())
     return errors
 
 
@@ -196,8 +203,9 @@ def test_causal_attention_drops_other_weights_on_each_rank(pool: LocalPool) -> N
         assert not torch.equal(one, other)
 
 
-def test_embedding_with_a_split_vocabulary(pool: LocalPool) -> None:
-    for errors in pool.run(embedding_errors, num_ranks=2):
+@pytest.mark.parametrize(("num_rows", "size"), [(12, 2), (11, 2), (5, 4)])
+def test_embedding_with_a_split_vocabulary(pool: LocalPool, num_rows: int, size: int) -> None:
+    for errors in pool.run(embedding_errors, num_rows, num_ranks=size):
         assert max(errors) < 1e-12
 
 
@@ -206,8 +214,9 @@ def test_bags_with_a_split_vocabulary(pool: LocalPool) -> None:
         assert max(errors) < 1e-12
 
 
-def test_cross_entropy_with_a_split_vocabulary(pool: LocalPool) -> None:
-    for errors in pool.run(cross_entropy_errors, num_ranks=2):
+@pytest.mark.parametrize(("num_classes", "size"), [(12, 2), (11, 2), (5, 4)])  # 5 on 4: the last has padding alone
+def test_cross_entropy_with_a_split_vocabulary(pool: LocalPool, num_classes: int, size: int) -> None:
+    for errors in pool.run(cross_entropy_errors, num_classes, num_ranks=size):
         assert max(errors) < 1e-10
 
 

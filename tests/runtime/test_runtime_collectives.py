@@ -12,12 +12,12 @@ from torch import Tensor
 from autopar.runtime.collectives import Axis, all_reduce, converter, take_shard
 from autopar.runtime.local import LocalPool
 from autopar.sharding.reshard import conversion
-from autopar.sharding.state import RP, Kind, P, R, State, shard
+from autopar.sharding.state import RP, Kind, P, R, State, padded_shard, shard
 
 pytestmark = pytest.mark.processes
 
-SHAPE = (8, 16, 24)
-STATES = (R, RP, P, shard(0), shard(1), shard(2), shard(1, 2), shard(2, 3))
+SHAPE = (8, 16, 24, 5)
+STATES = (R, RP, P, shard(0), shard(1), shard(2), shard(1, 2), shard(2, 3), padded_shard(3, 5))
 
 
 def world_axis() -> Axis:
@@ -30,7 +30,7 @@ def world_axis() -> Axis:
 def represent(axis: Axis, whole: Tensor, state: State, *, is_gradient: bool, seed: int) -> Tensor:
     """One rank's tensor in a state. What is partial differs by rank and sums to the whole."""
     if state.kind is Kind.SHARDED:
-        return take_shard(axis, whole, state.dim, state.outer)
+        return take_shard(axis, whole, state.dim, state.outer, state.length)
     if state.kind is (Kind.REPLICATED_PARTIAL_GRAD if is_gradient else Kind.PARTIAL):
         parts = torch.randn(axis.size, *whole.shape, dtype=whole.dtype, generator=torch.Generator().manual_seed(seed))
         parts[-1] = whole - parts[:-1].sum(dim=0)

@@ -93,6 +93,9 @@ def call(op: Op, operands: list[T]) -> list[T]:
 def shard_of(value: T, state: State, rank: int, size: int) -> T:
     if state.kind is not Kind.SHARDED:
         return value.clone()
+    if state.length:
+        missing = value.new_zeros([-n % size if d == state.dim else n for d, n in enumerate(value.shape)])
+        return torch.cat((value, missing), state.dim).chunk(size, state.dim)[rank].clone()
     split, position = split_shape(tuple(value.shape), state, size)
     shape = list(value.shape)
     shape[state.dim] //= size
@@ -100,6 +103,8 @@ def shard_of(value: T, state: State, rank: int, size: int) -> T:
 
 
 def unshard(parts: list[T], state: State) -> T:
+    if state.length:
+        return torch.cat(parts, state.dim).narrow(state.dim, 0, state.length)
     shape = list(parts[0].shape)
     local = shape[state.dim] // state.outer
     pieces = [part.reshape(*shape[: state.dim], state.outer, local, *shape[state.dim + 1 :]) for part in parts]
@@ -143,13 +148,23 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return difference * (grads[0] * weight).unsqueeze(1), None, None, None, None
 
 
-def _vocab_parallel_cross_entropy(op: Op, ranks: list[list[T]]) -> list[list[T]]:
+def padding(parts: list[T], state: State) -> T:
+    """What lies in the parts behind the dim's last step; nothing for a shard without padding."""
+    whole = torch.cat(parts, state.dim)
+    first = state.length or whole.shape[state.dim]
+    return whole.narrow(state.dim, first, whole.shape[state.dim] - first)
+
+
+def _vocab_parallel_cross_entropy(op: Op, ranks: list[list[T]], state: State) -> list[list[T]]:
     reduction = op.args[3] if len(op.args) > 3 else 1
     ignore = op.args[4] if len(op.args) > 4 else -100
     logits = [given[0] if given[0].dim() > 1 else given[0].unsqueeze(0) for given in ranks]
     target = ranks[0][1] if ranks[0][0].dim() > 1 else ranks[0][1].unsqueeze(0)
     whole = torch.cat([part.detach() for part in logits], 1)
-    log_sum = sum(part.detach().exp().sum(1) for part in logits).log()  # type: ignore[union-attr]
+    log_sum = whole[:, : state.length or None].logsumexp(1)
+    padded = torch.zeros_like(whole)
+    padded[:, state.length or whole.shape[1] :] = -torch.inf
+    logits = [part + bar for part, bar in zip(logits, padded.chunk(len(ranks), 1), strict=True)]
     valid = target != ignore
     safe = target.masked_fill(~valid, 0)
     target_logit = whole.gather(1, safe.unsqueeze(1)).squeeze(1)
@@ -212,7 +227,7 @@ def reference(
     local = local_op(op, strategy, tensors, size) if tensors else op
     lowering = strategy.lowering
     if lowering == Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
-        return _vocab_parallel_cross_entropy(local, leaves)
+        return _vocab_parallel_cross_entropy(local, leaves, strategy.inputs[0])
     if lowering == Lowering.SUM_OVER_COUNT:
         ignore = op.args[4] if len(op.args) > 4 else -100
         count = sum(int((given[1] != ignore).sum()) for given in leaves)
@@ -285,7 +300,9 @@ def _close(actual: T | None, expected: T | None, what: str) -> None:
     )
 
 
-def _compare(parts: list[T | None], whole: T | None, state: State, what: str, summed: bool) -> None:
+def _compare(
+    parts: list[T | None], whole: T | None, state: State, what: str, summed: bool, *, is_gradient: bool = False
+) -> None:
     """`summed`: this state's parts add up to the whole (P in the forward, RP in the backward)."""
     if whole is None or any(part is None for part in parts):
         for part in parts:
@@ -293,6 +310,9 @@ def _compare(parts: list[T | None], whole: T | None, state: State, what: str, su
         _close(whole, None, what)
     elif state.kind is Kind.SHARDED:
         _close(unshard(parts, state), whole, what)  # type: ignore[arg-type]
+        behind = padding(parts, state)  # type: ignore[arg-type]
+        assert behind.isfinite().all(), f"{what}: padding that is not finite"
+        assert not (is_gradient and behind.any()), f"{what}: padding with a gradient"
     elif summed:
         _close(sum(parts[1:], parts[0]), whole, what)  # type: ignore[arg-type]
     else:
@@ -368,4 +388,4 @@ def check(built: Built, strategy: Strategy, size: int) -> None:
         whole = expected[position]
         if summed and whole is None:
             whole = torch.zeros_like(built.operands[index])
-        _compare(parts, whole, state, f"{title}: gradient of operand {index}", summed)
+        _compare(parts, whole, state, f"{title}: gradient of operand {index}", summed, is_gradient=True)

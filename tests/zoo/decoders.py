@@ -10,6 +10,7 @@ import transformers
 from entry import LENGTH, VOCABULARY, Built, Entry, causal_batch
 
 _TOKENS: dict[str, Any] = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2, vocab_size=VOCABULARY)
+_ODD: dict[str, Any] = dict(vocab_size=VOCABULARY + 1)  # no axis divides it
 _MODERN: dict[str, Any] = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=32, **_TOKENS,
@@ -36,7 +37,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2", _MODERN),
     # Variants of the same families: what does not divide, other attention, other block layouts.
     "gpt2_odd": ("GPT2", dict(n_layer=2, n_embd=40, n_head=5, n_positions=LENGTH, resid_pdrop=0.0, embd_pdrop=0.0,
-                              attn_pdrop=0.0, **_TOKENS | dict(vocab_size=97), scale_attn_by_inverse_layer_idx=True)),
+                              attn_pdrop=0.0, **_TOKENS | _ODD, scale_attn_by_inverse_layer_idx=True)),
     "opt_projected": ("OPT", dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
                                   word_embed_proj_dim=16, max_position_embeddings=32, dropout=0.0,
                                   do_layer_norm_before=False, **_TOKENS)),
@@ -48,9 +49,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
                                   new_decoder_architecture=True, bias=True, **_TOKENS)),
     "falcon_alibi": ("Falcon", dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=False,
                                     alibi=True, parallel_attn=False, **_TOKENS)),
-    "phi_normed": ("Phi", _MODERN | dict(num_key_value_heads=2, partial_rotary_factor=1.0, qk_layernorm=True)),
+    "gemma2_odd": ("Gemma2", _MODERN | _ODD | dict(hidden_size=30, head_dim=8, num_attention_heads=3,
+                                                   num_key_value_heads=1)),
+    "phi_normed": ("Phi", _MODERN | _ODD | dict(num_key_value_heads=2, partial_rotary_factor=1.0, qk_layernorm=True)),
     "bloom_odd": ("Bloom", dict(hidden_size=40, n_layer=2, n_head=5, hidden_dropout=0.0, attention_dropout=0.0,
-                                slow_but_exact=False, apply_residual_connection_post_layernorm=True, **_TOKENS)),
+                                slow_but_exact=False, apply_residual_connection_post_layernorm=True, **_TOKENS | _ODD)),
 }
 
 

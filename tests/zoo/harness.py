@@ -12,7 +12,6 @@ from autopar.plan.plan import Plan
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import ParityReport, capture_for, compare
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.sharding.state import Kind, State
 
 DTYPE = "float64"
 
@@ -49,10 +48,3 @@ def parity(entry: Entry, plan: Plan, pool: LocalPool) -> ParityReport:
 def num_split_ops(plan: Plan) -> int:
     """Ops of the plan's classes that split a factor."""
     return sum(bool(strategy.factor) for choice in plan.shardings for _, strategy in choice.ops)
-
-
-def is_even(shape: tuple[int, ...], state: State, size: int) -> bool:
-    """Whether every rank of the axis gets a shard of the same size."""
-    if state.kind is not Kind.SHARDED:
-        return True
-    return state.dim < len(shape) and shape[state.dim] % (state.outer * size) == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from all_entries import ENTRIES
 from entry import Entry
-from harness import captured, is_even
+from harness import captured
 
 from autopar.graph.model_graph import BlockClass
 from autopar.sharding.propagate import class_strategies
+from autopar.sharding.reshard import divides
 from autopar.sharding.state import RP, R
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and torch.export warn of their own deprecations
@@ -39,6 +40,7 @@ def test_every_op_has_a_rule(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_strategy_fits_its_tensors(entry: Entry, size: int) -> None:
+    graph = captured(entry).graph
     for cls in classes_of(entry):
         found = class_strategies(cls, size)
         for op in cls.ops:
@@ -46,8 +48,9 @@ def test_every_strategy_fits_its_tensors(entry: Entry, size: int) -> None:
             assert choices[0].inputs == (R,) * len(op.operands)
             assert len({(s.inputs, s.outputs, s.lowering) for s in choices}) == len(choices)
             for choice in choices:
-                placed = zip((*op.operands, *op.outputs), (*choice.inputs, *choice.outputs), strict=True)
-                uneven = [(t, state) for t, state in placed if t and not is_even(cls.tensor[t].shape, state, size)]
+                placed = [*zip((*op.operands, *op.outputs), (*choice.inputs, *choice.outputs), strict=True)]
+                uneven = [(t, state) for t, state in placed if t and not divides(cls.tensor[t].shape, state, size)]
                 assert not uneven, f"{op.name} ({op.target}): {uneven}"
+                assert not any(state.length and graph.depends_on_rows(state.length) for _, state in placed)
                 for tensor, state in zip(op.operands, choice.inputs, strict=True):
                     assert state != RP or cls.tensor[tensor].requires_grad

@@ -18,7 +18,7 @@ def embedding(call: Call) -> OpFactors:
     ids = call.factors("b", call.shape("indices"))
     lowerings = {"v": Lowering.VOCAB_PARALLEL_EMBEDDING}
     operands = {"weight": (v, d), "indices": ids}
-    return call.build(operands, ((*ids, d),), reducing=(v,), rigid=(v,), lowerings=lowerings)
+    return call.build(operands, ((*ids, d),), reducing=(v,), rigid=(v,), padded=(v,), lowerings=lowerings)
 
 
 @rule("aten.index_select", signature="self dim index")

@@ -43,6 +43,7 @@ def cross_entropy(call: Call) -> OpFactors:
         reducing=() if reduction == _NONE else rows,
         whole=(c,),
         rigid=(c,),
+        padded=(c,),
         lowerings=lowerings,
     )
 

@@ -17,7 +17,9 @@ def linear(call: Call) -> OpFactors:
     rows, k = call.factors("b", x[:-1]), call.factor("k", x[-1])
     n = (call.factor("n", w[0]),) if len(w) == 2 else ()
     operands = {"input": (*rows, k), "weight": (*n, k), "bias": n}
-    return call.build(operands, ((*rows, *n),), reducing=(k,), lowerings=_with_bias(call, k, "bias"))
+    # Rows of zeros in weight and bias give zeros; no gradient comes back to those, so the rows stay zeros.
+    lowerings = _with_bias(call, k, "bias")
+    return call.build(operands, ((*rows, *n),), reducing=(k,), padded=n, lowerings=lowerings)
 
 
 @rule("aten.addmm", "aten.baddbmm", signature="bias a b")

@@ -12,7 +12,7 @@ abs absolute acos acosh asin asinh atan atanh angle bitwise_not ceil celu clamp 
 deg2rad digamma elu erf erfc erfinv exp exp2 expm1 fix floor frac gelu hardshrink hardsigmoid hardswish hardtanh
 isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num positive
 rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
-sqrt square tan tanh threshold trunc i0 polygamma
+sqrt square tan threshold trunc i0 polygamma
 ones_like zeros_like full_like empty_like fill
 """
 _BINARY_AND_MORE = """
@@ -30,7 +30,10 @@ def _targets(names: str) -> list[str]:
     return [target for name in names.split() for target in (f"aten.{name}", f"aten.{name}_")]
 
 
-def _pointwise(call: Call, linear: tuple[tuple[int, ...], ...] = (), split_lowering: str = "") -> OpFactors:
+def _pointwise(
+    call: Call, linear: tuple[tuple[int, ...], ...] = (), split_lowering: str = "", keeps_padding: bool = False
+) -> OpFactors:
+    """`keeps_padding`: of one tensor, and value and derivative are finite wherever the operand is."""
     shapes = call.operand_shapes()
     dims = call.factors("i", broadcast(shapes))
     operands = tuple(aligned(shape, dims) for shape in shapes)
@@ -39,8 +42,14 @@ def _pointwise(call: Call, linear: tuple[tuple[int, ...], ...] = (), split_lower
         operands=operands,
         outputs=(dims,) * len(call.op.outputs),
         linear=linear,
+        padded=frozenset(call.sizes) if keeps_padding and len(shapes) == 1 else frozenset(),
         split_lowering=split_lowering,
     )
+
+
+@rule(*_targets("tanh"))
+def hyperbolic_tangent(call: Call) -> OpFactors:
+    return _pointwise(call, keeps_padding=True)
 
 
 @rule(*_targets(_UNARY), *_targets(_BINARY_AND_MORE), "aten.max.other", "aten.min.other")
@@ -61,13 +70,13 @@ def addition(call: Call) -> OpFactors:
 
 @rule(*_targets("mul multiply"), signature="self other")
 def multiplication(call: Call) -> OpFactors:
-    return _pointwise(call, linear=tuple((i,) for i in range(len(call.op.operands))))
+    return _pointwise(call, linear=tuple((i,) for i in range(len(call.op.operands))), keeps_padding=True)
 
 
 @rule(*_targets("div divide"), signature="self other")
 def division(call: Call) -> OpFactors:
     linear = call.is_tensor("self") and not call.has("rounding_mode")
-    return _pointwise(call, linear=((0,),) if linear else ())
+    return _pointwise(call, linear=((0,),) if linear else (), keeps_padding=linear)
 
 
 @rule(*_targets(_SAME_VALUE))
@@ -83,6 +92,7 @@ def same_value(call: Call) -> OpFactors:
         operands=(dims, *model),
         outputs=(dims,) * len(call.op.outputs),
         blocked=call.blocked,
+        padded=frozenset(name for names in dims for name in names),
         linear=((0,),) if floats else (),
     )
 

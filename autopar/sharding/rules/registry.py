@@ -85,6 +85,7 @@ class Call:
         reducing: Sequence[Factor] = (),
         whole: Sequence[Factor] = (),
         rigid: Sequence[Factor] = (),
+        padded: Sequence[Factor] = (),
         least: Mapping[str, int] | None = None,
         lowerings: Mapping[str, str] | None = None,
         split_lowering: str = "",
@@ -113,6 +114,7 @@ class Call:
             lowerings={
                 name: low for name, low in (lowerings or {}).items() if name in self.sizes or name in (joint or {})
             },
+            padded=frozenset(name for names in padded for name in names),
             split_lowering=split_lowering,
             linear=tuple(tuple(positions) for positions in linear),
             joint=joint or {},

@@ -40,23 +40,32 @@ def gradients(op: Op, tensors: Mapping[str, TensorInfo]) -> tuple[tuple[bool, ..
 def strategies_with(
     op: Op, tensors: Mapping[str, TensorInfo], size: int, factors: OpFactors | None, splits: Iterable[Split]
 ) -> tuple[Strategy, ...]:
-    """The unsplit strategies (R, RP, P where linear) and then those of the given splits that the axis can make."""
+    """The unsplit strategies (R, RP, P where linear) and then those of the given splits that the axis can make.
+
+    Where it does not divide a factor and the rule allows it, the shards are padded.
+    """
     differentiable, output_gradient = gradients(op, tensors)
     if factors is None:
         return unsplit_strategies(differentiable, output_gradient)
     found = list(unsplit_strategies(differentiable, output_gradient, factors.linear))
     if size > 1:
-        found += [factors.strategy(split, differentiable) for split in splits if not factors.refusal(split, size)]
+        found += [
+            factors.strategy(split, differentiable, size)
+            for split in splits if not factors.refusal(split, size, may_pad=True)
+        ]
     return distinct(found)
 
 
 def strategies(op: Op, tensors: Mapping[str, TensorInfo], size: int) -> tuple[Strategy, ...]:
     """Every way to run the op on an axis of `size` ranks: R, RP, P where linear, then one for each splittable factor.
 
-    Strided splits are left out here: which of them are of use shows only among neighbours (`class_strategies`).
+    Strided splits and padded shards are left out here: which of them are of use shows only among neighbours
+    (`class_strategies`).
     """
     factors = op_factors(op, tensors)
-    return strategies_with(op, tensors, size, factors, factors.default_splits() if factors else ())
+    splits = factors.default_splits() if factors else ()
+    even = [split for split in splits if factors and not factors.refusal(split, size)]
+    return strategies_with(op, tensors, size, factors, even)
 
 
 def refusals(op: Op, tensors: Mapping[str, TensorInfo], size: int) -> tuple[Refusal, ...]:

@@ -33,7 +33,7 @@ def reshape(call: Call) -> OpFactors:
     call.sizes.update(common.sizes)
     call.blocked.update(dict.fromkeys(common.opaque, "the reshape mixes this dim with its neighbours"))
     operands = {"self": common.before, "other": common.after, "arg1": common.after}
-    return call.build(operands, (common.after,), linear=_FIRST)
+    return call.build(operands, (common.after,), padded=common.after, linear=_FIRST)
 
 
 @rule("aten.view.dtype", signature="self dtype")
@@ -49,7 +49,8 @@ def permutation(call: Call) -> OpFactors:
     shape = call.shape("self")
     dims = call.factors("i", shape)
     name = call.op.target.split(".")[1]
-    return call.build({"self": dims}, (tuple(dims[i] for i in _order(call, name, len(shape))),), linear=_FIRST)
+    out = tuple(dims[i] for i in _order(call, name, len(shape)))
+    return call.build({"self": dims}, (out,), padded=dims, linear=_FIRST)
 
 
 def _order(call: Call, name: str, rank: int) -> list[int]:
@@ -130,7 +131,7 @@ def _cut(call: Call, dim: int, cuts: Sequence[int], lengths: Sequence[int]) -> O
     for index, taken in enumerate(lengths):
         blocks = call.factor(f"o{index}", taken // length, _MANY_DIM)
         outputs.append((*rest[:dim], (*blocks, *inner) if taken else blocks, *rest[dim + 1 :]))
-    return call.build({"self": (*rest[:dim], whole, *rest[dim + 1 :])}, outputs, linear=_FIRST)
+    return call.build({"self": (*rest[:dim], whole, *rest[dim + 1 :])}, outputs, padded=rest, linear=_FIRST)
 
 
 @rule("aten.slice", signature="self dim start end step")
