@@ -106,9 +106,14 @@ def joined(one: Frontier, other: Frontier) -> Frontier:
 def _unbeaten(held: Table, added: Table, counts: NDArray[np.int32]) -> Frontier:
     order = np.lexsort((added, held))
     held, added, counts = held[order], added[order], counts[order]
-    least = np.minimum.accumulate(added)
-    kept = np.concatenate([[True], added[1:] < least[:-1] * (1 - ROUNDING)])
+    kept = _falls(added)
     return Frontier(held[kept], added[kept], counts[kept])
+
+
+def _falls(added: Table) -> NDArray[np.bool_]:
+    """Where times, in ascending order of bytes, are less than all before."""
+    least = np.minimum.accumulate(added)
+    return np.concatenate([[True], added[1:] < least[:-1] * (1 - ROUNDING)])
 
 
 @lru_cache(maxsize=64)
@@ -132,13 +137,37 @@ def frontiers(options: Options, num_layers: int, weights: Weights) -> list[Front
     return known
 
 
+Points = tuple[tuple[float, float], ...]  # (bytes, seconds) of options: ascending in bytes, falling in time
+
+
+def _points(options: Options, weights: Weights) -> Points:
+    """What the options hold and add, without those that another beats in both."""
+    found: list[tuple[float, float]] = []
+    for point in sorted((option.held_bytes, option.added_s(weights)) for option in options):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return tuple(found)
+
+
 @lru_cache(maxsize=256)
-def _steps(options: Options, num_layers: int, weights: Weights) -> tuple[float, Table, Table]:
-    """All frontiers of 0 to `num_layers` layers in one ascending table: n * width + bytes, and the least added time."""
-    known = frontiers(options, num_layers, weights)[: num_layers + 1]
-    width = 2.0 * (num_layers * max(option.held_bytes for option in options) + 1.0)
-    keys = np.concatenate([number * width + each.held_bytes for number, each in enumerate(known)])
-    return width, keys, np.concatenate([each.added_s for each in known])
+def _steps(points: Points, num_layers: int) -> tuple[float, Table, Table]:
+    """The frontiers of 0 to `num_layers` layers in one ascending table: n * width + bytes, and the least added time."""
+    width = 2.0 * (num_layers * points[-1][0] + 1.0)
+    known = [(np.zeros(1), np.zeros(1))]
+    held, added = (np.array(column) for column in zip(*points, strict=True))
+    for number in range(1, num_layers + 1):
+        if len(points) <= 2:  # every count of the second is unbeaten
+            second = np.arange(number + 1 if len(points) == 2 else 1)
+            known.append(((number - second) * held[0] + second * held[-1],
+                          (number - second) * added[0] + second * added[-1]))
+            continue
+        last = known[-1]
+        sums = (last[0][:, None] + held[None, :]).ravel(), (last[1][:, None] + added[None, :]).ravel()
+        order = np.lexsort((sums[1], sums[0]))
+        kept = _falls(sums[1][order])
+        known.append((sums[0][order][kept], sums[1][order][kept]))
+    keys = np.concatenate([number * width + each for number, (each, _) in enumerate(known)])
+    return width, keys, np.concatenate([each for _, each in known])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +288,7 @@ def least_added(
 def _exact(options: Options, numbers: NDArray[np.intp], budget: Table, weights: Weights) -> Table:
     if not options:
         return np.where((numbers == 0) & (budget >= 0), 0.0, np.inf)
-    width, keys, added = _steps(options, int(numbers.max(initial=0)), weights)
+    width, keys, added = _steps(_points(options, weights), int(numbers.max(initial=0)))
     own = numbers * width
     index = np.searchsorted(keys, own + np.clip(budget, -0.25 * width, 0.75 * width), side="right") - 1
     fits = (index >= 0) & (keys[np.maximum(index, 0)] >= own)
