@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.graph.grouped import grouped_product, grouped_weight_gradient
+
 EXPERTS_OP = "autopar.experts.default"
 # How the columns of the first product make up the inner dim: gates then ups, gate and up by turns, as they are.
 HALVES, PAIRS, SINGLE = "halves", "pairs", "single"
@@ -194,17 +196,11 @@ class _Routed:
 
     def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Each row with its expert's matrix of `weight` (experts, in, out), plus its expert's bias."""
-        out = rows.new_empty((len(rows), weight.shape[-1]))
-        for expert, start, end in self.spans:
-            torch.mm(rows[start:end], weight[expert], out=out[start:end])
+        out = grouped_product(rows, weight, self.spans)
         return out if bias is None else out.add_(bias[self.experts])
 
     def weight_gradient(self, rows: Tensor, grads: Tensor, weight: Tensor) -> Tensor:
-        """The gradient of `weight` (experts, in, out) of `product`, laid out in memory as the weight is."""
-        out = torch.zeros_like(weight)
-        for expert, start, end in self.spans:
-            out[expert].add_(rows[start:end].t() @ grads[start:end])
-        return out
+        return grouped_weight_gradient(rows, grads, weight, self.spans)
 
     def sum_by_expert(self, rows: Tensor, like: Tensor) -> Tensor:
         return torch.zeros_like(like).index_add_(0, self.experts, rows)
@@ -237,6 +233,7 @@ def experts(
     kept = hidden.new_empty((index.numel(), _matrices(up, transposed).shape[-1]))
     used = routed.product(hidden[routed.tokens], _matrices(up, transposed), up_bias)
     kept[: len(used)] = used
+    kept[len(used) :] = 0
     rows = routed.product(gate_program(gate)(used), _matrices(down, transposed), down_bias)
     rows = rows * weights.reshape(-1)[routed.places].unsqueeze(-1)
     return routed.sum_by_token(rows).to(hidden.dtype), kept

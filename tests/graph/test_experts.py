@@ -105,6 +105,31 @@ def test_the_text_of_a_gate_is_its_function(gate: Any, width: int, layout: str) 
     assert gate_layout(text, width) == layout
 
 
+def test_the_op_keeps_torch_s_rules_for_ops_and_compiles_whole() -> None:
+    def gate(rows: Tensor) -> Tensor:
+        return torch.relu(rows[..., ::2]) * rows[..., 1::2]
+
+    text = gate_text(gate, 8, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 3), (6, 2), (4, 8, 3), (4, 3, 4), (4, 8), (4, 3))
+    hidden, weights, *held = [
+        torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes
+    ]
+    index = torch.randint(-1, 5, (6, 2), generator=generator)
+    given = (hidden, index, weights, *held, False, text)
+    torch.library.opcheck(torch.ops.autopar.experts.default, given)
+
+    def doubled(*args: Any) -> Tensor:
+        result: Tensor = torch.ops.autopar.experts(2 * args[0], *args[1:])[0].sin()
+        return result
+
+    leaves = [hidden, weights, *held]
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    found, wanted = (torch.autograd.grad(run_(*given).sum(), leaves) for run_ in (compiled, doubled))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class _Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
