@@ -28,7 +28,7 @@ OFFLOAD_NOTE = (
 NOT_SEARCHED = (
     "stages with different meshes or ZeRO levels",
     "interleaved, zero-bubble and other schedules than 1F1B",
-    "context and expert parallelism",
+    "context-only, expert-only axes",
     "devices in another order than the cluster's",
     "leaving devices unused",
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
