@@ -24,9 +24,9 @@ _BY_KIND: dict[OpKind, str] = {
     OpKind.VIEW: """view _unsafe_view reshape transpose permute t unsqueeze squeeze expand expand_as view_as reshape_as
         slice select narrow detach alias split split_with_sizes chunk unbind flatten unflatten movedim swapaxes swapdims
         lift_fresh lift_fresh_copy as_strided diagonal getitem sym_size unsafe_split unsafe_chunk tensor_split
-        contiguous identity _assert_tensor_metadata mT numpy_T broadcast_tensors""",
+        contiguous identity _assert_tensor_metadata mT numpy_T view_as_complex view_as_real broadcast_tensors""",
     OpKind.POINTWISE: """add sub rsub mul div neg pow rsqrt sqrt exp log log1p log2 expm1 tanh gelu silu relu sigmoid
-        to _to_copy type_as clone where masked_fill cos sin eq ne lt gt ge le logical_and logical_or logical_not
+        to _to_copy type_as clone where masked_fill cos sin polar eq ne lt gt ge le logical_and logical_or logical_not
         logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor clamp clamp_min clamp_max abs dropout native_dropout
         tril triu square reciprocal erf hardtanh hardswish hardsigmoid leaky_relu elu celu selu mish softplus logsigmoid
         maximum minimum isnan isinf copy fill floor ceil round trunc sign remainder fmod floor_divide float bfloat16

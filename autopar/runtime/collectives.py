@@ -106,6 +106,8 @@ def all_to_all(axis: Axis, x: Tensor, src: State, dst: State) -> Tensor:
     if src.dim == dst.dim or src.length or dst.length:
         whole = all_gather(axis, x, src.dim, src.outer, src.length)
         return take_shard(axis, whole, dst.dim, dst.outer, dst.length)
+    if x.is_complex():  # gloo exchanges no complex numbers
+        return torch.view_as_complex(all_to_all(axis, torch.view_as_real(x), src, dst).contiguous())
     parts = split_dim(x, dst.dim, dst.outer, axis.size).movedim(dst.dim + 1, 0)
     parts = parts.flatten(dst.dim + 1, dst.dim + 2).contiguous()
     ones = [1] * axis.size

@@ -38,12 +38,12 @@ def represent(axis: Axis, whole: Tensor, state: State, *, is_gradient: bool, see
     return whole.clone()
 
 
-def wrong_conversions() -> list[str]:
+def wrong_conversions(dtype: torch.dtype) -> list[str]:
     """What is wrong with the conversions on this rank."""
     axis = world_axis()
     generator = torch.Generator().manual_seed(0)
-    value = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
-    gradient = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+    value = torch.randn(SHAPE, dtype=dtype, generator=generator)
+    gradient = torch.randn(SHAPE, dtype=dtype, generator=generator)
     wrong = []
     for src, dst in itertools.product(STATES, STATES):
         rule = conversion(src, dst, True)
@@ -69,6 +69,6 @@ def wrong_conversions() -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_values_and_gradients_of_all_conversions(pool: LocalPool, size: int) -> None:
-    assert pool.run(wrong_conversions, num_ranks=size) == [[]] * size
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float64), (4, torch.float64), (2, torch.complex128)])
+def test_values_and_gradients_of_all_conversions(pool: LocalPool, size: int, dtype: torch.dtype) -> None:
+    assert pool.run(wrong_conversions, dtype, num_ranks=size) == [[]] * size

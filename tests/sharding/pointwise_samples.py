@@ -15,6 +15,12 @@ clamp-0.1 clamp_-0.1 clip-0.1 lift_fresh lift_fresh_copy threshold-0.2-0.4 thres
 leaky_relu_ hardtanh_ elu_ hardswish_"""
 
 
+@sample("polar.default")
+def polar(pick: Pick, target: str) -> Sample:
+    shape = pick.shape(2)
+    return Sample(target, (pick.positive(*shape), pick.x(*shape)))
+
+
 @sample(*(f"{name.split('-')[0]}.default" for name in _UNARY.split()), draws=3)
 def unary(pick: Pick, target: str) -> Sample:
     packet = target.split(".")[1]

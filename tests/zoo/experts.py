@@ -24,6 +24,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8,
         v_head_dim=8,
     )),
+    "deepseek_v2": ("DeepseekV2", _DECODER | dict(
+        num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,
+        first_k_dense_replace=0, topk_method="greedy", q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=4,
+        qk_nope_head_dim=8, v_head_dim=8,
+    )),
     "mamba": ("Mamba", dict(num_hidden_layers=2, hidden_size=32, state_size=8, time_step_rank=4, **_TOKENS)),
     "mamba2": ("Mamba2", dict(num_hidden_layers=2, hidden_size=32, state_size=8, num_heads=8, head_dim=8, n_groups=2,
                               chunk_size=8, **_TOKENS)),

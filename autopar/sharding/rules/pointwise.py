@@ -18,7 +18,7 @@ ones_like zeros_like full_like empty_like fill
 _BINARY_AND_MORE = """
 atan2 bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift copysign eq ne lt le gt ge fmax fmin
 floor_divide fmod greater greater_equal hypot isclose ldexp lerp less less_equal logaddexp logaddexp2 logical_and
-logical_or logical_xor maximum minimum not_equal pow remainder true_divide xlogy addcmul addcdiv
+logical_or logical_xor maximum minimum not_equal polar pow remainder true_divide xlogy addcmul addcdiv
 __and__ __or__ __xor__ __lshift__ __rshift__
 """
 _SAME_VALUE = "alias clone contiguous detach lift_fresh_copy lift_fresh _to_copy to type_as"
