@@ -8,7 +8,7 @@ import pytest
 
 from autopar import local_check
 from autopar.plan.file import load_plan, save_plan
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Recompute, Variant
 from autopar.profiler import LinkFit, MatmulRate, Profile
 from autopar.runtime.parity import ParityReport
 
@@ -31,6 +31,24 @@ def test_verify_runs_the_plan_and_finds_one_process_s_numbers(autopar, llama: Pa
     assert run.value["loss_error"] <= 1e-9
     assert run.value["worst_gradient_error"] <= 1e-9
     assert run.value["num_gradients"] == 39
+
+
+@pytest.mark.processes
+def test_verify_takes_layers_that_recompute_and_offload(autopar, llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    words = ("--cluster", "1xH100-80GB", "--global-batch", 2, "--seq-len", 16, "-o", path)
+    assert autopar("plan", llama, *words).code == 0
+    plan = load_plan(path)
+    (stage,) = plan.stages
+    variants = [Variant(recompute=Recompute.FULL, offload=True), Variant(recompute=Recompute.SELECTIVE)]
+    rest = [Variant()] * (plan.num_layers(stage) - 2)
+    stage = replace(stage.with_variants(variants + rest), offload_optimizer=True)
+    save_plan(replace(plan, stages=(stage,)), path)
+    run = autopar("verify", path, "--model", llama, "--dtype", "fp64", "--json")
+    assert run.code == 0, run.err
+    assert run.value["worst_gradient_error"] <= 1e-9
+    shown = autopar("show", path)
+    assert "1 full, offloaded" in " ".join(shown.out.split())
 
 
 def test_verify_fails_with_exit_code_1(autopar, llama: Path, plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
