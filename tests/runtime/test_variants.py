@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,22 @@ def test_gradients_are_those_of_keeping_everything(model: str, variants: tuple[V
     assert found.keys() == expected.keys()
     worst = max(relative_error(found[name], value) for name, value in expected.items())
     assert worst < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch looks at it itself
+def test_recomputed_cores_compile_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout; torch.compile's own backends differ in rounding, aot_eager does not."""
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    numbers = []
+    for compile_ in (False, True):
+        monkeypatch.setattr(torch, "compile", compiled)
+        plan = replace(plan_of("gpt2_eager", (SELECTIVE_AWAY, SELECTIVE), micro_batch=4), compile=compile_)
+        trainer, batch, _ = trainer_of("gpt2_eager", plan)
+        torch.manual_seed(3)
+        loss = trainer.forward_backward(batch).item()
+        numbers.append((loss, trainer.full_gradients()))
+    assert numbers[0][0] == numbers[1][0]
+    assert all(relative_error(numbers[1][1][name], value) < 1e-12 for name, value in numbers[0][1].items())
 
 
 def test_dropout_is_really_on() -> None:
