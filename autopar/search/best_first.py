@@ -261,7 +261,9 @@ class Engine:
         return cheapest(options, room, (float(m - in_flight + 1), float(m)))
 
     def _plan(self, c: Candidate, cuts: Cuts) -> Plan:
-        choice = self.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights)
+        choice = self.chooser.choose(
+            c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
+        )
         assert choice is not None, "candidates have shardings"
         request = self.request
         return Plan(
@@ -272,7 +274,7 @@ class Engine:
             num_micro_batches=c.num_micro_batches, schedule=Schedule.ONE_F_ONE_B,
             sequence_parallel=c.sequence_parallel, compile=request.compile,
             shardings=self.chooser.shardings(
-                c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights
+                c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
             ),
             notes=choice.notes, blocks=tuple(block.name for block in self.graph.blocks),
             stages=tuple(

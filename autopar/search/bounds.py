@@ -40,8 +40,8 @@ from autopar.search.elimination import Table
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.search.variants import Level, Options, Weights, layer_options, least_added, levels
+from autopar.sharding.joint import held_share
 from autopar.sharding.reshard import Collective
-from autopar.sharding.state import Kind
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, block_cost
 from autopar.simulate.class_costs import captured_dtype
@@ -351,14 +351,14 @@ class Bounds:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
         def total(numel: float, unit: float, root: float) -> float:
             found = static_bytes(
-                numel, zero=c.zero, num_shards=c.dp_shard, dtype=self._request.dtype,
+                numel, zero=c.zero, num_shards=c.num_shards, dtype=self._request.dtype,
                 param_dtype=self._request.param_dtype, optimizer=self._request.optimizer, unit_numel=unit,
                 root_numel=root,
             )
             return found.total - (found.optimizer if c.offload_optimizer else 0.0)
 
         step = step_temporary_bytes(
-            self._request.param_dtype, zero=c.zero, num_shards=c.dp_shard,
+            self._request.param_dtype, zero=c.zero, num_shards=c.num_shards,
             optimizer=self._request.optimizer if c.offload_optimizer else None,
         )
         return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), step
@@ -389,18 +389,18 @@ class Bounds:
             np.array([max(seconds(o) for o in blocks.kinds[k]) if k >= 0 else 0.0 for k in blocks.kind])
             for seconds in (attrgetter("forward_s"), attrgetter("backward_s"))
         )
-        moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.dp_shard, optimizer=self._request.optimizer)
+        moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer)
         bandwidth = memory_bandwidth(kind.device)
         once = moved / bandwidth * blocks.numel
         if c.offload_optimizer:
             once = once + blocks.numel * offloaded_step_s(
-                1.0, zero=c.zero, num_shards=c.dp_shard, optimizer=self._request.optimizer, device=kind.device
+                1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer, device=kind.device
             )
         made = StageTable(
             forward_s=forward, backward_s=backward, plain_forward_s=forward, plain_backward_s=backward,
             hidden_share=1.0, once_s=once, once_beside_s=once, blocks=blocks,
         )
-        if c.dp > 1:
+        if c.dp * c.cp > 1:
             made = self._data_parallel(c, kind, made, *most)
         if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
             adding = (DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES) * blocks.numel / bandwidth
@@ -432,7 +432,7 @@ class Bounds:
         else:
             reductions = per_block({
                 n: kind.shard.time_s(Collective.REDUCE_SCATTER, GRADIENT_BYTES * n)
-                + kind.copies.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * n / c.dp_shard)
+                + kind.copies.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * n / c.num_shards)
                 for n in sizes
             })
         copy_out = 2 * wide * numel / bandwidth
@@ -471,22 +471,27 @@ class Bounds:
             width = element_bytes(cls, captured_dtype(graph), self._request.dtype)
             for i, name in enumerate(cls.outputs):
                 info = cls.tensor[name]
-                split = cls.name in sharding and sharding[cls.name].outputs[i].kind is Kind.SHARDED
-                size = info.numel * graph.scale(info.numel, c.micro_batch) * width[name] / (c.tp if split else 1)
+                sizes_of = [size for _, size in c.mesh.inner]
+                share = held_share(tuple(own.outputs[i] for own in sharding[cls.name]), sizes_of)
+                size = info.numel * graph.scale(info.numel, c.rows) * width[name] * share
                 sizes[cls.name, i] = size, size if info.requires_grad else 0.0
         sent = [
             (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
 
-    def _shardings(self, c: Candidate) -> dict[str, ClassSharding]:
+    def _shardings(self, c: Candidate) -> dict[str, tuple[ClassSharding, ...]]:
+        """Of each class the choice on each inner axis."""
         found = self._chooser.shardings(
-            c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights
+            c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
         )
-        return {choice.cls: choice for choice in found}
+        by_axis = {(choice.axis, choice.cls): choice for choice in found}
+        return {
+            cls.name: tuple(by_axis[axis, cls.name] for axis, _ in c.mesh.inner) for cls in self._chooser.classes
+        }
 
     def _block_table(self, c: Candidate, kind: StageKind) -> BlockTable:
-        key = (c.tp, c.sequence_parallel, c.split_weights, c.micro_batch, c.pp > 1, kind.compute_kind)
+        key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.rows, c.pp > 1, kind.compute_kind)
         if key not in self._blocks:
             self._blocks[key] = self._make_blocks(c, kind)
         return self._blocks[key]
@@ -496,8 +501,8 @@ class Bounds:
         sharding = self._shardings(c)
         return {
             cls.name: block_cost(
-                self._graph, cls, sharding.get(cls.name), tp=c.tp, rows=c.micro_batch, device=kind.device,
-                tp_group=kind.tp_group, dtype=self._request.dtype, compile=self._request.compile,
+                self._graph, cls, sharding[cls.name], tp=c.tp, rows=c.rows, device=kind.device,
+                tp_group=kind.tp_group, dtype=self._request.dtype, compile=self._request.compile, outer=kind.context,
             )
             for cls in self._chooser.classes
         }

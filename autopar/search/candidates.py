@@ -33,6 +33,7 @@ class Candidate:
 
     Their order breaks ties between equally fast plans.
     `split_weights`: the shardings that split weights over the tensor axis; else those that may keep them whole.
+    `spread`: for estimates, a micro-batch's rows are counted as this many times fewer.
     """
 
     pp: int
@@ -45,20 +46,33 @@ class Candidate:
     micro_batch: int
     num_micro_batches: int
     split_weights: bool = True
+    cp: int = 1
+    spread: int = 1
 
     @property
     def dp(self) -> int:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def num_shards(self) -> int:
+        """Ranks that share the shards of a parameter where ZeRO shards it."""
+        return self.dp_shard * self.cp
+
+    @property
+    def rows(self) -> float:
+        """Rows of a micro-batch, as costs count them."""
+        return self.micro_batch / self.spread
+
+    @property
     def mesh(self) -> Mesh:
-        return Mesh(dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp)
+        return Mesh(dp_replicate=self.dp_replicate, dp_shard=self.dp_shard, tp=self.tp, cp=self.cp)
 
     @property
     def summary(self) -> str:
         """The settings in a few words."""
         words = [f"pp {self.pp}"] if self.pp > 1 else []
         words += [f"tp {self.tp}{' + sequence' if self.sequence_parallel else ''}"] if self.tp > 1 else []
+        words += [f"cp {self.cp}"] if self.cp > 1 else []
         both = self.dp_replicate > 1 < self.dp_shard
         words += [f"dp {self.dp_replicate}x{self.dp_shard}" if both else f"dp {self.dp}"]
         words += [f"zero {self.zero}", f"micro-batch {self.micro_batch} x {self.num_micro_batches}"]

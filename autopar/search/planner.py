@@ -14,6 +14,7 @@ from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
 from autopar.search.best_first import Engine, Outcome, Progress
 from autopar.search.candidates import PlanRequest, candidates
+from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.need import smallest_need
@@ -28,7 +29,8 @@ OFFLOAD_NOTE = (
 NOT_SEARCHED = (
     "stages with different meshes or ZeRO levels",
     "interleaved, zero-bubble and other schedules than 1F1B",
-    "context-only, expert-only axes",
+    f"a context axis where an estimate promised less than {PROMISE:.0%}, or beyond the {MAX_SHARDINGS} best estimates",
+    "expert parallelism on an axis of its own",
     "devices in another order than the cluster's",
     "leaving devices unused",
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
@@ -58,6 +60,14 @@ def find_plan(
         if len(wider) > len(space):
             space = wider
             outcome = engine.search(space, deadline=deadline, progress=progress)
+    context = search_context(engine, cluster, request, outcome.best, deadline, progress)
+    if context.outcome is not None:
+        outcome = replace(
+            context.outcome, lower_bound_s=min(outcome.lower_bound_s, context.outcome.lower_bound_s),
+            complete=outcome.complete and context.outcome.complete,
+            timed_out=outcome.timed_out or context.outcome.timed_out,
+            num_simulated=outcome.num_simulated + context.outcome.num_simulated,
+        )
     best = outcome.best
     if best is None:
         if outcome.timed_out:
@@ -71,9 +81,10 @@ def find_plan(
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
     certificate = Certificate(
         upper_bound_s=best.step_time_s, lower_bound_s=outcome.lower_bound_s,
-        searched=f"{len(space)} settings of pp, tp, sequence parallelism, dp, ZeRO"
-                 f"{', optimizer offload' * offload} and micro-batch, each over all cuts of {len(graph.blocks)} blocks "
-                 f"and all counts of layers that recompute{' or offload' * offload}{_early(engine, outcome)}",
+        searched=f"{len(space) + context.num_searched} settings of pp, tp, sequence parallelism, dp, ZeRO"
+                 f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}, each over all cuts of "
+                 f"{len(graph.blocks)} blocks and all counts of layers that recompute{' or offload' * offload}"
+                 f"{_early(engine, outcome)}",
         not_searched=NOT_SEARCHED if offload else (*NOT_SEARCHED, "offload to host memory"),
         search_seconds=searched_s, stopped_early=not outcome.complete,
     )
@@ -93,6 +104,10 @@ def find_plan(
     )
     verify_plan(plan, graph, cluster)
     return plan
+
+
+def _context_words(context: ContextOutcome) -> str:
+    return f", {context.num_searched} of them with a context axis" if context.num_searched else ""
 
 
 def _early(engine: Engine, outcome: Outcome) -> str:

@@ -8,7 +8,8 @@ from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
 from autopar.search.candidates import Candidate
 from autopar.sharding.reshard import Collective
-from autopar.simulate.stage_cost import slowest_device
+from autopar.simulate.class_costs import CostAxis
+from autopar.simulate.stage_cost import inner_axis, slowest_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +30,11 @@ class StageKind:
     A layout makes each kind once, so that kinds are compared by identity.
     """
 
-    compute_kind: int  # the same for equal (device, tp_group)
+    compute_kind: int  # the same for equal (device, tp_group, context)
     device: DeviceType  # the slowest
     memory_limit_bytes: float  # of the smallest
     tp_group: GroupShape | None
+    context: tuple[CostAxis, ...]  # the context axis, where there is one
     shard: Group
     copies: Group
     whole: Group
@@ -43,15 +45,15 @@ class StageLayout:
 
     def __init__(self, cluster: Cluster, dtype: str) -> None:
         self._cluster, self._dtype = cluster, dtype
-        self._kinds: dict[tuple[int, int, int, int, int], StageKind] = {}
-        self._of_candidate: dict[tuple[int, int, int, int], tuple[StageKind, ...]] = {}
+        self._kinds: dict[tuple[int, ...], StageKind] = {}
+        self._of_candidate: dict[tuple[int, ...], tuple[StageKind, ...]] = {}
         self._pairs: dict[tuple[int, int], list[list[tuple[GroupShape, int]]]] = {}
         self._equal: dict[tuple[object, ...], StageKind] = {}
-        self._compute: dict[tuple[DeviceType, GroupShape | None], int] = {}
+        self._compute: dict[tuple[object, ...], int] = {}
 
     def kinds(self, candidate: Candidate) -> tuple[StageKind, ...]:
         """The kind of each stage, first to last."""
-        key = (candidate.pp, candidate.tp, candidate.dp_shard, candidate.dp_replicate)
+        key = (candidate.pp, candidate.tp, candidate.cp, candidate.dp_shard, candidate.dp_replicate)
         if key not in self._of_candidate:
             self._of_candidate[key] = tuple(self._kind(candidate, stage) for stage in range(candidate.pp))
         return self._of_candidate[key]
@@ -88,7 +90,7 @@ class StageLayout:
             first %= self._cluster.nodes[0].num_devices
             if first + size > self._cluster.num_devices:  # only where stages straddle nodes
                 first = stage * size
-        key = (first, size, c.tp, c.dp_shard, c.dp_replicate)
+        key = (first, size, c.tp, c.cp, c.dp_shard, c.dp_replicate)
         if key not in self._kinds:
             self._kinds[key] = self._make(c, tuple(range(first, first + size)))
         return self._kinds[key]
@@ -97,14 +99,15 @@ class StageLayout:
         cluster, tp = self._cluster, c.tp
         device, limit = slowest_device(cluster, ranks, self._dtype), memory_limit(cluster, ranks)
         tp_group = cluster.group(ranks[:tp]) if tp > 1 else None
-        shard = self._group(tuple(ranks[i * tp] for i in range(c.dp_shard)))
-        copies = self._group(tuple(ranks[i * c.dp_shard * tp] for i in range(c.dp_replicate)))
-        whole = self._group(tuple(ranks[i * tp] for i in range(c.dp)))
+        context = (inner_axis(cluster, tuple(ranks[i * tp] for i in range(c.cp))),) if c.cp > 1 else ()
+        shard = self._group(tuple(ranks[i * tp] for i in range(c.num_shards)))
+        copies = self._group(tuple(ranks[i * c.num_shards * tp] for i in range(c.dp_replicate)))
+        whole = self._group(tuple(ranks[i * tp] for i in range(c.dp * c.cp)))
         made = StageKind(
-            device=device, memory_limit_bytes=limit, tp_group=tp_group, shard=shard, copies=copies, whole=whole,
-            compute_kind=self._compute.setdefault((device, tp_group), len(self._compute)),
+            device=device, memory_limit_bytes=limit, tp_group=tp_group, context=context, shard=shard, copies=copies,
+            whole=whole, compute_kind=self._compute.setdefault((device, tp_group, context), len(self._compute)),
         )
-        return self._equal.setdefault((device, limit, tp_group, shard, copies, whole), made)
+        return self._equal.setdefault((device, limit, tp_group, context, shard, copies, whole), made)
 
     def _group(self, ranks: tuple[int, ...]) -> Group:
         shape = self._cluster.group(ranks)

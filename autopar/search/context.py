@@ -1,0 +1,98 @@
+"""Plans with a context axis, which splits sequences: tried where they promise to be faster than all without one.
+
+To choose the shardings of two axes at once takes seconds, so that candidates are first estimated: as if the context
+axis split rows instead, for free. Only where this is well below the best so far are the shardings searched.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from autopar.cluster.cluster import Cluster
+from autopar.search.best_first import Engine, Found, Outcome, Progress
+from autopar.search.candidates import Candidate, PlanRequest, divisors, meshes, node_size
+from autopar.search.shardings import ShardingChooser
+
+PROMISE = 0.02  # of the step time: what an estimate must be below the best
+MAX_SHARDINGS = 3  # pairs of axes for which shardings are searched where there is a plan without a context axis
+MAX_SHARDINGS_ALONE = 8  # and where there is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextOutcome:
+    """What was found: the outcome of the candidates that were searched, if any, and how many there were."""
+
+    outcome: Outcome | None
+    num_searched: int
+    num_estimated: int
+
+
+def context_candidates(
+    cluster: Cluster, request: PlanRequest, chooser: ShardingChooser, num_blocks: int
+) -> list[Candidate]:
+    """Every candidate with a context axis of at least two ranks, its groups aligned to nodes."""
+    if not chooser.has_hidden_states:
+        return []
+    inside, found = node_size(cluster), []
+    one_part = chooser.needs_whole_batch
+    for pp, tp, ranks in meshes(cluster, num_blocks):
+        for cp in divisors(ranks)[1:]:
+            if (inside % (cp * tp) and (cp * tp) % inside) or request.global_batch % (ranks // cp):
+                continue
+            dp = ranks // cp
+            rows = request.global_batch // dp
+            if one_part and (dp > 1 or (request.micro_batch or rows) < rows):
+                continue
+            sizes = [rows] if one_part else [request.micro_batch] if request.micro_batch else divisors(rows)
+            for size in sizes:
+                if rows % size:
+                    continue
+                for sequence_parallel in (False, True) if tp > 1 else (False,):
+                    found += [
+                        Candidate(
+                            pp=pp, tp=tp, cp=cp, dp_replicate=dp if zero == 0 else 1, dp_shard=1 if zero == 0 else dp,
+                            zero=zero, sequence_parallel=sequence_parallel, offload_optimizer=False, micro_batch=size,
+                            num_micro_batches=rows // size,
+                        )
+                        for zero in (0, 1, 2, 3)
+                    ]
+    return sorted(found)
+
+
+def estimated(engine: Engine, c: Candidate) -> float:
+    """The quick bound of the candidate as if its context axis were a data axis of as many parts of a row."""
+    if c.tp > 1 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel) is None:
+        return float("inf")
+    replicate, shard = (c.dp_replicate * c.cp, 1) if c.zero == 0 else (c.dp_replicate, c.dp_shard * c.cp)
+    return engine.bounds.quick(replace(c, cp=1, spread=c.cp, dp_replicate=replicate, dp_shard=shard))
+
+
+def search_context(
+    engine: Engine, cluster: Cluster, request: PlanRequest, best: Found | None, deadline: float | None,
+    progress: Progress | None = None,
+) -> ContextOutcome:
+    """The best plan with a context axis among those that promise enough; never worse than `best`."""
+    space = context_candidates(cluster, request, engine.chooser, len(engine.graph.blocks))
+    limit = float("inf") if best is None else best.step_time_s * (1 - PROMISE)
+    promising: list[tuple[float, Candidate]] = []
+    for candidate in space:
+        if deadline is not None and time.monotonic() > deadline:
+            return ContextOutcome(outcome=None, num_searched=0, num_estimated=len(promising))
+        estimate = estimated(engine, candidate)
+        if estimate < limit:
+            promising.append((estimate, candidate))
+    most = MAX_SHARDINGS if best is not None else MAX_SHARDINGS_ALONE
+    keys: dict[tuple[int, int, bool], bool] = {}
+    for _, c in sorted(promising):
+        key = (c.cp, c.tp, c.sequence_parallel)
+        if key in keys:
+            continue
+        if len(keys) == most or (deadline is not None and time.monotonic() > deadline):
+            break
+        keys[key] = engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None
+    chosen = [c for _, c in promising if keys.get((c.cp, c.tp, c.sequence_parallel))]
+    if not chosen:
+        return ContextOutcome(outcome=None, num_searched=0, num_estimated=len(space))
+    outcome = engine.search(chosen, incumbent=best, deadline=deadline, progress=progress)
+    return ContextOutcome(outcome=outcome, num_searched=len(chosen), num_estimated=len(space))
