@@ -62,6 +62,8 @@ SearchedMicroBatch = Annotated[int | None, typer.Option(
     "--micro-batch", metavar="M", min=1, help="Rows of a micro-batch; searched if left out.")]
 SearchSeconds = Annotated[float | None, typer.Option(
     "--max-search-seconds", metavar="T", min=0, help="Stop the search then, with the best plan so far.")]
+MeshOption = Annotated[str | None, typer.Option(
+    "--mesh", metavar="AXIS=N,...", help="Fix axes (pp, dp, dp_replicate, dp_shard, cp, tp); the rest is searched.")]
 Compile = Annotated[bool, typer.Option("--compile", help="The model runs under torch.compile.")]
 OffloadOption = Annotated[bool, typer.Option(
     "--offload/--no-offload", help="Let activations and optimizer state rest in host memory where that pays.")]
@@ -116,11 +118,12 @@ def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    offload: OffloadOption = True, output: Output = None, json_: Json = False,
+    offload: OffloadOption = True, mesh: MeshOption = None, output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""
     from autopar.plan.file import save_plan
     from autopar.plan.text import plan_json, plan_table
+    from autopar.search.candidates import parse_mesh
     from autopar.search.planner import PlanRequest, find_plan
     from autopar.simulate.simulator import simulate as simulate_plan
 
@@ -135,7 +138,7 @@ def plan(
                 global_batch=global_batch, seq_len=graph.sequence_length, dtype=name,
                 param_dtype=param_dtype(name), optimizer=optimizer,
                 micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
-                offload=offload,
+                offload=offload, mesh=parse_mesh(mesh) if mesh is not None else (),
             )
             found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
             report = simulate_plan(graph, machine, found).report()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost_models.memory import OPTIMIZER_STATE_BYTES
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, InputError
 from autopar.plan.plan import Mesh
 from autopar.search.shardings import ShardingChooser
 
@@ -25,6 +25,11 @@ class PlanRequest:
     max_search_seconds: float | None = None
     compile: bool = False
     offload: bool = True  # whether activations and optimizer state may rest in host memory
+    mesh: tuple[tuple[str, int], ...] = ()  # axes of MESH_AXES whose size the user fixed; the others are searched
+
+    def allows(self, candidate: Candidate) -> bool:
+        """Whether the candidate has the sizes that the user fixed."""
+        return all(getattr(candidate, axis) == size for axis, size in self.mesh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -78,6 +83,24 @@ class Candidate:
         words += [f"zero {self.zero}", f"micro-batch {self.micro_batch} x {self.num_micro_batches}"]
         words += ["optimizer offloaded"] if self.offload_optimizer else []
         return ", ".join(words)
+
+
+MESH_AXES = ("pp", "dp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+def parse_mesh(text: str) -> tuple[tuple[str, int], ...]:
+    """The axes and sizes of "dp=8,tp=4"; InputError for an unknown axis, a size that is none, or an axis twice."""
+    found: dict[str, int] = {}
+    for item in text.split(","):
+        axis, equals, size = (part.strip() for part in item.partition("="))
+        if axis not in MESH_AXES:
+            raise InputError(f"--mesh has no axis {axis!r}; write AXIS=SIZE of {', '.join(MESH_AXES)}, as in dp=8,tp=4")
+        if not equals or not size.isdecimal() or int(size) < 1:
+            raise InputError(f"--mesh gives {axis} the size {size!r}; write a whole number from 1 on, as in {axis}=4")
+        if axis in found:
+            raise InputError(f"--mesh gives {axis} twice; give each axis one size")
+        found[axis] = int(size)
+    return tuple(found.items())
 
 
 def divisors(number: int) -> list[int]:
@@ -141,11 +164,24 @@ def candidates(
                     )
                     for size in sizes for offload in offloads
                 ]
+    fixed = [candidate for candidate in found if request.allows(candidate)]
+    if found and not fixed and not any(axis == "cp" for axis, _ in request.mesh):
+        raise InputError(no_mesh(cluster, request))
     if not found and not row_counts:
         raise InfeasibleError(f"no plan computes the batch in one part: {one_part}")
-    if not found:
+    if not found and not request.mesh:
         raise InfeasibleError(_no_batch(cluster, request, row_counts))
-    return sorted(found)
+    return sorted(fixed)
+
+
+def no_mesh(cluster: Cluster, request: PlanRequest) -> str:
+    """What to say where no candidate has the fixed axes."""
+    words = ",".join(f"{axis}={size}" for axis, size in request.mesh)
+    return (
+        f"no plan on the {cluster.num_devices} devices of {cluster.name} has the mesh {words} with a global batch of "
+        f"{request.global_batch}: sizes must divide the devices, dp the batch, tp a node, pp the layers and cp the "
+        "sequence; change or leave out an axis"
+    )
 
 
 def _can_offload_state(cluster: Cluster, request: PlanRequest) -> bool:

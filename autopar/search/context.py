@@ -21,11 +21,14 @@ MAX_SHARDINGS_ALONE = 8  # and where there is none
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextOutcome:
-    """What was found: the outcome of the candidates that were searched, if any, and how many there were."""
+    """What was found: the outcome of the candidates that were searched, if any, and how many there were.
 
-    outcome: Outcome | None
-    num_searched: int
-    num_estimated: int
+    `cut_short`: the time limit or an interrupt came before the shardings were chosen.
+    """
+
+    outcome: Outcome | None = None
+    num_searched: int = 0
+    cut_short: bool = False
 
 
 def context_candidates(
@@ -57,7 +60,7 @@ def context_candidates(
                         )
                         for zero in (0, 1, 2, 3)
                     ]
-    return sorted(found)
+    return sorted(candidate for candidate in found if request.allows(candidate))
 
 
 def estimated(engine: Engine, c: Candidate) -> float:
@@ -72,13 +75,36 @@ def search_context(
     engine: Engine, cluster: Cluster, request: PlanRequest, best: Found | None, deadline: float | None,
     progress: Progress | None = None,
 ) -> ContextOutcome:
-    """The best plan with a context axis among those that promise enough; never worse than `best`."""
+    """The best plan with a context axis among those that promise enough; never worse than `best`.
+
+    An interrupt ends it as the time limit does where there is a plan; else the caller gets the interrupt.
+    """
+    try:
+        chosen = _promising(engine, cluster, request, best, deadline)
+    except KeyboardInterrupt:
+        if best is None:
+            raise
+        engine.interrupted = True
+        chosen = None
+    if chosen is None:
+        return ContextOutcome(cut_short=True)
+    if not chosen:
+        return ContextOutcome()
+    outcome = engine.search(chosen, incumbent=best, deadline=deadline, progress=progress)
+    return ContextOutcome(outcome=outcome, num_searched=len(chosen))
+
+
+def _promising(
+    engine: Engine, cluster: Cluster, request: PlanRequest, best: Found | None, deadline: float | None
+) -> list[Candidate] | None:
+    """The candidates to search, with their shardings chosen; None where there was no time for it."""
     space = context_candidates(cluster, request, engine.chooser, len(engine.graph.blocks))
-    limit = float("inf") if best is None else best.step_time_s * (1 - PROMISE)
+    asked = any(axis == "cp" and size > 1 for axis, size in request.mesh)
+    limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
     promising: list[tuple[float, Candidate]] = []
     for candidate in space:
         if deadline is not None and time.monotonic() > deadline:
-            return ContextOutcome(outcome=None, num_searched=0, num_estimated=len(promising))
+            return None
         estimate = estimated(engine, candidate)
         if estimate < limit:
             promising.append((estimate, candidate))
@@ -91,8 +117,4 @@ def search_context(
         if len(keys) == most or (deadline is not None and time.monotonic() > deadline):
             break
         keys[key] = engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None
-    chosen = [c for _, c in promising if keys.get((c.cp, c.tp, c.sequence_parallel))]
-    if not chosen:
-        return ContextOutcome(outcome=None, num_searched=0, num_estimated=len(space))
-    outcome = engine.search(chosen, incumbent=best, deadline=deadline, progress=progress)
-    return ContextOutcome(outcome=outcome, num_searched=len(chosen), num_estimated=len(space))
+    return [c for _, c in promising if keys.get((c.cp, c.tp, c.sequence_parallel))]

@@ -7,13 +7,13 @@ import time
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, InputError
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
 from autopar.search.best_first import Engine, Outcome, Progress
-from autopar.search.candidates import PlanRequest, candidates
+from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
@@ -50,12 +50,14 @@ def find_plan(
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
     engine = Engine(graph, cluster, request)
-    space = candidates(cluster, request, engine.chooser, len(graph.blocks))
+    space = candidates(
+        cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes="tp" in dict(request.mesh)
+    )
     if deadline is not None:
         engine.probe(space, deadline)
     baselines = run_baselines(engine, space, deadline)
     outcome = engine.search(space, incumbent=engine.best, deadline=deadline, progress=progress)
-    if outcome.best is None and not outcome.timed_out:
+    if outcome.best is None and not outcome.timed_out and not request.mesh:
         wider = candidates(cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes=True)
         if len(wider) > len(space):
             space = wider
@@ -68,6 +70,8 @@ def find_plan(
             timed_out=outcome.timed_out or context.outcome.timed_out,
             num_simulated=outcome.num_simulated + context.outcome.num_simulated,
         )
+    if context.cut_short:
+        outcome = replace(outcome, complete=False, timed_out=True)
     best = outcome.best
     if best is None:
         if outcome.timed_out:
@@ -75,6 +79,8 @@ def find_plan(
                 f"the time limit of {request.max_search_seconds:g} s came before any plan was found; give "
                 f"--max-search-seconds more time"
             )
+        if not space:
+            raise InputError(no_mesh(cluster, request))
         raise InfeasibleError(smallest_need(engine, space, deadline))
     searched_s = time.monotonic() - began
     offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_limit_of_work_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     certificate = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24)).certificate
     assert certificate is not None
     assert certificate.stopped_early
-    assert "the limit of work, here 2 simulations, came first" in certificate.searched
+    assert re.search(r"the limit of work, here \d simulations, came first", certificate.searched)
 
 
 @pytest.mark.parametrize("after", [1, 3, 6, 9])

@@ -1,0 +1,86 @@
+"""A context axis is searched where sequences are long and rows are few, and any axis can be fixed by the user."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autopar.cluster.parse import parse_cluster
+from autopar.errors import InputError
+from autopar.graph.model_graph import ModelGraph
+from autopar.graph.source import capture_source, load_source
+from autopar.plan.file import load_plan, save_plan
+from autopar.plan.verify import problems, verify_plan
+from autopar.search.candidates import MESH_AXES, PlanRequest, parse_mesh
+from autopar.search.planner import find_plan
+from autopar.sharding.state import Kind, shard
+from autopar.simulate.simulator import simulate
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 32000,
+    "max_position_embeddings": 65536, "tie_word_embeddings": False,
+}
+SEQ_LEN = 65536
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> ModelGraph:
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return capture_source(load_source(str(folder), seq_len=SEQ_LEN, dtype="bfloat16"))
+
+
+def request(**options: object) -> PlanRequest:
+    return PlanRequest(**{"global_batch": 2, "seq_len": SEQ_LEN, **options})  # type: ignore[arg-type]
+
+
+def test_a_context_axis_is_found_for_few_long_rows(graph: ModelGraph, tmp_path: Path) -> None:
+    cluster = parse_cluster("2x8xH100-80GB")
+    found = find_plan(graph, cluster, request())
+    without = find_plan(graph, cluster, request(mesh=(("cp", 1),)))
+    mesh = found.stages[0].mesh
+    assert mesh.cp > 1
+    assert found.certificate is not None and without.certificate is not None
+    assert found.certificate.upper_bound_s < 0.95 * without.certificate.upper_bound_s
+    assert found.certificate.lower_bound_s <= found.certificate.upper_bound_s
+    assert "with a context axis" in found.certificate.searched
+    context = {choice.cls: choice for choice in found.shardings if choice.axis == "cp"}
+    layer = context[graph.blocks[1].cls]
+    assert shard(1) in layer.inputs and layer.outputs == (shard(1),)
+    assert not any(state.kind is Kind.SHARDED for choice in context.values() for state in choice.params)
+    save_plan(found, tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
+    verify_plan(again, graph, cluster)
+    assert simulate(graph, cluster, again).step_time_s == pytest.approx(found.certificate.upper_bound_s)
+    split = tuple(
+        replace(choice, params=(shard(0),) * len(choice.params)) if choice is layer else choice
+        for choice in found.shardings
+    )
+    assert any("cp axis splits a parameter" in text for text in problems(replace(found, shardings=split), graph))
+
+
+@pytest.mark.parametrize("text", ["dp=4,tp=4", "pp=2,dp_shard=8", "cp=4,tp=2,dp=2"])
+def test_fixed_axes_are_honoured(graph: ModelGraph, text: str) -> None:
+    plan = find_plan(graph, parse_cluster("2x8xH100-80GB"), request(global_batch=8, mesh=parse_mesh(text)))
+    for axis, size in parse_mesh(text):
+        found = plan.num_stages if axis == "pp" else getattr(plan.stages[0].mesh, axis)
+        assert found == size
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("xp=2", "no axis 'xp'"), ("tp", "size ''"), ("tp=0", "size '0'"), ("tp=2,tp=4", "tp twice"),
+])
+def test_bad_meshes_are_refused(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_mesh(text)
+
+
+def test_a_mesh_that_no_plan_has(graph: ModelGraph) -> None:
+    for mesh in ("tp=3", "dp=3,cp=5"):
+        with pytest.raises(InputError, match=f"has the mesh {mesh}"):
+            find_plan(graph, parse_cluster("2x8xH100-80GB"), request(mesh=parse_mesh(mesh)))
+    assert "cp" in MESH_AXES
