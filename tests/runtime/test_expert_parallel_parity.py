@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import runtime_models
+from test_several_axes import graph_of, plan_of, random_shardings
 
 from autopar.plan.plan import Plan, Recompute
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import capture_for, compare
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.search.shardings import at_rows
 from autopar.sharding.lowering import Lowering
+from autopar.sharding.state import shard
+from autopar.sharding.strategy import ClassSharding
 
 pytestmark = pytest.mark.processes
 
@@ -37,3 +42,21 @@ def test_exchanged_tokens_give_the_numbers_of_one_process(
     report = compare(runtime_models.mixture, plan, steps=2, pool=pool)
     assert report.passed, (report.loss_error, report.worst)
     assert len(report.gradient_errors) == len(graph.params)
+
+
+def test_tokens_that_two_axes_split_are_exchanged_over_one(pool: LocalPool) -> None:
+    graph, plan = graph_of("mixture", "float64"), plan_of("mixture", "cp2xtp2")
+    names = dict.fromkeys(choice.cls for choice in plan.shardings)
+
+    def drawn(seed: int) -> list[ClassSharding]:
+        chance, boundary = random.Random(seed), (shard(1),) * 2
+        return [own for name in names for own in random_shardings(graph.block_class[name], boundary, chance)]
+
+    def exchanges(shardings: list[ClassSharding]) -> bool:
+        chosen = {own.axis: own.strategy["experts"].factor for own in shardings if "experts" in own.strategy}
+        return chosen["cp"].startswith("t") and chosen["tp"].startswith("t+e")
+
+    shardings = next(found for seed in range(100) if exchanges(found := drawn(seed)))
+    plan = replace(plan, shardings=at_rows(tuple(shardings), graph, plan.micro_batch))
+    report = compare(runtime_models.mixture, plan, steps=2, pool=pool)
+    assert report.passed, (report.loss_error, report.worst)
