@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from autopar.graph.model_graph import Arg, BlockClass, Op, Ref, TensorInfo
 from autopar.sharding.factors import OpFactors, Split
@@ -192,6 +193,7 @@ class Step:
     before: Placement
 
 
+@lru_cache(maxsize=1 << 16)
 def steps(src: Placement, dst: Placement, differentiable: bool) -> tuple[Step, ...] | None:
     """How a tensor placed as `src` becomes one placed as `dst`, axis by axis; None where an axis has no conversion.
 

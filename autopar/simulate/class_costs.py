@@ -75,6 +75,7 @@ class ClassCosts:
         self._by_rows = {info.name: tagged and graph.depends_on_rows(info.numel) for info in cls.tensors}
         self._ratio = ratio
         self._times: dict[object, OpTime] = {}
+        self._conversion_times: dict[object, OpTime | None] = {}
 
     def of_first_axes(self, count: int) -> ClassCosts:
         """The costs where only the first `count` axes are there."""
@@ -211,14 +212,17 @@ class ClassCosts:
 
     def conversion_time(self, name: str, src: State | Placement, dst: State | Placement) -> OpTime | None:
         """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
-        found = self.conversions(name, src, dst)
-        if found is None:
-            return None
-        forward = backward = 0.0
-        for axis, share, step in found:
-            time = self.step_time(name, step, axis=axis, share=share)
-            forward, backward = forward + time.forward_s, backward + time.backward_s
-        return OpTime(forward, backward)
+        whole = self._whole[name]
+        key = (whole.size_bytes, whole.requires_grad, _each(src), _each(dst))
+        if key not in self._conversion_times:
+            found = self.conversions(name, src, dst)
+            times = None if found is None else [
+                self.step_time(name, step, axis=axis, share=share) for axis, share, step in found
+            ]
+            self._conversion_times[key] = None if times is None else OpTime(
+                sum(time.forward_s for time in times), sum(time.backward_s for time in times)
+            )
+        return self._conversion_times[key]
 
     def step_time(self, name: str, step: Conversion, *, axis: int = -1, share: float = 1.0) -> OpTime:
         """Seconds of a conversion's collectives on an axis whose groups hold a share of the tensor."""
