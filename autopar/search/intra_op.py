@@ -222,7 +222,6 @@ class Problem:
         ]
         self._op_index = {op.name: i for i, op in enumerate(cls.ops)}
         self._relaxed = relaxed
-        self._known_prices: dict[tuple[object, ...], float] = {}
         self.sizes: list[int] = [len(options) for options in self.strategies]
         self.factors: list[Factor] = []
         self.impossible = not all(self.sizes)
@@ -393,35 +392,32 @@ class Problem:
         return None, [self._whole]
 
     def _prices(self, info: TensorInfo, have: Sequence[Placement], columns: Sequence[Placement]) -> Table:
-        rows: dict[Placement, list[float]] = {}
+        """What conversions cost, infinity where there is none, from each placement to each."""
+        is_param, sizes, name = info.name in self._param_variable, self.costs.sizes, info.name
+        # Without sequence parallelism the stream of hidden states stays whole inside a block too.
+        whole_axes = [state == R for state in self.boundary] if info.shape in self._hidden_shapes else []
+        allowed = [
+            can_be_placed(info.shape, dst, sizes)
+            and not any(whole and state.kind is Kind.SHARDED for whole, state in zip(whole_axes, dst, strict=False))
+            for dst in columns
+        ]
+
+        def price(src: Placement, dst: Placement, *, may: bool) -> float:
+            if src == dst:
+                return 0.0
+            found = self.costs.conversion_time(name, src, dst) if may else None
+            if found is None or (is_param and _sum(found) > 0):
+                return math.inf  # weights are used where they are stored; gathering them is the data axes' affair
+            return _TIE_S + _sum(found)
+
+        rows: dict[Placement, NDArray[np.float64]] = {}
         for src in have:
             if src not in rows:
-                rows[src] = [self._price(info, src, dst) for dst in columns]
+                is_placed = can_be_placed(info.shape, src, sizes)
+                rows[src] = np.array(
+                    [price(src, dst, may=may and is_placed) for dst, may in zip(columns, allowed, strict=True)]
+                )
         return np.array([rows[src] for src in have], dtype=np.float64)
-
-    def _price(self, info: TensorInfo, src: Placement, dst: Placement) -> float:
-        if src == dst:
-            return 0.0
-        whole = self.costs.whole(info.name)
-        is_param = info.name in self._param_variable
-        key = (info.shape, whole.element_bytes, whole.requires_grad, is_param, src, dst)
-        found = self._known_prices.get(key)
-        if found is None:
-            found = self._known_prices[key] = self._new_price(info, src, dst, is_param=is_param)
-        return found
-
-    def _new_price(self, info: TensorInfo, src: Placement, dst: Placement, *, is_param: bool) -> float:
-        sizes = self.costs.sizes
-        if not can_be_placed(info.shape, src, sizes) or not can_be_placed(info.shape, dst, sizes):
-            return math.inf
-        if info.shape in self._hidden_shapes and any(
-            own == R and state.kind is Kind.SHARDED for own, state in zip(self.boundary, dst, strict=True)
-        ):
-            return math.inf  # without sequence parallelism the stream of hidden states stays whole inside a block too
-        found = self.costs.conversion_time(info.name, src, dst)
-        if found is None or (is_param and _sum(found) > 0):
-            return math.inf  # weights are used where they are stored; gathering them is the data axes' affair
-        return _TIE_S + _sum(found)
 
 
 def _joint(

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
@@ -76,6 +76,7 @@ class ClassCosts:
         self._ratio = ratio
         self._times: dict[object, OpTime] = {}
         self._conversion_times: dict[object, OpTime | None] = {}
+        self._collective_times: dict[tuple[Collective, float, int], float] = {}
 
     def of_first_axes(self, count: int) -> ClassCosts:
         """The costs where only the first `count` axes are there."""
@@ -198,17 +199,7 @@ class ClassCosts:
         self, name: str, src: State | Placement, dst: State | Placement
     ) -> tuple[tuple[int, float, Conversion], ...] | None:
         """The conversions, (axis, share of the tensor that its group holds, what is done), from one to another."""
-        has_gradient = self._whole[name].requires_grad
-        path = steps(_each(src), _each(dst), has_gradient)
-        if path is None:
-            return None
-        found = []
-        for step in path:
-            made = conversion(step.src, step.dst, has_gradient)
-            assert made is not None, "a step is a conversion"
-            others = tuple(R if i == step.axis else state for i, state in enumerate(step.before))
-            found.append((step.axis, held_share(others, self.sizes), made))
-        return tuple(found)
+        return _conversions(_each(src), _each(dst), self._whole[name].requires_grad, self.sizes)
 
     def conversion_time(self, name: str, src: State | Placement, dst: State | Placement) -> OpTime | None:
         """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
@@ -226,11 +217,19 @@ class ClassCosts:
 
     def step_time(self, name: str, step: Conversion, *, axis: int = -1, share: float = 1.0) -> OpTime:
         """Seconds of a conversion's collectives on an axis whose groups hold a share of the tensor."""
-        size, own = self._whole[name].size_bytes * share, self.axes[axis]
+        size = self._whole[name].size_bytes * share
         return OpTime(*(
-            collective_time_s(kind, size, own.group, groups_per_node=own.groups_per_node) if kind else 0.0
-            for kind in (step.forward, step.backward)
+            self._collective_s(kind, size, axis) if kind else 0.0 for kind in (step.forward, step.backward)
         ))
+
+    def _collective_s(self, kind: Collective, size_bytes: float, axis: int) -> float:
+        key = (kind, size_bytes, axis)
+        found = self._collective_times.get(key)
+        if found is None:
+            own = self.axes[axis]
+            found = collective_time_s(kind, size_bytes, own.group, groups_per_node=own.groups_per_node)
+            self._collective_times[key] = found
+        return found
 
     def param_time_s(self, name: str, state: State | Placement, num_micro_batches: int = 8) -> float:
         """Seconds that storing a parameter in a state costs a micro-batch: what a step does with it, shared out.
@@ -321,6 +320,22 @@ class ClassCosts:
         while name in self.view_of:
             name = self.view_of[name]
         return name
+
+
+@lru_cache(maxsize=1 << 18)
+def _conversions(
+    src: Placement, dst: Placement, has_gradient: bool, sizes: tuple[int, ...]
+) -> tuple[tuple[int, float, Conversion], ...] | None:
+    path = steps(src, dst, has_gradient)
+    if path is None:
+        return None
+    found = []
+    for step in path:
+        made = conversion(step.src, step.dst, has_gradient)
+        assert made is not None, "a step is a conversion"
+        others = tuple(R if i == step.axis else state for i, state in enumerate(step.before))
+        found.append((step.axis, held_share(others, sizes), made))
+    return tuple(found)
 
 
 def _strategies(strategy: Strategy | JointStrategy | None) -> JointStrategy:
