@@ -90,6 +90,9 @@ Trace = Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Wri
 Requests = Annotated[Path | None, typer.Option(
     "--requests", metavar="FILE", help="Many at once: one JSON object a line, with these options as keys.")]
 To = Annotated[Target, typer.Option("--to", help="The system to write settings for.")]
+ExplainOption = Annotated[str | None, typer.Option(
+    "--explain", metavar="[LAYER]", help="Say why a layer is sharded so and what the next best would cost: a block's "
+    "name or class; the first layer if left out.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it to this file.")]
 DemoFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder for plan.json and trace.json.")]
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="The plan's model, as for `plan`.")]
@@ -118,12 +121,16 @@ def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    offload: OffloadOption = True, mesh: MeshOption = None, output: Output = None, json_: Json = False,
+    offload: OffloadOption = True, mesh: MeshOption = None, explain: ExplainOption = None,
+    output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""
     from autopar.plan.file import save_plan
     from autopar.plan.text import plan_json, plan_table
     from autopar.search.candidates import parse_mesh
+    from autopar.search.explain import explain as explain_block
+    from autopar.search.explain import find_block
+    from autopar.search.explain_text import explain_json, explain_table
     from autopar.search.planner import PlanRequest, find_plan
     from autopar.simulate.simulator import simulate as simulate_plan
 
@@ -134,6 +141,8 @@ def plan(
         with progress("planning", as_json=json_) as news:
             machine = simulations.cluster(cluster, profile)
             graph = simulations.graph(model, seq_len, name, attention)
+            if explain is not None:
+                find_block(graph, explain)  # a name that is none is told before the search
             request = PlanRequest(
                 global_batch=global_batch, seq_len=graph.sequence_length, dtype=name,
                 param_dtype=param_dtype(name), optimizer=optimizer,
@@ -142,10 +151,14 @@ def plan(
             )
             found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
             report = simulate_plan(graph, machine, found).report()
+            explained = explain_block(graph, machine, found, explain) if explain is not None else None
         if output is not None:
             save_plan(found, output)
         reply.value = plan_json(found, report)
         reply.show(plan_table(found, report))
+        if explained is not None:
+            reply.value["explain"] = explain_json(explained)
+            reply.show("", explain_table(explained))
         if output is not None:
             reply.show(f"written to {output}")
 
@@ -318,7 +331,7 @@ def profile(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 no feasible plan, 2 bad input, 130 interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _with_explain(list(sys.argv[1:] if arguments is None else arguments))
     _quiet_libraries()
     try:
         code = app(words or ["--help"], standalone_mode=False, prog_name="autopar")
@@ -336,6 +349,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code
         return _fail("interrupted", INTERRUPTED, words)
     return code if isinstance(code, int) else 0
+
+
+def _with_explain(words: list[str]) -> list[str]:
+    """The words, with the empty name after an `--explain` that has none."""
+    given: list[str] = []
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        given += [word, ""] if word == "--explain" and following.startswith("-") else [word]
+    return given
 
 
 def _fail(message: str, code: int, words: Sequence[str], *, infeasible: bool = False) -> int:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
+from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, OpTime, dispatch_s, kernel_time_s, memory_bandwidth
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
-from autopar.sharding.reshard import Conversion, LocalAction
+from autopar.sharding.reshard import Collective, Conversion, LocalAction
 from autopar.sharding.state import Kind
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import attention_cores
 from autopar.simulate.class_costs import ClassCosts, CostAxis
+from autopar.simulate.lowering_costs import LoweringCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,26 @@ class BlockCost:
     params: tuple[float, ...]  # this rank's elements of each of the class's parameters
     partial_params: tuple[bool, ...]  # whether the parameter's gradient is a sum over the tensor axis
     buffer_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """One collective that a block is charged with.
+
+    `subject` is the tensor that is converted from placement `src` to `dst`, or the op whose special program
+    (`lowering`) communicates. `axis` is the position of the axis among the block's; `size_bytes` is what the whole
+    group holds, as `Collective` says.
+    """
+
+    subject: str
+    axis: int
+    collective: Collective
+    size_bytes: float
+    time_s: float
+    is_backward: bool
+    src: str = ""
+    dst: str = ""
+    lowering: str = ""
 
 
 _cache: dict[tuple[object, ...], tuple[tuple[object, ...], BlockCost]] = {}
@@ -77,6 +99,16 @@ def block_cost(
     return found[1]
 
 
+def block_charges(costs: ClassCosts, shardings: Sequence[ClassSharding]) -> tuple[Charge, ...]:
+    """Every collective that `block_cost` charges a block with under these shardings, one an axis; forward order.
+
+    Their seconds, forward and backward, add up to the cost's `forward_tp_comm_s` and `backward_tp_comm_s`.
+    """
+    summation = _Summation(costs, tuple(shardings), compile_=False)
+    summation.total()
+    return tuple(summation.charges)
+
+
 class _Summation:
     """One pass over the ops of a class in execution order, as the lowered block would run them."""
 
@@ -87,6 +119,7 @@ class _Summation:
         self.storage: dict[str, str] = {}  # where the tensor as produced lies
         self.converted: dict[tuple[str, Placement], str] = {}
         self.comm = [0.0, 0.0]
+        self.charges: list[Charge] = []
         self.host = [0.0, 0.0]  # what the host needs to issue the ops and the collectives
 
     def total(self) -> BlockCost:
@@ -194,7 +227,8 @@ class _Summation:
         time = self.costs.lowering_comm(op, strategy)
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
-        for _, found in self.costs.lowerings(op, strategy):
+        for axis, found in self.costs.lowerings(op, strategy):
+            self.charges += self.of_lowering(op, strategy, axis, found)
             self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward)
             self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward)
         return time
@@ -224,12 +258,43 @@ class _Summation:
         assert time is not None
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
+        self.charges += self.of_conversion(name, current, wanted, made)
         self.host[0] += COLLECTIVE_DISPATCH_S * sum(step.forward is not None for _, _, step in made)
         self.host[1] += COLLECTIVE_DISPATCH_S * sum(step.backward is not None for _, _, step in made)
         moves = any(_moves(step) for _, _, step in made)
         storage = f"{name}|{placement_text(wanted)}" if moves else self.storage[name]
         self.converted[name, wanted] = storage
         return storage
+
+    def of_conversion(
+        self, name: str, src: Placement, dst: Placement, made: Sequence[tuple[int, float, Conversion]]
+    ) -> Iterator[Charge]:
+        """The collectives of a tensor's conversion."""
+        for axis, share, step in made:
+            time = self.costs.step_time(name, step, axis=axis, share=share)
+            each = ((step.forward, time.forward_s, False), (step.backward, time.backward_s, True))
+            for collective, time_s, is_backward in each:
+                if collective is not None:
+                    yield Charge(
+                        subject=name, axis=axis, collective=collective, time_s=time_s, is_backward=is_backward,
+                        size_bytes=self.costs.whole(name).size_bytes * share, src=placement_text(src),
+                        dst=placement_text(dst),
+                    )
+
+    def of_lowering(
+        self, op: Op, strategy: JointStrategy | None, axis: CostAxis, found: LoweringCost
+    ) -> Iterator[Charge]:
+        """The collectives of an op's special program on an axis."""
+        at = next(i for i, own in enumerate(self.costs.axes) if own is axis)
+        for exchanges, is_backward in ((found.forward, False), (found.backward, True)):
+            for item in exchanges:
+                yield Charge(
+                    subject=op.name, axis=at, collective=item.collective, size_bytes=item.size_bytes,
+                    is_backward=is_backward, lowering=strategy[at].lowering if strategy else "",
+                    time_s=collective_time_s(
+                        item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node
+                    ),
+                )
 
     def saved_storage(
         self, op: Op, strategy: JointStrategy | None, name: str, reads: dict[str, str]

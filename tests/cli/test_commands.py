@@ -157,3 +157,17 @@ def test_an_interrupt_is_one_line_and_code_130(autopar, monkeypatch: pytest.Monk
     run = autopar("show", "plan.json")
     assert run.code == 130
     assert run.err.split() == ["autopar:", "interrupted"]
+
+
+def test_plan_explains_a_layer(autopar, llama: Path) -> None:
+    words = ("plan", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--mesh", "tp=2")
+    found = autopar(*words, "--explain", "--json").value["explain"]
+    assert found["block"] == "model.layers.0"
+    assert found["axes"] == {"tp": 2}
+    assert {"params", "ops", "collectives", "alternatives", "other_plans", "certificate"} <= set(found)
+    run = autopar(*words, "--explain", "model.layers.2")
+    assert run.code == 0
+    assert "why model.layers.2 is sharded so" in run.out
+    wrong = autopar(*words, "--explain", "layer 7")
+    assert wrong.code == 2
+    assert "no block 'layer 7' to explain" in wrong.err
