@@ -109,7 +109,7 @@ def alternative(graph: ModelGraph, cluster: str, plan: Plan, recompute: Recomput
 def test_a_mixed_plan_of_llama_8b_beats_all_or_nothing(llama: ModelGraph) -> None:
     """Keeping everything does not fit, recomputing everything is slower, and one layer less would not fit."""
     cluster = "1x8xH100-80GB"
-    request = PlanRequest(global_batch=64, seq_len=8192, offload=False)
+    request = PlanRequest(global_batch=64, seq_len=8192, offload=False, mesh=(("cp", 1),))
     plan = find_plan(llama, parse_cluster(cluster), request)
     timeline = simulate(llama, parse_cluster(cluster), plan)
     assert timeline.feasible
