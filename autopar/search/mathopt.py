@@ -12,8 +12,11 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from itertools import product
 
+import numpy as np
+
 from autopar.search.elimination import MAX_TABLE, Assignment, FactorGraph, TableTooLargeError, eliminate
 
+_LARGEST = 1e6
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +44,12 @@ def solve(graph: FactorGraph, *, time_limit_s: float = 60.0) -> Assignment | Non
     return None if values is None else Assignment(values, graph.cost(values), 0)
 
 
+def _scale(graph: FactorGraph) -> float:
+    """What makes the largest entry `_LARGEST`: times are microseconds, which HiGHS's tolerances (1e-7) would round."""
+    largest = max((np.abs(f.table[np.isfinite(f.table)]).max(initial=0.0) for f in graph.factors), default=0.0)
+    return _LARGEST / float(largest) if largest else 1.0
+
+
 def _solve(graph: FactorGraph, time_limit_s: float) -> tuple[int, ...] | None:
     """The local polytope with integer unary variables: exact, since tables are linear in their own indicator."""
     from ortools.math_opt.python import mathopt
@@ -50,6 +59,7 @@ def _solve(graph: FactorGraph, time_limit_s: float) -> tuple[int, ...] | None:
     for options in chosen:
         model.add_linear_constraint(mathopt.fast_sum(options) == 1)
     terms = []
+    scale = _scale(graph)
     for index, factor in enumerate(graph.factors):
         if not factor.variables:
             if not math.isfinite(float(factor.table)):
@@ -75,7 +85,7 @@ def _solve(graph: FactorGraph, time_limit_s: float) -> tuple[int, ...] | None:
             for value in range(graph.sizes[variable]):
                 joints = users.get((variable, value), [])
                 model.add_linear_constraint(mathopt.fast_sum(joints) == chosen[variable][value])
-    model.minimize(mathopt.fast_sum(terms))
+    model.minimize(scale * mathopt.fast_sum(terms))
     limits = mathopt.SolveParameters(
         time_limit=timedelta(seconds=time_limit_s), relative_gap_tolerance=0.0, absolute_gap_tolerance=0.0,
     )
