@@ -1,20 +1,24 @@
-"""The one adapter to OR-Tools MathOpt with HiGHS, for factor graphs that are too wide for elimination.
+"""Factor graphs of any width: elimination, branch and bound, and the one adapter to OR-Tools MathOpt with HiGHS.
 
-The solver runs in a spawned process of its own: ortools and highspy crash when one process holds both.
+HiGHS runs in a process of its own, this module as a program: ortools and highspy crash when one process holds both.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
+import pickle
+import subprocess
+import sys
 from datetime import timedelta
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
 from autopar.search.elimination import MAX_TABLE, Assignment, FactorGraph, TableTooLargeError, eliminate
+from autopar.search.pruning import branch_and_bound
 
 _LARGEST = 1e6
 log = logging.getLogger(__name__)
@@ -25,12 +29,25 @@ class SolverFailedError(Exception):
 
 
 def minimize(graph: FactorGraph, *, max_table: int = MAX_TABLE, time_limit_s: float = 60.0) -> Assignment | None:
-    """The cheapest assignment: by elimination, or by HiGHS where a table would pass `max_table` entries."""
+    """The cheapest assignment: by elimination; where a table would pass `max_table` entries, by branch and bound; and
+    where that proves nothing in its number of subproblems, by HiGHS.
+    """
     try:
         return eliminate(graph, max_table=max_table)
     except TableTooLargeError as error:
-        log.info("%s; solving with HiGHS instead", error)
+        log.info("%s; pruning by bounds instead", error)
+    found = branch_and_bound(graph)
+    if found.proved:
+        return None if found.values is None else Assignment(found.values, graph.cost(found.values), 0)
+    log.info("not proved by branch and bound; solving with HiGHS instead")
+    try:
         return solve(graph, time_limit_s=time_limit_s)
+    except SolverFailedError as error:
+        if found.values is None:
+            raise
+        gap = found.cost / found.lower_bound - 1
+        log.warning("a block's sharding is proved to be within %.2g%% of the fastest only: %s", 100 * gap, error)
+        return Assignment(found.values, graph.cost(found.values), 0)
 
 
 def solve(graph: FactorGraph, *, time_limit_s: float = 60.0) -> Assignment | None:
@@ -38,9 +55,18 @@ def solve(graph: FactorGraph, *, time_limit_s: float = 60.0) -> Assignment | Non
 
     SolverFailedError where the time limit came before the proof.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        values = pool.submit(_solve, graph, time_limit_s).result()
+    package = Path(__file__).resolve().parents[2]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "autopar.search.mathopt"], input=pickle.dumps((graph, time_limit_s)),
+        capture_output=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SolverFailedError(f"the solver's process ended with {done.returncode}: {' '.join(last)}")
+    values, problem = pickle.loads(done.stdout)
+    if problem:
+        raise SolverFailedError(problem)
     return None if values is None else Assignment(values, graph.cost(values), 0)
 
 
@@ -97,3 +123,18 @@ def _solve(graph: FactorGraph, time_limit_s: float) -> tuple[int, ...] | None:
         raise SolverFailedError(f"HiGHS stopped with {reason.name} after {time_limit_s:g} s")
     picked = result.variable_values()
     return tuple(max(range(len(options)), key=lambda i: picked[options[i]]) for options in chosen)
+
+
+def _main() -> None:
+    """Reads a graph and a time limit from standard input, and writes the values or what went wrong."""
+    graph, time_limit_s = pickle.loads(sys.stdin.buffer.read())
+    answer: tuple[tuple[int, ...] | None, str]
+    try:
+        answer = (_solve(graph, time_limit_s), "")
+    except SolverFailedError as error:
+        answer = (None, str(error))
+    sys.stdout.buffer.write(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -44,6 +44,12 @@ class Bounded:
     cost: float
     lower_bound: float
 
+    @property
+    def proved(self) -> bool:
+        """Whether nothing is left that could be cheaper."""
+        return self.cost - self.lower_bound <= _SLACK * abs(self.cost) if np.isfinite(self.cost) else (
+            self.lower_bound == np.inf)
+
 
 def branch_and_bound(
     graph: FactorGraph, upper_bound: float = np.inf, *, max_table: int = WIDE_TABLE, max_nodes: int = MAX_NODES

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.search import mathopt
 from autopar.search.elimination import Factor, FactorGraph, eliminate
-from autopar.search.pruning import branch_and_bound, prune
+from autopar.search.pruning import Bounded, branch_and_bound, prune
 
 
 @st.composite
@@ -61,3 +62,33 @@ def test_a_search_cut_short_says_what_it_proved() -> None:
     assert best is not None
     assert found.lower_bound <= best.cost + 1e-12
     assert found.values is None or graph.cost(found.values) >= best.cost - 1e-12
+
+
+def test_a_wide_graph_is_proved_without_an_integer_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    sizes = (5,) * 9
+    tables = tuple(Factor((a, b), random.random((5, 5)) * 1e-6) for a in range(9) for b in range(a))
+    graph = FactorGraph(sizes, tables)
+    best = eliminate(graph)
+    monkeypatch.setattr(mathopt, "solve", lambda *_, **__: pytest.fail("HiGHS was asked"))
+    found = mathopt.minimize(graph, max_table=5**6)
+    assert best is not None and found is not None
+    assert found.cost == pytest.approx(best.cost, rel=1e-9)
+
+
+def test_what_nothing_proves_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    random = np.random.default_rng(2)
+    tables = tuple(Factor((a, b), random.random((6, 6))) for a in range(8) for b in range(a))
+    graph = FactorGraph((6,) * 8, tables)
+
+    def few(graph: FactorGraph) -> Bounded:
+        found = branch_and_bound(graph, max_table=36, max_nodes=40)
+        return Bounded(found.values or (0,) * 8, graph.cost(found.values or (0,) * 8), found.lower_bound)
+
+    def fails(*_: object, **__: object) -> None:
+        raise mathopt.SolverFailedError("HiGHS stopped")
+
+    monkeypatch.setattr(mathopt, "branch_and_bound", few)
+    monkeypatch.setattr(mathopt, "solve", fails)
+    found = mathopt.minimize(graph, max_table=6)
+    assert found is not None and "of the fastest only: HiGHS stopped" in caplog.text
