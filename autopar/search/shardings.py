@@ -241,26 +241,8 @@ def at_rows(shardings: tuple[ClassSharding, ...], graph: ModelGraph, rows: int) 
     """
     if not graph.rows_are_tagged:
         return shardings
-
-    def state(found: State) -> State:
-        if found.outer % graph.rows:
-            return found
-        return shard(found.dim, found.outer // graph.rows * rows)
-
-    def states(found: tuple[State, ...]) -> tuple[State, ...]:
-        return tuple(state(item) for item in found)
-
-    changed = []
-    for choice in shardings:
-        ops = tuple(
-            (name, replace(strategy, inputs=states(strategy.inputs), outputs=states(strategy.outputs)))
-            for name, strategy in choice.ops
-        )
-        changed.append(replace(
-            choice, ops=ops, inputs=states(choice.inputs), params=states(choice.params),
-            buffers=states(choice.buffers), outputs=states(choice.outputs),
-        ))
-    return shardings if changed == list(shardings) else tuple(changed)
+    changed = tuple(choice.at_rows(graph.rows, rows) for choice in shardings)
+    return shardings if changed == shardings else changed
 
 
 def slowest_device(cluster: Cluster) -> DeviceType:

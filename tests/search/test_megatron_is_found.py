@@ -5,14 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from real_blocks import moves
 
 from autopar.cluster.parse import parse_cluster
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.graph.source import capture_source, load_source
 from autopar.plan.verify import verify_plan
 from autopar.search.planner import Degrees, plan_from_degrees
-from autopar.sharding.reshard import conversion
-from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding
 
 CLUSTER = parse_cluster("8xH100-80GB")
@@ -45,23 +44,11 @@ def layer_sharding(graph: ModelGraph, tp: int, *, sequence_parallel: bool) -> tu
 
 def collectives(cls: BlockClass, choice: ClassSharding) -> tuple[Counter[str], Counter[str]]:
     """The collectives of a block, forward and backward, each conversion of a tensor counted once."""
-    state: dict[str, State] = {}
-    for names, states in ((cls.inputs, choice.inputs), (cls.params, choice.params), (cls.buffers, choice.buffers)):
-        state.update(zip(names, states, strict=True))
-    wanted: dict[tuple[str, State], None] = {}
-    for op in cls.ops:
-        strategy = choice.strategy[op.name]
-        wanted.update(dict.fromkeys(zip(op.operands, strategy.inputs, strict=True)))
-        state.update((name, s) for name, s in zip(op.outputs, strategy.outputs, strict=True) if name)
-    wanted.update(dict.fromkeys(zip(cls.outputs, choice.outputs, strict=True)))
-    forward: Counter[str] = Counter()
-    backward: Counter[str] = Counter()
-    for name, target in wanted:
-        step = conversion(state[name], target, cls.tensor[name].requires_grad)
-        assert step is not None
-        forward.update([str(step.forward)] if step.forward else [])
-        backward.update([str(step.backward)] if step.backward else [])
-    return forward, backward
+    made = moves(cls, choice)
+    forward, backward = ([str(way) for way in ways if way] for ways in zip(
+        *((move.forward, move.backward) for move in made), strict=True
+    ))
+    return Counter(forward), Counter(backward)
 
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")
