@@ -13,6 +13,7 @@ from autopar.plan.plan import Plan, Recompute, Variant
 from autopar.search.best_first import Engine
 from autopar.search.bounds import Cuts
 from autopar.search.candidates import Candidate, PlanRequest, candidates
+from autopar.search.context import context_candidates
 from autopar.simulate.simulator import simulate
 from autopar.simulate.timeline import Timeline
 
@@ -43,7 +44,11 @@ def test_bounds_never_exceed_the_simulated_time(
     except InfeasibleError:
         return
     rng = random.Random(seed)
-    for c in rng.sample(space, min(6, len(space))):
+    context = [
+        c for c in rng.sample(found, min(4, len(found)))
+        if engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None
+    ] if (found := context_candidates(machine, engine.request, engine.chooser, len(graph.blocks))) else []
+    for c in [*rng.sample(space, min(6, len(space))), *context]:
         inner = sorted(rng.sample(range(1, len(graph.blocks)), c.pp - 1))
         cuts = (0, *inner, len(graph.blocks))
         plan = engine.plan(c, cuts)
