@@ -40,11 +40,15 @@ class FactorGraph:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """An optimal assignment and its cost; `largest_table` is 0 where another solver found it."""
+    """An optimal assignment and its cost; `largest_table` is 0 where another solver found it.
+
+    `unproved`: how much cheaper another may be, where no solver came to an end.
+    """
 
     values: tuple[int, ...]
     cost: float
     largest_table: int
+    unproved: float = 0.0
 
 
 class TableTooLargeError(Exception):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from autopar.cost_models.compute import OpTime
 from autopar.graph.model_graph import BlockClass, Op, TensorInfo
-from autopar.search.elimination import MAX_TABLE, Factor, FactorGraph, Table
+from autopar.search.elimination import MAX_TABLE, Factor, FactorGraph, Table, best_order
 from autopar.search.mathopt import minimize
 from autopar.search.pruning import branch_and_bound, prune, tightest
 from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, replicated
@@ -91,6 +91,23 @@ def shard_class(
     return None if found is None else found[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proved:
+    """The best sharding that was found, one ClassSharding an axis, and the cost that none can beat.
+
+    `largest_table`: entries of the largest table that an elimination needed.
+    """
+
+    shardings: tuple[ClassSharding, ...]
+    cost_s: float
+    lower_bound_s: float
+    largest_table: int
+
+    @property
+    def gap(self) -> float:
+        return (self.cost_s - self.lower_bound_s) / self.lower_bound_s if self.lower_bound_s else 0.0
+
+
 def shard_class_jointly(
     cls: BlockClass, strategies: Mapping[str, Sequence[JointStrategy]], boundary: Placement, costs: ClassCosts, *,
     parameter_weight: float = 1.0, whole_params: Sequence[bool] = (),
@@ -100,6 +117,17 @@ def shard_class_jointly(
     `whole_params` says of each axis whether it must leave every parameter whole, as an axis that splits tokens does:
     its ranks then share the data axes' sharding of parameters.
     """
+    found = best_sharding(
+        cls, strategies, boundary, costs, parameter_weight=parameter_weight, whole_params=whole_params
+    )
+    return None if found is None else found.shardings
+
+
+def best_sharding(
+    cls: BlockClass, strategies: Mapping[str, Sequence[JointStrategy]], boundary: Placement, costs: ClassCosts, *,
+    parameter_weight: float = 1.0, whole_params: Sequence[bool] = (),
+) -> Proved | None:
+    """What `shard_class_jointly` finds, with its proof."""
     if any(whole_params):
         strategies = {
             op.name: [own for own in strategies[op.name] if _leaves_whole(op, own, cls.params, whole_params)]
@@ -107,8 +135,14 @@ def shard_class_jointly(
         }
     search = _Search(cls, tuple(boundary), costs, parameter_weight, tuple(whole_params) or (False,) * len(boundary))
     if len(boundary) == 1:
-        best = search.solved(strategies)
-        return None if best is None else best[0].shardings(best[1])
+        problem = search.problem(strategies)
+        only = None if problem.impossible else minimize(problem.graph)
+        if only is None:
+            return None
+        return Proved(
+            shardings=problem.shardings(only.values), cost_s=only.cost, largest_table=only.largest_table,
+            lower_bound_s=only.cost - only.unproved,
+        )
     known = search.axis_by_axis(strategies)
     relaxed = search.problem(strategies, relaxed=True)
     if relaxed.impossible:
@@ -125,9 +159,13 @@ def shard_class_jointly(
     kept = [old[new] for old, new in zip(first.kept, second.kept, strict=True)]
     exact = search.problem({op.name: [strategies[op.name][i] for i in kept[at]] for at, op in enumerate(cls.ops)})
     found = branch_and_bound(exact.graph, upper)
-    if found.values is not None:
-        return exact.shardings(found.values)
-    return None if known is None else known[0].shardings(known[1])
+    best = known if found.values is None else (exact, found.values)
+    if best is None:
+        return None
+    return Proved(
+        shardings=best[0].shardings(best[1]), cost_s=min(found.cost, upper), lower_bound_s=found.lower_bound,
+        largest_table=best_order(exact.graph)[1],
+    )
 
 
 def _leaves_whole(op: Op, own: JointStrategy, params: Sequence[str], whole_params: Sequence[bool]) -> bool:

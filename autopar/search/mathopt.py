@@ -47,7 +47,7 @@ def minimize(graph: FactorGraph, *, max_table: int = MAX_TABLE, time_limit_s: fl
             raise
         gap = found.cost / found.lower_bound - 1
         log.warning("a block's sharding is proved to be within %.2g%% of the fastest only: %s", 100 * gap, error)
-        return Assignment(found.values, graph.cost(found.values), 0)
+        return Assignment(found.values, graph.cost(found.values), 0, unproved=found.cost - found.lower_bound)
 
 
 def solve(graph: FactorGraph, *, time_limit_s: float = 60.0) -> Assignment | None:

@@ -16,7 +16,7 @@ from autopar.cluster.cluster import GroupShape, Link
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Ref
 from autopar.search.elimination import FactorGraph, eliminate
 from autopar.search.explain import block_s
-from autopar.search.intra_op import Problem, shard_class_jointly
+from autopar.search.intra_op import Problem, best_sharding, shard_class_jointly
 from autopar.search.mathopt import solve
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies
 from autopar.sharding.state import R, shard
@@ -123,13 +123,15 @@ def check_search(cls: BlockClass, boundary: Placement, link: Link, seed: int, we
         problem = Problem(cls, strategies, boundary, costs, parameter_weight=weight)
     assume(math.prod(problem.graph.sizes) <= MAX_ASSIGNMENTS)
     best = math.inf if problem.impossible else brute_force(problem.graph)
-    found = shard_class_jointly(cls, strategies, boundary, costs, parameter_weight=weight)
+    found = best_sharding(cls, strategies, boundary, costs, parameter_weight=weight)
     if math.isinf(best):
         assert found is None
         return False
     assert found is not None
-    assert [own.strategy.keys() for own in found] == [strategies.keys()] * len(boundary)
-    assert priced(problem, found) == pytest.approx(best, rel=1e-6)
+    assert [own.strategy.keys() for own in found.shardings] == [strategies.keys()] * len(boundary)
+    assert found.cost_s == pytest.approx(best, rel=1e-9)
+    assert found.gap <= 1e-9, "the optimum is proved"
+    assert priced(problem, found.shardings) == pytest.approx(best, rel=1e-6)
     return True
 
 
