@@ -6,7 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from autopar.graph.model_graph import BlockClass
 from autopar.sharding.joint import Placement, can_be_placed, placement_text
+from autopar.sharding.lowering import Lowering
+from autopar.sharding.state import Kind
 from autopar.sharding.strategy import ClassSharding
+
+_LOWERINGS = frozenset(map(str, Lowering))
 
 
 def sharding_problems(
@@ -32,6 +36,8 @@ def sharding_problems(
                 return
         for name, place in zip(names, zip(*(getattr(own, word) for own in choices), strict=True), strict=True):
             yield from _place_problems(f"{where}, {name}", shapes[name], place, sizes)
+            if word in ("params", "buffers") and any(state.kind is Kind.PARTIAL for state in place):
+                yield f"{where}, {name}: {placement_text(place)}, and what rests on a device is whole or split, never P"
     for own in choices:
         if [name for name, _ in own.ops] != [op.name for op in cls.ops]:
             yield f"{where} does not list the class's {len(cls.ops)} ops in their order"
@@ -39,6 +45,9 @@ def sharding_problems(
     for i, op in enumerate(cls.ops):
         strategies = [own.ops[i][1] for own in choices]
         operands, outputs = op.operands, op.outputs
+        for strategy in strategies:
+            if strategy.lowering and strategy.lowering not in _LOWERINGS:
+                yield f"{where}, op {op.name}: there is no lowering {strategy.lowering!r}"
         wrong = [s for s in strategies if len(s.inputs) != len(operands) or len(s.outputs) != len(outputs)]
         if wrong:
             yield (

@@ -12,7 +12,7 @@ from autopar.errors import InputError, PlanMismatchError
 from autopar.plan.plan import Mesh, Plan, Schedule
 from autopar.plan.verify import verify_plan
 from autopar.search.planner import Degrees, plan_from_degrees
-from autopar.sharding.state import R, shard
+from autopar.sharding.state import P, R, shard
 
 GRAPH, MACHINE = mlp_chain(), cluster(2, 4)
 PLAN = plan_from_degrees(GRAPH, MACHINE, Degrees(global_batch=16, tp=2, pp=2, dp_replicate=2, sequence_parallel=True))
@@ -27,6 +27,11 @@ def with_stage(index: int, **changes: object) -> Plan:
 def with_sharding(**changes: object) -> Plan:
     first, *rest = PLAN.shardings
     return dataclasses.replace(PLAN, shardings=(dataclasses.replace(first, **changes), *rest))
+
+
+def with_lowering(word: str) -> Plan:
+    ops = PLAN.shardings[0].ops
+    return with_sharding(ops=tuple((name, dataclasses.replace(strategy, lowering=word)) for name, strategy in ops))
 
 
 def test_a_legal_plan_passes() -> None:
@@ -55,6 +60,8 @@ def test_a_legal_plan_passes() -> None:
     (with_sharding(ops=()), "does not list the class's"),
     (with_sharding(params=()), "0 params"),
     (with_sharding(params=(shard(7),)), r"S\(7\) over 2 ranks"),
+    (with_sharding(params=(P,)), "whole or split, never P"),
+    (with_lowering("nonsense"), "no lowering 'nonsense'"),
     (with_sharding(outputs=(R,)), r"leaves prologue as R and enters layers.0 as S\(1\)"),
     (with_sharding(outputs=(shard(2),)), r"only R and S\(1\)"),
 ])
