@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from autopar.cluster.cluster import DeviceType
 from autopar.cost_models.op_kinds import CASTS, OpKind, base_name, op_kind
-from autopar.graph.model_graph import Op
+from autopar.graph.model_graph import Op, refs_in
 
 # Best matrix products measured over shapes, as a share of the dense bfloat16 peak (stas00/ml-engineering, "Maximum
 # Achievable Matmul FLOPS": A100 SXM 267.9 of 312, H100 SXM 794.5 of 989, GH200 821-829 of 989, B200 1745 of 2250,
@@ -148,6 +148,8 @@ def op_time_s(
     if kind is OpKind.VIEW or (base_name(op.target) == "clone"):
         moved = memory_time_s(device, 2 * out_bytes)
         return OpTime(moved, moved if grads else 0.0)
+    if base_name(op.target) == "linears":
+        return _linears_time(op, operands, outputs, device, dtype, flops, backward_flops if grads else 0.0)
     if kind in (OpKind.MATMUL, OpKind.CONVOLUTION) and operands:
         m, n, k, batch = _matmul_dims(op, operands, outputs)
         used = _matmul_dtype(operands, dtype)
@@ -194,6 +196,46 @@ def op_time_s(
     return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + extra_bytes + grad_in_bytes))
 
 
+def _linears_time(
+    op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor], device: DeviceType, dtype: str,
+    flops: float, backward_flops: float,
+) -> OpTime:
+    """Several linears of one input: in the forward one product after a copy of the weights, or one each.
+
+    The backward has the products of each; a gradient of the input is read again where the next adds onto it.
+    """
+    data, *tensors = operands
+    weights = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    k, bandwidth, used = data.shape[-1], memory_bandwidth(device), _matmul_dtype(operands, dtype)
+    rows = data.numel / max(1.0, k)
+    columns = sum(weight.shape[0] for weight in weights)
+
+    def product_s(n: float, work: float, moved: float) -> float:
+        rate = device.peak(used) * matmul_efficiency(device, rows, n, k, 1.0, used)
+        return kernel_time_s(device, max(work / rate, moved / bandwidth))
+
+    in_bytes, out_bytes = data.size_bytes, sum(output.size_bytes for output in outputs)
+    weight_bytes = sum(weight.size_bytes for weight in weights)
+    products = max(1, round(backward_flops / flops)) if flops else 0
+    forward = backward = 0.0
+    if is_joined(op):
+        forward += memory_time_s(device, 2 * weight_bytes)
+        forward += product_s(columns, flops, in_bytes + weight_bytes + out_bytes)
+    for i, (weight, output) in enumerate(zip(weights, outputs, strict=False)):
+        share = weight.shape[0] / columns
+        moved = in_bytes + weight.size_bytes + output.size_bytes
+        if not is_joined(op):
+            forward += product_s(weight.shape[0], flops * share, moved)
+        backward += products * product_s(weight.shape[0], backward_flops * share / products, moved)
+        backward += in_bytes / bandwidth if i and data.requires_grad else 0.0
+    return OpTime(forward, backward if backward_flops else 0.0)
+
+
+def is_joined(op: Op) -> bool:
+    """Whether linears of one input run as one product in the forward."""
+    return base_name(op.target) == "linears" and op.args[3] is True
+
+
 def _experts_time(
     operands: Sequence[LocalTensor], device: DeviceType, dtype: str, flops: float, backward_flops: float
 ) -> OpTime:
@@ -220,6 +262,10 @@ def dispatch_s(op: Op, device: DeviceType, differentiable: bool) -> OpTime:
     """Seconds that the host needs to issue an op; none on a CPU, which computes where it issues."""
     if _is_cpu(device):
         return FREE
+    if base_name(op.target) == "linears":  # its backward is in Python too, two products and a view for each
+        num = sum(1 for _ in refs_in(op.args[1]))
+        calls = 3 if is_joined(op) else num
+        return OpTime(calls * FORWARD_DISPATCH_S, 2 * num * FORWARD_DISPATCH_S if differentiable else 0.0)
     forward = VIEW_DISPATCH_S if op_kind(op.target) is OpKind.VIEW else FORWARD_DISPATCH_S
     return OpTime(forward, BACKWARD_DISPATCH_S if differentiable else 0.0)
 

@@ -38,7 +38,7 @@ _BY_KIND: dict[OpKind, str] = {
         nll_loss_nd nll_loss2d nll_loss_forward mse_loss l1_loss smooth_l1_loss binary_cross_entropy
         binary_cross_entropy_with_logits kl_div norm linalg_vector_norm logsumexp prod all any argmax argmin cumsum
         cumprod count_nonzero""",
-    OpKind.MATMUL: "linear matmul mm bmm addmm addbmm baddbmm einsum dot mv outer _grouped_mm grouped_mm",
+    OpKind.MATMUL: "linear linears matmul mm bmm addmm addbmm baddbmm einsum dot mv outer _grouped_mm grouped_mm",
     OpKind.CONVOLUTION: "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d",
     OpKind.ATTENTION: """scaled_dot_product_attention _scaled_dot_product_flash_attention
         _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math

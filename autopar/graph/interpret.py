@@ -1,4 +1,7 @@
-"""Runs a ModelGraph op by op on real tensors: the oracle that a capture is right, and a readable reference."""
+"""Runs a ModelGraph op by op on real tensors: the oracle that a capture is right, and a readable reference.
+
+On fake tensors it tells whether a class's ops fit together.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.graph.assemble import overload_of
-from autopar.graph.model_graph import Arg, Block, BlockClass, Literal, ModelGraph, Ref
+from autopar.graph.model_graph import Arg, Block, BlockClass, Literal, ModelGraph, Op, Ref
 
 
 def run(graph: ModelGraph, *, inputs: Mapping[str, Tensor], params: Mapping[str, Tensor],
@@ -34,12 +38,34 @@ def run_block(cls: BlockClass, block: Block, values: dict[str, Tensor], params: 
     local.update(zip(cls.params, (params[name] for name in block.params), strict=True))
     local.update(zip(cls.buffers, (constants[name] for name in block.buffers), strict=True))
     for op in cls.ops:
-        args = [_value(arg, local, device) for arg in op.args]
-        kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
-        result = overload_of(op.target)(*args, **kwargs)
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        local.update((name, out) for name, out in zip(op.outputs, results, strict=True) if name)
+        _run_op(op, local, device)
     values.update(zip(block.outputs, (local[name] for name in cls.outputs), strict=True))
+
+
+def problem_of(cls: BlockClass) -> str | None:
+    """Why the class's ops do not give the shapes that it states, run on fake tensors; None where they do."""
+    with FakeTensorMode(), torch.no_grad():
+        local = {
+            name: torch.empty(cls.tensor[name].shape, dtype=getattr(torch, cls.tensor[name].dtype))
+            for name in (*cls.inputs, *cls.params, *cls.buffers)
+        }
+        for op in cls.ops:
+            try:
+                _run_op(op, local, torch.device("cpu"))
+            except (RuntimeError, ValueError) as error:
+                return f"{op.target} ({op.source or op.name}) does not run: {str(error).splitlines()[0]}"
+            for name in op.outputs:
+                if name and tuple(local[name].shape) != cls.tensor[name].shape:
+                    return f"{op.target} ({op.source or op.name}) gives {list(local[name].shape)}"
+    return None
+
+
+def _run_op(op: Op, local: dict[str, Tensor], device: torch.device) -> None:
+    args = [_value(arg, local, device) for arg in op.args]
+    kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
+    result = overload_of(op.target)(*args, **kwargs)
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    local.update((name, out) for name, out in zip(op.outputs, results, strict=True) if name)
 
 
 def _value(arg: Arg, local: Mapping[str, Tensor], device: torch.device) -> Any:

@@ -40,7 +40,7 @@ class OpFactors:
     `padded` factors may also be split where the axis does not divide them: each tensor that has one pads the dim that
     is this factor alone, and whatever the op computes from padding is padding again, its gradient zero.
     `linear` lists the sets of operand positions in which the op is jointly linear. `joint` names splits of several
-    factors by one axis, which a lowering makes possible; the first of them may be split below its outermost level.
+    factors by one axis, also of factors that are blocked alone; the first may be split below its outermost level.
     """
 
     sizes: Mapping[str, int]
@@ -105,13 +105,17 @@ class OpFactors:
 
         `may_pad`: shards may be padded, where the rule allows it.
         """
-        name, inner = split
+        name, _ = split
         if name in self.joint:
-            found = (self.refusal(part, size) for part in self.parts(split))
+            found = (self._size_refusal(part, size, may_pad=False) for part in self.parts(split))
             return next((refusal for refusal in found if refusal), None)
-        length = self.sizes[name]
         if name in self.blocked:
-            return Refusal(factor=name, size=length, reason=self.blocked[name])
+            return Refusal(factor=name, size=self.sizes[name], reason=self.blocked[name])
+        return self._size_refusal(split, size, may_pad=may_pad)
+
+    def _size_refusal(self, split: Split, size: int, *, may_pad: bool) -> Refusal | None:
+        name, inner = split
+        length = self.sizes[name]
         if not length:
             return Refusal(factor=name, size=0, reason="the dim is empty")
         if inner > 1 and name in self.rigid:

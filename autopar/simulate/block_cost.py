@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.compute import COLLECTIVE_DISPATCH_S, OpTime, dispatch_s, kernel_time_s, memory_bandwidth
+from autopar.cost_models.compute import (
+    COLLECTIVE_DISPATCH_S,
+    OpTime,
+    dispatch_s,
+    is_joined,
+    kernel_time_s,
+    memory_bandwidth,
+)
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
@@ -181,6 +188,9 @@ class _Summation:
                 local.size_bytes for name, state in zip(op.operands, wanted, strict=True)
                 if (local := costs.local(name, state)).requires_grad and name not in cls.params
             )
+            if is_joined(op):  # the copy of the weights
+                grads += sum(costs.local(name, state).size_bytes
+                             for name, state in zip(op.operands[1:], wanted[1:], strict=True))
             if out_bytes and op_kind(op.target) is not OpKind.VIEW:
                 transient = max(transient, out_bytes + grads)
         for name, place in zip(cls.outputs, self.places("outputs"), strict=True):

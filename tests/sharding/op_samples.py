@@ -4,6 +4,7 @@
 import experts_samples  # noqa: F401
 import image_samples  # noqa: F401
 import layer_samples  # noqa: F401
+import linears_samples  # noqa: F401
 import network_samples  # noqa: F401
 import patch_samples  # noqa: F401
 import pointwise_samples  # noqa: F401

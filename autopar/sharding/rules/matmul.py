@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autopar.graph.linears import LINEARS_OP
 from autopar.sharding.factors import Dims, OpFactors
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.rules.registry import Call, Factor, aligned, broadcast, rule
@@ -20,6 +21,25 @@ def linear(call: Call) -> OpFactors:
     # Rows of zeros in weight and bias give zeros; no gradient comes back to those, so the rows stay zeros.
     lowerings = _with_bias(call, k, "bias")
     return call.build(operands, ((*rows, *n),), reducing=(k,), padded=n, lowerings=lowerings)
+
+
+@rule(LINEARS_OP, signature="data weights biases joined")
+def linears(call: Call) -> OpFactors:
+    """Several linears of one input. An axis splits the columns of all of them, each for itself, or of none."""
+    data, *tensors = call.operand_shapes()
+    weights = [shape for shape in tensors if len(shape) == 2]
+    has_biases = len(tensors) > len(weights)
+    rows = call.factors("b", data[:-1])
+    k = call.factor("k", data[-1], "every rank would add the biases" if has_biases else "")
+    n = [call.factor(f"n{i}", shape[0], "all columns split or none") for i, shape in enumerate(weights)]
+    operands: dict[str, Dims | list[Dims]] = {
+        "data": (*rows, k), "weights": [(own, k) for own in n], "biases": [(own,) for own in n],
+    }
+    together = tuple(name for own in n for name in own)
+    return call.build(
+        operands, [(*rows, own) for own in n], reducing=() if has_biases else (k,),
+        joint={"n": together} if len(together) == len(n) else {},
+    )
 
 
 @rule("aten.addmm", "aten.baddbmm", signature="bias a b")
