@@ -12,6 +12,7 @@ from autopar.errors import InputError
 from autopar.files import write_text
 from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
+from autopar.sharding.rewrites import Rewrite, RewriteKind
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
 
@@ -78,6 +79,12 @@ class _Sharding(_Record):
     _states = field_validator("inputs", "params", "buffers", "outputs")(lambda states: _checked_states(states))
 
 
+class _Rewrite(_Record):
+    kind: RewriteKind
+    cls: str
+    ops: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class _Certificate(_Record):
     upper_bound_s: Amount
     lower_bound_s: Amount
@@ -133,6 +140,7 @@ class _PlanFile(_Record):
     notes: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     coverage: _Coverage | None = None
+    rewrites: tuple[_Rewrite, ...] = ()
 
 
 def _checked_states(states: tuple[str, ...]) -> tuple[str, ...]:
@@ -157,6 +165,7 @@ def plan_to_json(plan: Plan) -> str:
             for b in plan.baselines
         ),
         notes=plan.notes, blocks=plan.blocks, coverage=_coverage_record(plan.coverage),
+        rewrites=tuple(_Rewrite(kind=item.kind, cls=item.cls, ops=item.ops) for item in plan.rewrites),
     )
     return record.model_dump_json(indent=1) + "\n"
 
@@ -274,7 +283,7 @@ def _coverage(record: _Coverage) -> Coverage:
 
 
 def _plan(record: _PlanFile) -> Plan:
-    shared = ("format", "version", "stages", "shardings", "certificate", "baselines", "coverage")
+    shared = ("format", "version", "stages", "shardings", "certificate", "baselines", "coverage", "rewrites")
     plain = {name: getattr(record, name) for name in _PlanFile.model_fields if name not in shared}
     certificate = record.certificate
     return Plan(
@@ -303,4 +312,5 @@ def _plan(record: _PlanFile) -> Plan:
         certificate=None if certificate is None else Certificate(**dict(certificate)),
         baselines=tuple(Baseline(**dict(baseline)) for baseline in record.baselines),
         coverage=None if record.coverage is None else _coverage(record.coverage),
+        rewrites=tuple(Rewrite(**dict(item)) for item in record.rewrites),
     )

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from autopar.plan.coverage import Coverage
+from autopar.sharding.rewrites import Rewrite
 from autopar.sharding.strategy import ClassSharding
 
 
@@ -180,7 +181,9 @@ class Plan:
 
     `shardings` holds the choice on each inner axis of each block class (and of the class of `graph.shared`, always
     replicated and left out); it is empty where no stage has an inner axis. `dtype` is the compute dtype; parameters
-    rest in `param_dtype`. `blocks` names the model's chain, so that a plan can be shown without its model.
+    rest in `param_dtype`. `blocks` names the model's chain, so that a plan can be shown without its model. `rewrites`
+    change the ops of its block classes, one after the other: `shardings` are of the classes as they are then, while
+    `model_fingerprint` is the captured model's.
     """
 
     model_name: str
@@ -205,6 +208,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
     coverage: Coverage | None = None
+    rewrites: tuple[Rewrite, ...] = ()
 
     @cached_property
     def sharding(self) -> dict[str, ClassSharding]:

@@ -12,6 +12,7 @@ from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Schedule, Stage, is_layer
 from autopar.plan.sharding_checks import sharding_problems
+from autopar.sharding.rewrites import rewrite_text, rewritten
 from autopar.sharding.state import Kind, R, State, shard
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -44,7 +45,18 @@ def verify_plan(plan: Plan, graph: ModelGraph | None, cluster: Cluster | None = 
 
 
 def problems(plan: Plan, graph: ModelGraph | None) -> Iterator[str]:
-    """Every broken rule of the plan, one line each."""
+    """Every broken rule of the plan, one line each; `graph` is as captured."""
+    if graph is not None and plan.rewrites:
+        layers = {block.cls for block in graph.blocks if is_layer(block.name)}
+        others = {block.cls for block in graph.blocks if not is_layer(block.name)} | {graph.shared.cls}
+        if wrong := next((item for item in plan.rewrites if item.cls not in layers or item.cls in others), None):
+            yield f"{rewrite_text(wrong)}: only the classes of layers are rewritten"
+            return
+        try:
+            graph = rewritten(graph, plan.rewrites)
+        except InputError as error:
+            yield str(error)
+            return
     for check in CHECKS:
         yield from check(_Subject(plan, graph))
 

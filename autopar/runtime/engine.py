@@ -30,6 +30,7 @@ from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.rows import at_rows
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.sharding.joint import placed_shape
+from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP
 from autopar.simulate.schedules import Action, schedule_actions
 
@@ -57,11 +58,12 @@ class Trainer:
         The global random generator is seeded: alike on the ranks of a tensor axis, differently elsewhere.
         """
         graph = at_rows(captured.graph, plan.micro_batch)
-        self.plan, self.graph, self.device = plan, graph, torch.device(device)
+        self.plan, self.device = plan, torch.device(device)
         timeout = timedelta(seconds=timeout_s)
         world = dist.get_world_size() if dist.is_initialized() else 1
         check_runnable(plan, world)
         verify_plan(plan, graph)
+        self.graph = graph = rewritten(graph, plan.rewrites)
         self._owns_group = False
         mixed = plan.dtype != plan.param_dtype
         needs_mesh = mixed or plan.stages[0].mesh.dp * plan.stages[0].mesh.cp > 1

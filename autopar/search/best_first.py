@@ -21,6 +21,7 @@ from autopar.search.degrees import even_cuts, stage_devices
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageLayout
 from autopar.search.variants import Option, Room, cheapest, layer_options
+from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import simulate
 from autopar.simulate.stage_cost import is_layer, stage_cost
 
@@ -75,7 +76,9 @@ class Engine:
 
     def __init__(self, graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> None:
         self.graph, self.cluster, self.request = graph, cluster, request
-        self.chooser = ShardingChooser(graph, cluster, request.dtype, rows=request.micro_batch or 1)
+        self.chooser = ShardingChooser(
+            graph, cluster, request.dtype, rows=request.micro_batch or 1, rewrites=True, compile=request.compile
+        )
         self.layout = StageLayout(cluster, request.dtype)
         self.bounds = Bounds(graph, self.layout, request, self.chooser)
         self._model, self._machine = model_fingerprint(graph), cluster_fingerprint(cluster)
@@ -238,7 +241,7 @@ class Engine:
     def _options(self, c: Candidate, plan: Plan, index: int) -> tuple[Option, ...] | None:
         """What the layers of a stage do so that it fits, of least added time; None where they can keep everything."""
         stage, kind = plan.stages[index], self.layout.kinds(c)[index]
-        cost = stage_cost(self.graph, self.cluster, plan, index)
+        cost = stage_cost(rewritten(self.graph, plan.rewrites), self.cluster, plan, index)
         left = kind.memory_limit_bytes - cost.static.total
         in_flight = min(c.pp - index, c.num_micro_batches)
         if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.optimizer_step_bytes) <= left:
@@ -276,7 +279,7 @@ class Engine:
             shardings=self.chooser.shardings(
                 c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
             ),
-            notes=choice.notes, blocks=tuple(block.name for block in self.graph.blocks),
+            rewrites=choice.rewrites, notes=choice.notes, blocks=tuple(block.name for block in self.graph.blocks),
             stages=tuple(
                 Stage(
                     first=first, last=last, devices=stage_devices(stage, c.mesh.size), mesh=c.mesh, zero=c.zero,

@@ -499,9 +499,12 @@ class Bounds:
     def block_costs(self, c: Candidate, kind: StageKind) -> dict[str, BlockCost]:
         """The cost of a block of each class on a stage of this kind."""
         sharding = self._shardings(c)
+        graph = self._chooser.graph(
+            c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
+        )
         return {
             cls.name: block_cost(
-                self._graph, cls, sharding[cls.name], tp=c.tp, rows=c.rows, device=kind.device,
+                graph, graph.block_class[cls.name], sharding[cls.name], tp=c.tp, rows=c.rows, device=kind.device,
                 tp_group=kind.tp_group, dtype=self._request.dtype, compile=self._request.compile, outer=kind.context,
             )
             for cls in self._chooser.classes

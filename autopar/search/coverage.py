@@ -9,6 +9,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.plan import Plan
 from autopar.search.shardings import slowest_device, tp_group
+from autopar.sharding.rewrites import rewritten
 from autopar.sharding.rules import has_rule
 from autopar.simulate.class_costs import ClassCosts
 
@@ -18,6 +19,7 @@ def plan_coverage(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Coverage:
 
     The parameter-free ops of `graph.shared` (masks, positions) are left out: every stage computes them whole.
     """
+    graph = rewritten(graph, plan.rewrites)
     tp = max(stage.mesh.tp for stage in plan.stages)
     device, group = slowest_device(cluster), tp_group(cluster, tp) if tp > 1 else None
     rows = plan.micro_batch if graph.rows_are_tagged else graph.rows

@@ -22,6 +22,7 @@ from autopar.search.mathopt import minimize
 from autopar.search.other_plans import OtherPlan, other_plans
 from autopar.sharding.joint import JointStrategy, joint_strategies, placement_text
 from autopar.sharding.reshard import Collective
+from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import R, State, shard
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, Charge, block_charges, block_cost
@@ -137,6 +138,7 @@ def explain(graph: ModelGraph, cluster: Cluster, plan: Plan, block: str = "") ->
     InputError where the model has no such block.
     """
     found = find_block(graph, block)
+    captured, graph = graph, rewritten(graph, plan.rewrites)
     index = next(i for i, s in enumerate(plan.stages) if s.first <= graph.blocks.index(found) < s.last)
     stage, cls = plan.stages[index], graph.block_class[found.cls]
     place = _Place.of(graph, cluster, plan, stage, cls)
@@ -148,7 +150,7 @@ def explain(graph: ModelGraph, cluster: Cluster, plan: Plan, block: str = "") ->
         axes=stage.mesh.inner, rows=place.costs.rows, cost=cost, params=_params(found, cls, shardings),
         ops=place.choices(shardings), charges=block_charges(place.costs, shardings) if shardings else (),
         alternatives=alternatives, data=_data_traffic(cluster, plan, stage, cost),
-        others=other_plans(graph, cluster, plan), certificate=plan.certificate, notes=notes,
+        others=other_plans(captured, cluster, plan), certificate=plan.certificate, notes=notes,
     )
 
 

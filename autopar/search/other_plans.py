@@ -37,7 +37,9 @@ def other_plans(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[OtherP
     if len(meshes) != 1:
         return ()
     (mesh,) = meshes
-    chooser = ShardingChooser(graph, cluster, plan.dtype, rows=plan.micro_batch)
+    chooser = ShardingChooser(
+        graph, cluster, plan.dtype, rows=plan.micro_batch, rewrites=plan.certificate is not None, compile=plan.compile
+    )
     found = []
     for tp, sequence_parallel in _settings(mesh, plan, chooser):
         name = f"tp {tp}" + (", with sequence parallelism" if sequence_parallel else "")
@@ -108,7 +110,7 @@ def _simulated(
         )
         other = replace(
             plan, stages=stages, micro_batch=micro_batch, num_micro_batches=rows // micro_batch,
-            sequence_parallel=sequence_parallel, certificate=None,
+            sequence_parallel=sequence_parallel, certificate=None, rewrites=choice.rewrites,
             shardings=chooser.shardings(
                 mesh.tp, micro_batch, sequence_parallel=sequence_parallel, split_weights=split_weights, cp=mesh.cp
             ),

@@ -35,6 +35,7 @@ NOT_SEARCHED = (
     "leaving devices unused",
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     "op strategies other than each block's own fastest at the smallest micro-batch",
+    "rewrites of layers that keep more for the backward",
 )
 
 

@@ -12,13 +12,15 @@ from autopar.graph.loss_terms import needs_whole_batch
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
 from autopar.search.intra_op import is_hidden, is_image, shard_class, shard_class_jointly
+from autopar.search.rewriting import Variants, Weighed, best_rewrites
 from autopar.search.ties import TieSearch
-from autopar.sharding.joint import JointStrategy, joint_strategies
+from autopar.sharding.joint import JointStrategy, Placement, joint_strategies
 from autopar.sharding.propagate import ClassStrategies, class_strategies
+from autopar.sharding.rewrites import Rewrite, rewrite_notes, rewritten
 from autopar.sharding.state import Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.block_cost import block_cost
-from autopar.simulate.class_costs import ClassCosts
+from autopar.simulate.class_costs import ClassCosts, CostAxis
 from autopar.simulate.stage_cost import inner_axis
 
 
@@ -28,6 +30,7 @@ class Choice:
 
     shardings: tuple[ClassSharding, ...]
     notes: tuple[str, ...]
+    rewrites: tuple[Rewrite, ...] = ()  # of the classes that the shardings are of
 
     @property
     def splits(self) -> bool:
@@ -39,11 +42,19 @@ class ShardingChooser:
     """Chooses with the exact intra-op search, for the slowest device of the cluster and `rows` rows a micro-batch.
 
     Shardings are weighed without recomputation; a block's cost under them is then taken at the true rows.
+    With `rewrites` a layer's ops are rewritten where that is faster; `compile` says how blocks are then run.
     """
 
-    def __init__(self, graph: ModelGraph, cluster: Cluster, dtype: str, *, rows: float = 1) -> None:
+    def __init__(
+        self, graph: ModelGraph, cluster: Cluster, dtype: str, *, rows: float = 1, rewrites: bool = False,
+        compile: bool = False,  # noqa: A002
+    ) -> None:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
         self._rows = rows if graph.rows_are_tagged else graph.rows
+        self._rewrites, self._compile, self._variants = rewrites, compile, Variants()
+        self._of_variants: dict[
+            tuple[int, tuple[int, ...]], tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts]
+        ] = {}  # by a variant's id, which is kept
         self._kept: dict[tuple[int, int, bool, bool, bool], Choice | None] = {}
         self._at_rows: dict[tuple[int, int, bool, bool, bool, int], tuple[ClassSharding, ...]] = {}
         self._strategies: dict[tuple[str, int], ClassStrategies] = {}
@@ -77,8 +88,17 @@ class ShardingChooser:
             if cp > 1:
                 self._kept[key] = self._choose_jointly(*key)
             else:
-                self._kept[key] = self._choose(*key[1:]) if tp > 1 else Choice(shardings=(), notes=())
+                self._kept[key] = self._choose(*key[1:]) if tp > 1 else self._with_rewrites(
+                    Choice(shardings=(), notes=()))
         return self._kept[key]
+
+    def graph(
+        self, tp: int, *, sequence_parallel: bool, split_weights: bool = True, cp: int = 1
+    ) -> ModelGraph:
+        """The graph whose classes the chosen shardings are of; the same object each time."""
+        choice = self.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights, cp=cp)
+        assert choice is not None, "only for an axis that has shardings"
+        return rewritten(self._graph, choice.rewrites)
 
     def shardings(
         self, tp: int, rows: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False,
@@ -132,7 +152,10 @@ class ShardingChooser:
                     f"tp {tp} can split no product of {cls.name}: each tensor rank repeats them"
                 )
             found += [replace(own, axis=axis) for own, axis in zip(shardings, ("cp", "tp"), strict=False)]
-        return Choice(shardings=tuple(found), notes=tuple(notes))
+        choice = Choice(shardings=tuple(found), notes=tuple(notes))
+        return choice if split_products else self._with_rewrites(
+            choice, sizes=sizes, outer=(outer,), boundary=boundary, weight=float(split_weights)
+        )
 
     def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool, split_products: bool) -> Choice | None:
         boundary, weight = shard(1) if sequence_parallel else R, float(split_weights)
@@ -170,7 +193,94 @@ class ShardingChooser:
             notes.append(f"ops without a sharding rule run whole on every tensor rank: {', '.join(sorted(unruled))}")
         if whole:
             notes.append(f"tp {tp} splits no parameter of {', '.join(whole)}: each tensor rank stores all of them")
-        return Choice(shardings=tuple(found.values()), notes=tuple(notes))
+        choice = Choice(shardings=tuple(found.values()), notes=tuple(notes))
+        return choice if split_products else self._with_rewrites(
+            choice, sizes=(tp,), boundary=(boundary,), weight=weight
+        )
+
+    def _with_rewrites(
+        self, choice: Choice, *, sizes: tuple[int, ...] = (), outer: tuple[CostAxis, ...] = (),
+        boundary: Placement = (), weight: float = 1.0,
+    ) -> Choice:
+        """The choice with the layers rewritten wherever that is faster and keeps no more.
+
+        The axes have `sizes`; of the first ones `outer` says more. A class that shares a parameter with another is left
+        as it is, for its sharding was settled with the other's.
+        """
+        if not self._rewrites:
+            return choice
+        tp = sizes[-1] if len(sizes) > len(outer) else 1
+        device, group = slowest_device(self._cluster), tp_group(self._cluster, tp) if tp > 1 else None
+        whole_params = (True,) * len(outer) + (False,) * (len(sizes) - len(outer))
+        rewrites: list[Rewrite] = []
+        changed: dict[str, tuple[ClassSharding, ...]] = {}
+        for cls in self.classes:
+            if cls.name not in self._layer_classes or cls.name in self._sharing_classes:
+                continue
+
+            def weigh(cls: BlockClass, shardings: tuple[ClassSharding, ...] | None = None) -> Weighed | None:
+                strategies, costs = self._of_variant(cls, sizes, outer)
+                if sizes and shardings is None:
+                    shardings = shard_class_jointly(
+                        cls, strategies, boundary, costs, parameter_weight=weight, whole_params=whole_params
+                    )
+                    if shardings is None:
+                        return None
+                each = shardings or ()
+                cost = block_cost(
+                    self._graph, cls, each, tp=tp, rows=self._rows, device=device, tp_group=group, dtype=self._dtype,
+                    compile=self._compile, outer=outer,
+                )
+                places = zip(*(own.params for own in each), strict=True) if each else ()
+                charge_s = sum(
+                    weight * costs.param_time_s(param, place, num_micro_batches=1)
+                    for param, place in zip(cls.params, places, strict=False)
+                )
+                return Weighed(
+                    shardings=each, saved_bytes=cost.saved_bytes, selective_saved_bytes=cost.selective_saved_bytes,
+                    time_s=cost.forward_compute_s + cost.backward_compute_s + cost.forward_tp_comm_s
+                    + cost.backward_tp_comm_s + charge_s,
+                )
+
+            captured = weigh(cls, tuple(own for own in choice.shardings if own.cls == cls.name))
+            assert captured is not None
+            found, best = best_rewrites(cls, captured, self._variants, weigh)
+            rewrites += found
+            if found:
+                axes = ("cp", "tp") if outer else ("tp",)
+                changed[cls.name] = tuple(
+                    replace(own, axis=axis) for own, axis in zip(best.shardings, axes, strict=False)
+                )
+        if not rewrites:
+            return choice
+        of_axis = {(own.cls, own.axis): own for shardings in changed.values() for own in shardings}
+        return Choice(
+            shardings=tuple(of_axis.get((own.cls, own.axis), own) for own in choice.shardings),
+            notes=(*choice.notes, *rewrite_notes(self._graph, rewrites)), rewrites=tuple(rewrites),
+        )
+
+    def _of_variant(
+        self, cls: BlockClass, sizes: tuple[int, ...], outer: tuple[CostAxis, ...]
+    ) -> tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts]:
+        """A class's strategies and costs over axes of these sizes, made once."""
+        key = id(cls), sizes
+        if key not in self._of_variants:
+            tp = sizes[-1] if len(sizes) > len(outer) else 1
+            costs = ClassCosts(
+                self._graph, cls, tp=tp, rows=self._rows, device=slowest_device(self._cluster), dtype=self._dtype,
+                tp_group=tp_group(self._cluster, tp) if tp > 1 else None, outer=outer,
+            )
+            self._of_variants[key] = joint_strategies(cls, sizes) if sizes else {}, costs
+        return self._of_variants[key]
+
+    @cached_property
+    def _sharing_classes(self) -> frozenset[str]:
+        """The classes with a parameter that blocks of another class use too."""
+        users: dict[str, set[str]] = {}
+        for block in self._graph.blocks:
+            for name in block.params:
+                users.setdefault(name, set()).add(block.cls)
+        return frozenset(name for own in users.values() if len(own) > 1 for name in own)
 
     def _with_ties_settled(
         self, found: dict[str, ClassSharding], tp: int, boundary: State, weight: float

@@ -13,6 +13,7 @@ from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.plan.plan import Plan
 from autopar.sharding.reshard import Collective
+from autopar.sharding.rewrites import rewritten
 from autopar.simulate.events import Execution, StageTimes, execute, peak_activation_bytes
 from autopar.simulate.schedules import ActionLists, schedule_actions
 from autopar.simulate.stage_cost import StageCost, is_layer, link_times, stage_cost
@@ -36,6 +37,7 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Timeline:
 
     Each stage is timed on its slowest device; the schedule's action lists are then executed exactly.
     """
+    graph = rewritten(graph, plan.rewrites)
     _check(graph, cluster, plan)
     num_chunks = 1 + max(stage.virtual for stage in plan.stages)
     num_ranks = plan.num_stages // num_chunks

@@ -89,6 +89,19 @@ def llama_untied() -> tuple[nn.Module, dict[str, Tensor], Any]:
     return llama(tied=False)
 
 
+def phi3() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Phi-3: one weight for queries, keys and values, one for gate and up."""
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.Phi3Config(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, original_max_position_embeddings=LENGTH,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+    )
+    return transformers.Phi3ForCausalLM(config), causal_batch(), None
+
+
 def bert() -> tuple[nn.Module, dict[str, Tensor], Any]:
     """BERT with masked words: attention both ways, and key biases whose gradient is zero but for rounding."""
     import transformers
