@@ -12,7 +12,7 @@ from autopar.errors import InputError
 from autopar.files import write_text
 from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
-from autopar.sharding.rewrites import Rewrite, RewriteKind
+from autopar.sharding.rewrite import Rewrite, RewriteKind
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from autopar.plan.coverage import Coverage
-from autopar.sharding.rewrites import Rewrite
+from autopar.sharding.rewrite import Rewrite
 from autopar.sharding.strategy import ClassSharding
 
 

@@ -12,7 +12,8 @@ from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Schedule, Stage, is_layer
 from autopar.plan.sharding_checks import sharding_problems
-from autopar.sharding.rewrites import rewrite_text, rewritten
+from autopar.sharding.rewrite import rewrite_text
+from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import Kind, R, State, shard
 
 OPTIMIZERS = ("adamw", "adam", "sgd")

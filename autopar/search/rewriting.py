@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autopar.graph.model_graph import BlockClass
-from autopar.sharding.rewrites import Rewrite, apply_rewrite, candidates_of
+from autopar.sharding.rewrite import Rewrite
+from autopar.sharding.rewrites import apply_rewrite, candidates_of
 from autopar.sharding.strategy import ClassSharding
 
 _EQUAL = 1e-9  # relative; times are sums that are rounded

@@ -16,7 +16,8 @@ from autopar.search.rewriting import Variants, Weighed, best_rewrites
 from autopar.search.ties import TieSearch
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies
 from autopar.sharding.propagate import ClassStrategies, class_strategies
-from autopar.sharding.rewrites import Rewrite, rewrite_notes, rewritten
+from autopar.sharding.rewrite import Rewrite
+from autopar.sharding.rewrites import rewrite_notes, rewritten
 from autopar.sharding.state import Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.block_cost import block_cost

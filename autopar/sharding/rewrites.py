@@ -9,32 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from autopar.errors import InputError
 from autopar.graph.interpret import problem_of
 from autopar.graph.linears import LINEARS_OP
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op, Ref, TensorInfo
+from autopar.sharding.rewrite import Rewrite, RewriteKind, rewrite_text
 from autopar.sharding.rules.registry import Call, split_lengths
 
 _LINEAR = "aten.linear.default"
 _SPLITS = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
 _SLICE = "aten.slice.Tensor"
-
-
-class RewriteKind(StrEnum):
-    MERGE_LINEARS = "merge_linears"  # one product of the forward, with the weights laid together
-    SHARE_INPUT = "share_input"  # one op, a product each; only the gradients of the input are added on the way
-    SPLIT_LINEAR = "split_linear"  # one linear for each part that is read of a linear
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rewrite:
-    """One rewrite of the class named `cls`: of these ops, by their names in the class as it is then."""
-
-    kind: RewriteKind
-    cls: str
-    ops: tuple[str, ...]
 
 
 def candidates_of(cls: BlockClass) -> tuple[Rewrite, ...]:
@@ -105,11 +90,6 @@ def rewritten(graph: ModelGraph, rewrites: Sequence[Rewrite]) -> ModelGraph:
         # The key holds the graph's id: the graph is kept with the result, so that no id is used again.
         _rewritten[key] = graph, changed
     return _rewritten[key][1]
-
-
-def rewrite_text(rewrite: Rewrite) -> str:
-    """The rewrite in words: "merge_linears of linear, linear_1, linear_2 in LlamaDecoderLayer"."""
-    return f"{rewrite.kind} of {', '.join(rewrite.ops)} in {rewrite.cls}"
 
 
 def rewrite_notes(graph: ModelGraph, rewrites: Sequence[Rewrite]) -> tuple[str, ...]:

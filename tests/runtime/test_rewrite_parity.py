@@ -18,7 +18,8 @@ from autopar.plan.verify import verify_plan
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import capture_for, compare
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.sharding.rewrites import Rewrite, RewriteKind, apply_rewrite, candidates_of, rewritten
+from autopar.sharding.rewrite import Rewrite, RewriteKind
+from autopar.sharding.rewrites import apply_rewrite, candidates_of, rewritten
 from autopar.sharding.state import Kind
 
 MERGE, SHARE, SPLIT = RewriteKind.MERGE_LINEARS, RewriteKind.SHARE_INPUT, RewriteKind.SPLIT_LINEAR

@@ -21,7 +21,8 @@ from autopar.search.intra_op import shard_class
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.search.shardings import Choice, ShardingChooser, slowest_device, tp_group
 from autopar.sharding.propagate import class_strategies
-from autopar.sharding.rewrites import Rewrite, RewriteKind, apply_rewrite, candidates_of, rewritten
+from autopar.sharding.rewrite import Rewrite, RewriteKind
+from autopar.sharding.rewrites import apply_rewrite, candidates_of, rewritten
 from autopar.sharding.state import R, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.block_cost import BlockCost, block_cost
