@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autopar.graph.model_graph import BlockClass
-from autopar.sharding.joint import Placement, can_be_placed, placement_text
+from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, joint_strategies, placement_text
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.state import Kind
 from autopar.sharding.strategy import ClassSharding
@@ -59,6 +59,31 @@ def sharding_problems(
         for name, place in zip((*operands, *outputs), places, strict=True):
             if name:
                 yield from _place_problems(f"{where}, op {op.name}, {name}", shapes[name], place, sizes)
+
+
+def illegal_strategies(
+    choices: Sequence[ClassSharding], cls: BlockClass, sizes: Sequence[int], *, tagged_rows: int = 1, rows: int = 1
+) -> Iterator[str]:
+    """Ops of a well-formed sharding whose strategy is none that the rules give: it would compute something else."""
+    legal = joint_strategies(cls, sizes)
+    for i, op in enumerate(cls.ops):
+        own = tuple(choice.ops[i][1] for choice in choices)
+        known = {_effect(strategy) for strategy in legal[op.name]}
+        if tagged_rows > 1:
+            known |= {
+                _effect(tuple(part.at_rows(tagged_rows, rows) for part in strategy)) for strategy in legal[op.name]
+            }
+        if _effect(own) not in known:
+            words = "; ".join(
+                f"{' '.join(map(str, part.inputs))} -> {' '.join(map(str, part.outputs))} {part.lowering}".strip()
+                for part in own
+            )
+            yield f"the sharding of class {cls.name}, op {op.name}: no rule splits {op.target} as {words}"
+
+
+def _effect(choice: JointStrategy) -> tuple[object, ...]:
+    """What decides the program of a strategy; the name of its factor does not."""
+    return tuple((part.inputs, part.outputs, str(part.lowering)) for part in choice)
 
 
 def _place_problems(where: str, shape: tuple[int, ...], place: Placement, sizes: Sequence[int]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Schedule, Stage, is_layer
-from autopar.plan.sharding_checks import sharding_problems
+from autopar.plan.sharding_checks import illegal_strategies, sharding_problems
 from autopar.sharding.rewrite import rewrite_text
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import Kind, R, State, shard
@@ -188,11 +188,10 @@ def _shardings_complete(subject: _Subject) -> Iterator[str]:
             yield f"the cp axis splits a parameter of class {choice.cls}, and only the tensor axis may"
     for mesh in dict.fromkeys(stage.mesh for stage in plan.stages if stage.mesh.inner):
         for name in dict.fromkeys(choice.cls for choice in plan.shardings):
-            yield from sharding_problems(
-                plan.class_shardings(name, mesh), graph.block_class[name], [size for _, size in mesh.inner],
-                tagged_rows=graph.rows if graph.rows_are_tagged else 1,
-                rows=plan.micro_batch if graph.rows_are_tagged else 1,
-            )
+            choices, cls, sizes = plan.class_shardings(name, mesh), graph.block_class[name], [n for _, n in mesh.inner]
+            tagged, rows = (graph.rows, plan.micro_batch) if graph.rows_are_tagged else (1, 1)
+            found = list(sharding_problems(choices, cls, sizes, tagged_rows=tagged, rows=rows))
+            yield from found or illegal_strategies(choices, cls, sizes, tagged_rows=tagged, rows=rows)
 
 
 def _boundaries_agree(subject: _Subject) -> Iterator[str]:

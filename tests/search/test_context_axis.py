@@ -61,6 +61,12 @@ def test_a_context_axis_is_found_for_few_long_rows(graph: ModelGraph, tmp_path: 
         for choice in found.shardings
     )
     assert any("cp axis splits a parameter" in text for text in problems(replace(found, shardings=split), graph))
+    bare = tuple(
+        replace(choice, ops=tuple((name, replace(own, lowering="")) for name, own in choice.ops))
+        for choice in found.shardings
+    )
+    assert bare != found.shardings
+    assert any("no rule splits aten.cross_entropy" in text for text in problems(replace(found, shardings=bare), graph))
 
 
 @pytest.mark.parametrize("text", ["dp=4,tp=4", "pp=2,dp_shard=8", "cp=4,tp=2,dp=2"])
