@@ -5,9 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import runtime_models
+import torch
+from test_checkpoint import load_and_go_on, save_and_go_on
 from test_parity import graph_of
 
 from autopar.cluster.parse import parse_cluster
@@ -48,6 +51,17 @@ def test_context_axis(pool: LocalPool, model: str, name: str) -> None:
         assert any(state.kind is Kind.SHARDED for choice in split for state in choice.params)
     report = compare(getattr(runtime_models, model), plan, steps=2, pool=pool)
     assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"
+
+
+@pytest.mark.parametrize(("before", "after"), [("cp2xfsdp2", "cp2xtp2"), ("cp2xtp2", "cp2xzero1")])
+def test_a_checkpoint_of_a_context_plan_loads_under_another(
+    pool: LocalPool, tmp_path: Path, before: str, after: str
+) -> None:
+    directory = str(tmp_path / "state")
+    losses, saved = pool.run(save_and_go_on, "llama", plan_of("llama", before), directory, num_ranks=4)[0]
+    found, loaded = pool.run(load_and_go_on, "llama", plan_of("llama", after), directory, num_ranks=4)[0]
+    assert found == pytest.approx(losses, rel=1e-9)
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
 def random_shardings(cls: BlockClass, boundary: Placement, chance: random.Random) -> tuple[ClassSharding, ...]:
