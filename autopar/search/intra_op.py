@@ -8,6 +8,7 @@ large, one 0/1 variable a wanted state says that the conversion is made, which n
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from autopar.sharding.state import RP, Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.class_costs import ClassCosts
 
+log = logging.getLogger(__name__)
 # Entries; above, a tensor's conversions get variables of their own. Several axes have too many states for that.
 JOINT_TABLE = {1: 20_000, 2: 1 << 22}
 FEW_PASSES, FEW_NODES = 8, 4
@@ -34,6 +36,7 @@ NARROW = 0.7  # a consumer's placements get a variable where they are fewer than
 # Both weights are far below any modelled time (a kernel launch is 1e-6 s) and above float64 rounding of a block's time.
 _TIE_S_PER_ELEMENT = 1e-19
 _TIE_S = 1e-15
+_PROVED = 1e-6  # a gap that rounding may leave
 _HEIGHT = 2  # of images: (rows, channels, height, ...)
 
 
@@ -120,7 +123,11 @@ def shard_class_jointly(
     found = best_sharding(
         cls, strategies, boundary, costs, parameter_weight=parameter_weight, whole_params=whole_params
     )
-    return None if found is None else found.shardings
+    if found is None:
+        return None
+    if found.gap > _PROVED:
+        log.warning("the sharding of %s is proved to be within %.2g%% of the fastest only", cls.name, 100 * found.gap)
+    return found.shardings
 
 
 def best_sharding(

@@ -11,13 +11,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 from autopar.graph.model_graph import Arg, BlockClass, Op, Ref, TensorInfo
 from autopar.sharding.factors import OpFactors, Split
 from autopar.sharding.local_args import local_infos, local_op
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.propagate import ClassStrategies, class_strategies
-from autopar.sharding.reshard import Collective, LocalAction, conversion, divides, local_shape
+from autopar.sharding.reshard import conversion, divides, local_shape
 from autopar.sharding.rules.table import gradients, strategies_with
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
@@ -70,7 +71,7 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[J
         factors = single[sizes[0]].factors.get(op.name)
         if factors is None:  # no rule, or no gradient: whole on every rank
             plain = single[sizes[0]][op.name]
-            result[op.name] = tuple(_products([plain] * len(sizes)))
+            result[op.name] = tuple(product(plain, repeat=len(sizes)))
             continue
         splits = [single[size].splits.get(op.name, ()) for size in sizes]
         found = _extend(op, cls.tensor, factors, sizes, splits, ())
@@ -80,15 +81,6 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[J
             kept.setdefault(key, choice)
         result[op.name] = tuple(kept.values())
     return result
-
-
-def _products(options: Sequence[Sequence[Strategy]]) -> Iterator[JointStrategy]:
-    if not options:
-        yield ()
-        return
-    for first in options[0]:
-        for rest in _products(options[1:]):
-            yield (first, *rest)
 
 
 def _extend(
@@ -255,9 +247,3 @@ def held_share(placement: Placement, sizes: Sequence[int]) -> float:
     """The share of a tensor's elements that one rank holds."""
     split = (size for state, size in zip(placement, sizes, strict=True) if state.kind is Kind.SHARDED)
     return 1.0 / math.prod(split)
-
-
-__all__ = [
-    "Collective", "JointStrategy", "LocalAction", "Placement", "Step", "can_be_placed", "held_share",
-    "joint_strategies", "local_joint_op", "placed_shape", "placement_text", "replicated", "steps",
-]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
     from autopar.graph.model_graph import ModelGraph
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 
 LLAMA, LENGTH = "llama-3.1-8b", 8192
@@ -151,7 +152,8 @@ def _block_row(name: str, sizes: tuple[int, ...], words: str, target_s: float | 
 def _zoo_row(name: str) -> Row:
     """A tiny model of the zoo on a tensor axis of two slow devices."""
     from all_entries import ENTRIES
-    from harness import DTYPE, slow_cluster
+    from harness import DTYPE
+    from local_machines import slow_cluster
 
     from autopar.runtime.parity import capture_for
 

@@ -17,11 +17,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
 
 from all_entries import ENTRIES
 from entry import Entry
-from harness import captured, parity, slow_cluster, tensor_plan
+from harness import captured, parity, tensor_plan
+from local_machines import slow_cluster
 
 from autopar.errors import AutoparError
 from autopar.runtime.local import LocalPool

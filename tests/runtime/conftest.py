@@ -3,29 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
+from local_machines import KeptPool
 
 from autopar.runtime.local import LocalPool
 
 
-class KeptPool:
-    """A pool that is started when it is first asked for, and again after a test has broken it."""
-
-    def __init__(self) -> None:
-        self._pool: LocalPool | None = None
-
-    def get(self) -> LocalPool:
-        if self._pool is None or self._pool.is_closed:
-            self._pool = LocalPool(4)
-        return self._pool
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-
-
 @pytest.fixture(scope="session")
 def kept_pool() -> Iterator[KeptPool]:
-    kept = KeptPool()
+    kept = KeptPool(4)
     yield kept
     kept.close()
 

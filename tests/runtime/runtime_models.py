@@ -8,19 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
-
 ROWS, LENGTH, VOCABULARY = 8, 16, 64
-
-
-def slow_cluster(num_devices: int) -> Cluster:
-    """Devices so slow, on links so fast, that splitting even these tiny models over a tensor axis pays."""
-    device = DeviceType(
-        name="slow", memory_bytes=2**30, memory_bandwidth_bytes_per_s=1e9, kernel_launch_s=5e-7,
-        peak_flops=(("float32", 1e7), ("float64", 5e6), ("bfloat16", 2e7)),
-    )
-    link = Link(name="fast", latency_s=1e-8, bandwidth_bytes_per_s=1e11)
-    return Cluster(name="slow", nodes=(Node(device=device, num_devices=num_devices, link=link, network=link),))
 
 
 def causal_batch() -> dict[str, Tensor]:

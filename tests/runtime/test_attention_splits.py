@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import runtime_models
+from local_machines import slow_cluster
 from test_parity import graph_of, plan_of
 
 from autopar.graph.model_graph import BlockClass, ModelGraph
@@ -43,7 +44,7 @@ def restricted(cls: BlockClass, dim: int) -> Mapping[str, tuple[Strategy, ...]]:
 
 
 def layer_sharding(graph: ModelGraph, cls: BlockClass, dim: int) -> ClassSharding:
-    cluster = runtime_models.slow_cluster(SIZE)
+    cluster = slow_cluster(SIZE)
     costs = ClassCosts(
         graph, cls, tp=SIZE, rows=4, device=cluster.nodes[0].device, tp_group=cluster.group((0, 1)), dtype="float64"
     )

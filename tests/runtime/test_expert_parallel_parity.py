@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import runtime_models
+from local_machines import slow_cluster
 from test_several_axes import graph_of, plan_of, random_shardings
 
 from autopar.plan.plan import Plan, Recompute
@@ -36,7 +37,7 @@ def test_exchanged_tokens_give_the_numbers_of_one_process(
         global_batch=8, micro_batch=2, tp=tp, dp_shard=dp_shard, zero=3 if dp_shard > 1 else 0, dtype="float64",
         param_dtype="float64", optimizer="sgd", sequence_parallel=True,
     )
-    plan = plan_from_degrees(graph, runtime_models.slow_cluster(tp * dp_shard), wanted)
+    plan = plan_from_degrees(graph, slow_cluster(tp * dp_shard), wanted)
     assert exchanged(plan)
     plan = replace(plan, stages=tuple(replace(stage, recompute=recompute) for stage in plan.stages))
     report = compare(runtime_models.mixture, plan, steps=2, pool=pool)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import runtime_models
+from local_machines import slow_cluster
 
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Recompute, Schedule, is_layer
@@ -55,7 +56,7 @@ def plan_of(model: str, name: str, dtype: str) -> Plan:
     for axis in ("tp", "pp", "dp_replicate", "dp_shard"):
         size *= degrees.get(axis, 1)
     wanted = Degrees(global_batch=8, dtype=dtype, param_dtype=dtype, optimizer="sgd", **degrees)
-    cluster = runtime_models.slow_cluster(size)
+    cluster = slow_cluster(size)
     plan = plan_from_degrees(graph_of(model, dtype), cluster, wanted)
     assert_splits(graph_of(model, dtype), plan)
     return plan

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import runtime_models
+from local_machines import slow_cluster
 
 from autopar.errors import InputError
 from autopar.graph.capture import Captured
@@ -49,7 +50,7 @@ def rewrites_of(model: str, kinds: tuple[RewriteKind, ...]) -> tuple[Rewrite, ..
 def plan_of(model: str, kinds: tuple[RewriteKind, ...], name: str) -> Plan:
     graph, rewrites = captured(model).graph, rewrites_of(model, kinds)
     degrees = Degrees(global_batch=8, dtype="float64", param_dtype="float64", optimizer="sgd", **DEGREES[name])
-    plan = plan_from_degrees(rewritten(graph, rewrites), runtime_models.slow_cluster(2), degrees)
+    plan = plan_from_degrees(rewritten(graph, rewrites), slow_cluster(2), degrees)
     plan = replace(plan, rewrites=rewrites, model_fingerprint=model_fingerprint(graph))
     return plan_from_json(plan_to_json(plan))
 

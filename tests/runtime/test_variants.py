@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import runtime_models
 import torch
+from local_machines import slow_cluster
 from torch import Tensor
 
 from autopar.cluster.tables import device_type
@@ -44,7 +45,7 @@ def plan_of(model: str, variants: Sequence[Variant], *, optimizer: str = "sgd", 
     """A plan whose layers, over all stages, take these variants in order."""
     size = degrees.get("dp_shard", 1) * degrees.get("tp", 1) * degrees.get("pp", 1)
     given = Degrees(global_batch=8, dtype="float64", param_dtype="float64", optimizer=optimizer, **degrees)
-    plan = plan_from_degrees(captured(model).graph, runtime_models.slow_cluster(size), given)
+    plan = plan_from_degrees(captured(model).graph, slow_cluster(size), given)
     rest, stages = list(variants), []
     for stage in plan.stages:
         own = plan.num_layers(stage)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from all_entries import ENTRIES
 from entry import ROWS, Entry
-from harness import DTYPE, captured, slow_cluster
+from harness import DTYPE, captured
+from local_machines import slow_cluster
 from torch import Tensor
 
 from autopar.graph.model_graph import BlockClass

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from all_entries import ENTRIES
 from entry import ROWS, Entry
-from harness import DTYPE, captured, slow_cluster
+from harness import DTYPE, captured
+from local_machines import slow_cluster
 
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.search.explain import block_s
