@@ -141,6 +141,7 @@ class _PlanFile(_Record):
     blocks: tuple[str, ...] = ()
     coverage: _Coverage | None = None
     rewrites: tuple[_Rewrite, ...] = ()
+    actions: tuple[str, ...] = ()
 
 
 def _checked_states(states: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,6 +167,7 @@ def plan_to_json(plan: Plan) -> str:
         ),
         notes=plan.notes, blocks=plan.blocks, coverage=_coverage_record(plan.coverage),
         rewrites=tuple(_Rewrite(kind=item.kind, cls=item.cls, ops=item.ops) for item in plan.rewrites),
+        actions=plan.actions,
     )
     return record.model_dump_json(indent=1) + "\n"
 

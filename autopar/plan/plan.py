@@ -179,6 +179,9 @@ class Plan:
     """A whole plan. `micro_batch` is in rows of one data-parallel replica;
     global_batch = micro_batch * num_micro_batches * dp.
 
+    `actions` holds each pipeline rank's own list of actions, a line of CSV a rank (see autopar.plan.actions); it is
+    empty where the lists are those of `schedule`.
+
     `shardings` holds the choice on each inner axis of each block class (and of the class of `graph.shared`, always
     replicated and left out); it is empty where no stage has an inner axis. `dtype` is the compute dtype; parameters
     rest in `param_dtype`. `blocks` names the model's chain, so that a plan can be shown without its model. `rewrites`
@@ -209,6 +212,7 @@ class Plan:
     blocks: tuple[str, ...] = ()
     coverage: Coverage | None = None
     rewrites: tuple[Rewrite, ...] = ()
+    actions: tuple[str, ...] = ()
 
     @cached_property
     def sharding(self) -> dict[str, ClassSharding]:

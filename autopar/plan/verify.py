@@ -10,6 +10,7 @@ from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
+from autopar.plan.actions import check_actions, parse_actions, stage_ranks
 from autopar.plan.plan import Plan, Schedule, Stage, is_layer
 from autopar.plan.sharding_checks import illegal_strategies, sharding_problems
 from autopar.sharding.rewrite import rewrite_text
@@ -167,6 +168,25 @@ def _schedule_fits(subject: _Subject) -> Iterator[str]:
         yield f"stages have chunk numbers, and the schedule is {plan.schedule}"
 
 
+def _actions_run(subject: _Subject) -> Iterator[str]:
+    plan = subject.plan
+    if not plan.actions:
+        return
+    groups = _groups(plan)
+    if len(plan.actions) != groups:
+        yield f"it has {len(plan.actions)} lists of actions for {groups} pipeline ranks"
+        return
+    try:
+        lists = [parse_actions(row.split(",")) for row in plan.actions]
+        check_actions(lists, plan.num_stages, plan.num_micro_batches)
+    except InputError as error:
+        yield f"its action lists cannot run: {error}"
+        return
+    for stage, rank in sorted(stage_ranks(lists).items()):
+        if rank != stage % groups:
+            yield f"list {rank} runs stage {stage}, which is on the devices of stage {stage % groups}"
+
+
 def _shardings_complete(subject: _Subject) -> Iterator[str]:
     plan, graph = subject.plan, subject.graph
     names = [(choice.axis, choice.cls) for choice in plan.shardings]
@@ -231,5 +251,5 @@ def _one_inner_mesh(subject: _Subject) -> Iterator[str]:
 
 CHECKS = (
     _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _layer_counts_add_up, _batch_adds_up,
-    _schedule_fits, _one_inner_mesh, _shardings_complete, _boundaries_agree,
+    _schedule_fits, _actions_run, _one_inner_mesh, _shardings_complete, _boundaries_agree,
 )

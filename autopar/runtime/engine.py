@@ -32,7 +32,7 @@ from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.sharding.joint import placed_shape
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP
-from autopar.simulate.schedules import Action, schedule_actions
+from autopar.simulate.schedules import Action, plan_actions
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,7 @@ class Trainer:
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
         }
         self.modules = {stage.index: stage.module for stage in self.stages}
-        chunks = max(stage.virtual for stage in plan.stages) + 1
-        lists = schedule_actions(plan.schedule, plan.num_stages // chunks, plan.num_micro_batches, chunks)
+        lists = plan_actions(plan)
         check_channels(lists, plan.num_stages, plan.num_micro_batches)
         mine = [action for actions in lists for action in actions if action.stage in self.modules]
         self.executor = Executor(self.stages, mine, self.device)

@@ -1,38 +1,43 @@
-"""Pipeline schedules as data: what each pipeline rank does, in order.
+"""The named pipeline schedules as action lists, and the lists of a plan.
 
-With p ranks and v chunks a rank there are p * v stages; stage s runs on rank s % p as its chunk s // p. An action's
-text follows torch.distributed.pipelining: stage, kind, micro-batch, such as "2F5".
+With p ranks and v chunks a rank there are p * v stages; stage s runs on rank s % p as its chunk s // p. Actions and
+their checks are in autopar.plan.actions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from math import ceil
 
 from autopar.errors import InputError
-from autopar.plan.plan import Schedule
+from autopar.plan.actions import (
+    Action,
+    ActionKind,
+    ActionLists,
+    B,
+    F,
+    I,
+    W,
+    check_actions,
+    most_in_flight,
+    parse_actions,
+    requirements,
+)
+from autopar.plan.plan import Plan, Schedule
+
+__all__ = ["Action", "ActionKind", "ActionLists", "check_actions", "gpipe", "interleaved", "latency_aware_warmup",
+           "most_in_flight", "one_f_one_b", "plan_actions", "requirements", "schedule_actions", "zero_bubble"]
 
 
-class ActionKind(StrEnum):
-    FORWARD = "F"
-    BACKWARD = "B"  # gradients of inputs and of weights
-    INPUT_BACKWARD = "I"  # gradients of the stage's inputs alone
-    WEIGHT_BACKWARD = "W"  # gradients of the stage's parameters, after its I
+def plan_actions(plan: Plan) -> ActionLists:
+    """The action list of each pipeline rank of a plan: the plan's own, or those of its schedule.
 
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    kind: ActionKind
-    stage: int
-    micro_batch: int
-
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.micro_batch}"
-
-
-ActionLists = tuple[tuple[Action, ...], ...]
-F, B, I, W = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD, ActionKind.WEIGHT_BACKWARD  # noqa: E741
+    List r is that of the devices of stage r. InputError for sizes that the schedule cannot run.
+    """
+    if plan.actions:
+        return tuple(parse_actions(row.split(",")) for row in plan.actions)
+    chunks = 1 + max(stage.virtual for stage in plan.stages)
+    return schedule_actions(plan.schedule, plan.num_stages // chunks, plan.num_micro_batches, chunks)
 
 
 def schedule_actions(
@@ -61,17 +66,43 @@ def gpipe(num_ranks: int, num_micro_batches: int) -> ActionLists:
     )
 
 
-def one_f_one_b(num_ranks: int, num_micro_batches: int) -> ActionLists:
-    """One forward, one backward in turn; rank r keeps at most p - r micro-batches (PipeDream-Flush, Narayanan 2021)."""
+def one_f_one_b(num_ranks: int, num_micro_batches: int, warmup: Sequence[int] | None = None) -> ActionLists:
+    """One forward, one backward in turn (PipeDream-Flush, Narayanan 2021).
+
+    Rank r runs `warmup[r]` forwards first, p - r - 1 if left out, and keeps one micro-batch more than that. More
+    forwards first hide slow links, as long as they don't grow along the ranks (a later rank would wait for its inputs).
+    """
+    depths = range(num_ranks - 1, -1, -1) if warmup is None else warmup
+    if len(depths) != num_ranks or any(depth < 0 for depth in depths):
+        raise InputError(f"1f1b on {num_ranks} ranks needs a warm-up of 0 or more for each, not {list(depths)}")
     lists = []
-    for rank in range(num_ranks):
-        warmup = min(num_ranks - rank - 1, num_micro_batches)
-        actions = [Action(F, rank, i) for i in range(warmup)]
-        for i in range(num_micro_batches - warmup):
-            actions += [Action(F, rank, warmup + i), Action(B, rank, i)]
-        actions += [Action(B, rank, i) for i in range(num_micro_batches - warmup, num_micro_batches)]
+    for rank, depth in enumerate(depths):
+        first = min(depth, num_micro_batches)
+        actions = [Action(F, rank, i) for i in range(first)]
+        for i in range(num_micro_batches - first):
+            actions += [Action(F, rank, first + i), Action(B, rank, i)]
+        actions += [Action(B, rank, i) for i in range(num_micro_batches - first, num_micro_batches)]
         lists.append(tuple(actions))
     return tuple(lists)
+
+
+def latency_aware_warmup(
+    round_s: Sequence[float], link_s: Sequence[float], *, most_held: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Warm-up forwards of each rank so that slow links hide: w[i] = w[i+1] + 1 + ceil(2 c[i] / max(f + b)).
+
+    `round_s`: forward and backward seconds of each rank; `link_s[i]`: seconds from rank i to the next, one way;
+    `most_held[i]`: micro-batches that fit into rank i's memory, one more than its warm-up.
+    """
+    slowest = max(round_s)
+    depths = [0] * len(round_s)
+    for i in reversed(range(len(round_s) - 1)):
+        depths[i] = depths[i + 1] + 1 + (ceil(2 * link_s[i] / slowest) if slowest else 0)
+    if most_held is not None:
+        depths = [max(0, min(depth, held - 1)) for depth, held in zip(depths, most_held, strict=True)]
+    for i in range(1, len(depths)):  # what a later rank runs first must have come from the earlier one
+        depths[i] = min(depths[i], depths[i - 1])
+    return tuple(depths)
 
 
 def interleaved(num_ranks: int, num_micro_batches: int, num_chunks: int) -> ActionLists:
@@ -125,66 +156,3 @@ def zero_bubble(num_ranks: int, num_micro_batches: int) -> ActionLists:
         actions += [Action(W, rank, i) for i in range(weights, m)]
         lists.append(tuple(actions))
     return tuple(lists)
-
-
-def check_actions(lists: Sequence[Sequence[Action]], num_stages: int, num_micro_batches: int) -> None:
-    """Raise InputError unless every stage runs every micro-batch once, forward then backward, with no deadlock."""
-    seen: dict[Action, int] = {}
-    for rank, actions in enumerate(lists):
-        for action in actions:
-            if action in seen:
-                raise InputError(f"action {action} occurs twice, on ranks {seen[action]} and {rank}")
-            seen[action] = rank
-    rank_of: dict[int, int] = {}
-    for action, rank in seen.items():
-        if not (0 <= action.stage < num_stages and 0 <= action.micro_batch < num_micro_batches):
-            raise InputError(f"action {action} is outside {num_stages} stages and {num_micro_batches} micro-batches")
-        if rank_of.setdefault(action.stage, rank) != rank:
-            raise InputError(f"stage {action.stage} runs on two ranks, {rank_of[action.stage]} and {rank}")
-    for stage in range(num_stages):
-        for i in range(num_micro_batches):
-            kinds = {kind for kind in ActionKind if Action(kind, stage, i) in seen}
-            if kinds not in ({F, B}, {F, I, W}):
-                raise InputError(
-                    f"stage {stage} micro-batch {i} has actions {sorted(kinds)}: needs F and B, or F, I and W"
-                )
-    done: set[Action] = set()
-    position = [0] * len(lists)
-    progress = True
-    while progress:
-        progress = False
-        for rank, actions in enumerate(lists):
-            while position[rank] < len(actions) and all(
-                any(option in done for option in options)
-                for options in requirements(actions[position[rank]], num_stages)
-            ):
-                done.add(actions[position[rank]])
-                position[rank] += 1
-                progress = True
-    stuck = [str(actions[position[rank]]) for rank, actions in enumerate(lists) if position[rank] < len(actions)]
-    if stuck:
-        raise InputError(f"the schedule deadlocks: nothing can follow at {', '.join(stuck[:8])}")
-
-
-def requirements(action: Action, num_stages: int) -> tuple[tuple[Action, ...], ...]:
-    """What must be done before an action: one of each tuple."""
-    stage, i = action.stage, action.micro_batch
-    if action.kind is F:
-        return ((Action(F, stage - 1, i),),) if stage else ()
-    if action.kind is W:
-        return ((Action(I, stage, i),),)
-    own = (Action(F, stage, i),)
-    return (own, (Action(B, stage + 1, i), Action(I, stage + 1, i))) if stage + 1 < num_stages else (own,)
-
-
-def most_in_flight(actions: Sequence[Action]) -> dict[int, int]:
-    """The largest number of micro-batches that each stage of one rank keeps activations of, stage by stage."""
-    held: dict[int, int] = {}
-    most: dict[int, int] = {}
-    for action in actions:
-        if action.kind is F:
-            held[action.stage] = held.get(action.stage, 0) + 1
-            most[action.stage] = max(most.get(action.stage, 0), held[action.stage])
-        elif action.kind in (B, W):
-            held[action.stage] -= 1
-    return most

@@ -11,11 +11,12 @@ from autopar.cost_models.memory import GRADIENT_BYTES, HOST_LINK_EFFICIENCY, che
 from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
+from autopar.plan.actions import compute_actions
 from autopar.plan.plan import Plan
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.events import Execution, StageTimes, execute, peak_activation_bytes
-from autopar.simulate.schedules import ActionLists, schedule_actions
+from autopar.simulate.schedules import ActionLists, plan_actions
 from autopar.simulate.stage_cost import StageCost, is_layer, link_times, stage_cost
 from autopar.simulate.timeline import GIB, ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
 
@@ -41,7 +42,7 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Timeline:
     _check(graph, cluster, plan)
     num_chunks = 1 + max(stage.virtual for stage in plan.stages)
     num_ranks = plan.num_stages // num_chunks
-    lists = schedule_actions(plan.schedule, num_ranks, plan.num_micro_batches, num_chunks)
+    lists = compute_actions(plan_actions(plan))
     ranks = _Ranks(num_ranks=num_ranks, num_chunks=num_chunks, lists=lists)
     costs = [stage_cost(graph, cluster, plan, i) for i in range(plan.num_stages)]
     links = [link_times(graph, cluster, plan, i) for i in range(plan.num_stages - 1)]

@@ -36,6 +36,7 @@ PLAN = Plan(
         num_ops=9, num_ruled=8, tp=2, num_repeated=2, without_rule=(TargetShare("my.op.default", 0.125),),
         repeated=(TargetShare("aten.add.Tensor", 0.0625), TargetShare("aten.mul.Tensor", 0.03125)),
     ),
+    actions=("0F0,0B0", "1F0,1B0"),
 )
 TEXT = plan_to_json(PLAN)
 

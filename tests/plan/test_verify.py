@@ -83,3 +83,17 @@ def test_another_model_or_cluster_is_refused() -> None:
         verify_plan(PLAN, mlp_chain(num_layers=5), MACHINE)
     with pytest.raises(PlanMismatchError, match=r"made for cluster 2x4xTOY .* 1x8xTOY"):
         verify_plan(PLAN, GRAPH, cluster(1, 8))
+
+
+def test_a_plans_own_action_lists() -> None:
+    m = PLAN.num_micro_batches
+    lists = tuple(
+        ",".join([f"{stage}F{i}" for i in range(m)] + [f"{stage}B{i}" for i in range(m)]) for stage in range(2)
+    )
+    verify_plan(dataclasses.replace(PLAN, actions=lists), GRAPH, MACHINE)
+    for wrong, message in (
+        (lists[:1], "1 lists of actions for 2"), ((lists[0], lists[1].removesuffix(f",1B{m - 1}")), "needs F and B"),
+        (lists[::-1], "list 0 runs stage 1"), (("0F0,nonsense", lists[1]), "no pipeline action"),
+    ):
+        with pytest.raises(InputError, match=message):
+            verify_plan(dataclasses.replace(PLAN, actions=wrong), GRAPH, MACHINE)

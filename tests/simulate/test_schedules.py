@@ -16,7 +16,9 @@ from autopar.simulate.schedules import (
     ActionKind,
     ActionLists,
     check_actions,
+    latency_aware_warmup,
     most_in_flight,
+    one_f_one_b,
     requirements,
     schedule_actions,
 )
@@ -157,4 +159,31 @@ def test_a_hundred_thousand_events_a_second() -> None:
 
 
 def test_action_kinds() -> None:
-    assert [str(kind) for kind in ActionKind] == ["F", "B", "I", "W"]
+    assert {str(kind) for kind in ActionKind} >= {"F", "B", "I", "W"}
+
+
+def test_plain_1f1b_on_a_slow_middle_link_and_the_latency_aware_one() -> None:
+    """Four stages, 32 micro-batches, one middle link of three units: the bound of the computation alone is 105."""
+    link = 3.0
+    stages = [
+        StageTimes(forward_s=1, backward_s=2, send_forward_s=link * (i == 1), send_backward_s=link * (i == 2))
+        for i in range(4)
+    ]
+    assert execute(schedule_actions("1f1b", 4, 32), stages).end_s == 201
+    warmup = latency_aware_warmup([3] * 4, [0, link, 0])
+    assert warmup == (5, 4, 1, 0)
+    assert execute(one_f_one_b(4, 32, warmup), stages).end_s == 111
+
+
+def test_slow_links_hide_where_six_may_be_in_flight() -> None:
+    stages = [StageTimes(forward_s=10, backward_s=20, send_forward_s=10, send_backward_s=10)] * 4
+    warmup = latency_aware_warmup([30] * 4, [10] * 3, most_held=[6] * 4)
+    assert execute(one_f_one_b(4, 8, warmup), stages).end_s == 390
+
+
+def test_warmups_that_cannot_run() -> None:
+    with pytest.raises(InputError, match="warm-up"):
+        one_f_one_b(2, 4, [1])
+    with pytest.raises(InputError, match="deadlocks"):
+        check_actions(one_f_one_b(2, 4, [0, 1]), 2, 4)
+    assert latency_aware_warmup([3.0] * 3, [9.0, 0.0], most_held=[2, 8, 8]) == (1, 1, 0)
