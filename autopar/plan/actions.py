@@ -67,7 +67,7 @@ def parse_actions(texts: Iterable[str]) -> tuple[Action, ...]:
 
     "(0F1;1B0)OVERLAP_F_B" gives its parts, one after the other. InputError for what is no action.
     """
-    found = []
+    found: list[Action] = []
     for text in map(str.strip, texts):
         if together := _TOGETHER.fullmatch(text):
             found += parse_actions(together[1].split(";"))

@@ -36,7 +36,9 @@ PLAN = Plan(
         num_ops=9, num_ruled=8, tp=2, num_repeated=2, without_rule=(TargetShare("my.op.default", 0.125),),
         repeated=(TargetShare("aten.add.Tensor", 0.0625), TargetShare("aten.mul.Tensor", 0.03125)),
     ),
-    actions=("0F0,0B0", "1F0,1B0"),
+    actions=tuple(
+        ",".join([f"{stage}F{i}" for i in range(4)] + [f"{stage}B{i}" for i in range(4)]) for stage in range(2)
+    ),
 )
 TEXT = plan_to_json(PLAN)
 

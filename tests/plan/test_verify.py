@@ -93,7 +93,7 @@ def test_a_plans_own_action_lists() -> None:
     verify_plan(dataclasses.replace(PLAN, actions=lists), GRAPH, MACHINE)
     for wrong, message in (
         (lists[:1], "1 lists of actions for 2"), ((lists[0], lists[1].removesuffix(f",1B{m - 1}")), "needs F and B"),
-        (lists[::-1], "list 0 runs stage 1"), (("0F0,nonsense", lists[1]), "no pipeline action"),
+        (lists[::-1], "list 1 runs stage 0"), (("0F0,nonsense", lists[1]), "no pipeline action"),
     ):
         with pytest.raises(InputError, match=message):
             verify_plan(dataclasses.replace(PLAN, actions=wrong), GRAPH, MACHINE)
