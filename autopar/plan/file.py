@@ -43,20 +43,6 @@ class _Variant(_Record):
     layers: Count
 
 
-class _Stage(_Record):
-    first: Index
-    last: Index
-    devices: tuple[Index, ...]
-    mesh: _Mesh
-    zero: Annotated[int, Field(ge=0, le=3)]
-    recompute: Recompute
-    virtual: Index = 0
-    variants: tuple[_Variant, ...] = ()
-    offload_optimizer: bool = False
-    peak_memory_bytes: Amount | None = None
-    memory_limit_bytes: Amount | None = None
-
-
 class _Strategy(_Record):
     op: str
     factor: str
@@ -77,6 +63,22 @@ class _Sharding(_Record):
     axis: Annotated[str, Field(pattern="^(cp|tp)$")] = "tp"
 
     _states = field_validator("inputs", "params", "buffers", "outputs")(lambda states: _checked_states(states))
+
+
+class _Stage(_Record):
+    first: Index
+    last: Index
+    devices: tuple[Index, ...]
+    mesh: _Mesh
+    zero: Annotated[int, Field(ge=0, le=3)]
+    recompute: Recompute
+    virtual: Index = 0
+    variants: tuple[_Variant, ...] = ()
+    offload_optimizer: bool = False
+    rows: tuple[Count, ...] = ()
+    shardings: tuple[_Sharding, ...] = ()
+    peak_memory_bytes: Amount | None = None
+    memory_limit_bytes: Amount | None = None
 
 
 class _Rewrite(_Record):
@@ -226,7 +228,8 @@ def _stage_record(stage: Stage) -> _Stage:
             _Variant(recompute=variant.recompute, offload=variant.offload, layers=count)
             for variant, count in stage.variants
         ),
-        offload_optimizer=stage.offload_optimizer,
+        offload_optimizer=stage.offload_optimizer, rows=stage.rows,
+        shardings=tuple(_sharding_record(choice) for choice in stage.shardings),
         mesh=_Mesh(dp_replicate=mesh.dp_replicate, dp_shard=mesh.dp_shard, tp=mesh.tp, cp=mesh.cp, ep=mesh.ep),
     )
 
@@ -284,6 +287,18 @@ def _coverage(record: _Coverage) -> Coverage:
     return Coverage(**{**dict(record), "without_rule": without_rule, "repeated": repeated})
 
 
+def _sharding(choice: _Sharding) -> ClassSharding:
+    return ClassSharding(
+        cls=choice.cls, inputs=_parsed(choice.inputs), params=_parsed(choice.params), buffers=_parsed(choice.buffers),
+        outputs=_parsed(choice.outputs), axis=choice.axis,
+        ops=tuple(
+            (op.op, Strategy(factor=op.factor, inputs=_parsed(op.inputs), outputs=_parsed(op.outputs),
+                             lowering=op.lowering))
+            for op in choice.ops
+        ),
+    )
+
+
 def _plan(record: _PlanFile) -> Plan:
     shared = ("format", "version", "stages", "shardings", "certificate", "baselines", "coverage", "rewrites")
     plain = {name: getattr(record, name) for name in _PlanFile.model_fields if name not in shared}
@@ -296,21 +311,11 @@ def _plan(record: _PlanFile) -> Plan:
                 "variants": tuple(
                     (Variant(recompute=item.recompute, offload=item.offload), item.layers) for item in stage.variants
                 ),
+                "shardings": tuple(_sharding(choice) for choice in stage.shardings),
             })
             for stage in record.stages
         ),
-        shardings=tuple(
-            ClassSharding(
-                cls=choice.cls, inputs=_parsed(choice.inputs), params=_parsed(choice.params),
-                buffers=_parsed(choice.buffers), outputs=_parsed(choice.outputs), axis=choice.axis,
-                ops=tuple(
-                    (op.op, Strategy(factor=op.factor, inputs=_parsed(op.inputs), outputs=_parsed(op.outputs),
-                                     lowering=op.lowering))
-                    for op in choice.ops
-                ),
-            )
-            for choice in record.shardings
-        ),
+        shardings=tuple(_sharding(choice) for choice in record.shardings),
         certificate=None if certificate is None else Certificate(**dict(certificate)),
         baselines=tuple(Baseline(**dict(baseline)) for baseline in record.baselines),
         coverage=None if record.coverage is None else _coverage(record.coverage),

@@ -92,6 +92,11 @@ class Stage:
     of them take which variant. The planner puts those that keep least on the device first: a micro-batch's forward
     fills the first layers first and its backward empties them last. `offload_optimizer` keeps the optimizer's state in
     host memory and streams it through the device in the optimizer's step.
+
+    `rows` says how many rows of a micro-batch each data rank gets, where they are not `Plan.micro_batch` each; a stage
+    passes its micro-batch on whole, so that the sum is the same for all stages. `shardings` holds the choices for the
+    block classes on this stage's inner axes where they are not `Plan.shardings`; like those they are written for
+    `Plan.micro_batch` rows.
     """
 
     first: int
@@ -103,6 +108,8 @@ class Stage:
     virtual: int = 0
     variants: tuple[tuple[Variant, int], ...] = ()
     offload_optimizer: bool = False
+    rows: tuple[int, ...] = ()
+    shardings: tuple[ClassSharding, ...] = ()
     peak_memory_bytes: float | None = field(default=None, compare=False)  # simulated, of its fullest device
     memory_limit_bytes: float | None = field(default=None, compare=False)  # usable on its smallest device
 
@@ -177,7 +184,7 @@ class Certificate:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A whole plan. `micro_batch` is in rows of one data-parallel replica;
-    global_batch = micro_batch * num_micro_batches * dp.
+    global_batch = micro_batch * num_micro_batches * dp, but for stages that share out their `rows` otherwise.
 
     `actions` holds each pipeline rank's own list of actions, a line of CSV a rank (see autopar.plan.actions); it is
     empty where the lists are those of `schedule`.
@@ -223,9 +230,22 @@ class Plan:
     def _by_axis(self) -> dict[tuple[str, str], ClassSharding]:
         return {(choice.axis, choice.cls): choice for choice in self.shardings}
 
-    def class_shardings(self, cls: str, mesh: Mesh) -> tuple[ClassSharding, ...]:
-        """The class's choice on each of the mesh's inner axes, outermost first; KeyError where one is missing."""
-        return tuple(self._by_axis[name, cls] for name, _ in mesh.inner)
+    def class_shardings(self, cls: str, stage: Stage) -> tuple[ClassSharding, ...]:
+        """The class's choice on each of the stage's inner axes, outermost first; KeyError where one is missing.
+
+        It is written for `micro_batch` rows (`sharding/rows.py` takes it to others).
+        """
+        known = {(choice.axis, choice.cls): choice for choice in stage.shardings} or self._by_axis
+        return tuple(known[name, cls] for name, _ in stage.mesh.inner)
+
+    def rows_of(self, stage: Stage) -> tuple[int, ...]:
+        """How many rows of a micro-batch each of the stage's data ranks gets."""
+        return stage.rows or (self.micro_batch,) * stage.mesh.dp
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """The rows of one micro-batch over all data ranks of a stage."""
+        return self.global_batch // self.num_micro_batches
 
     def num_layers(self, stage: Stage) -> int:
         """How many blocks of a stage are layers; where the plan names no blocks, as many as its counts say."""

@@ -15,6 +15,7 @@ from autopar.plan.plan import Plan, Schedule, Stage, is_layer
 from autopar.plan.sharding_checks import illegal_strategies, sharding_problems
 from autopar.sharding.rewrite import rewrite_text
 from autopar.sharding.rewrites import rewritten
+from autopar.sharding.rows import at_other_rows
 from autopar.sharding.state import Kind, R, State, shard
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -153,6 +154,15 @@ def _layer_counts_add_up(subject: _Subject) -> Iterator[str]:
 def _batch_adds_up(subject: _Subject) -> Iterator[str]:
     plan = subject.plan
     for index, stage in enumerate(plan.stages):
+        if stage.rows:
+            if len(stage.rows) != stage.mesh.dp or min(stage.rows) < 1:
+                yield f"stage {index} shares out rows {list(stage.rows)}, and it has {stage.mesh.dp} data ranks"
+            elif sum(stage.rows) * plan.num_micro_batches != plan.global_batch:
+                yield (
+                    f"stage {index} takes {' + '.join(map(str, stage.rows))} rows of each of {plan.num_micro_batches} "
+                    f"micro-batches, and the global batch is {plan.global_batch}"
+                )
+            continue
         rows = plan.micro_batch * plan.num_micro_batches * stage.mesh.dp
         if rows != plan.global_batch:
             yield (
@@ -187,69 +197,126 @@ def _actions_run(subject: _Subject) -> Iterator[str]:
             yield f"list {rank} runs stage {stage}, which is on the devices of stage {stage % groups}"
 
 
+def _chunks_share_devices(subject: _Subject) -> Iterator[str]:
+    """The chunks of one pipeline group run on its devices in one layout."""
+    plan = subject.plan
+    groups = _groups(plan)
+    for index, stage in enumerate(plan.stages):
+        first = plan.stages[index % groups] if groups else stage
+        if stage.mesh != first.mesh or plan.rows_of(stage) != plan.rows_of(first):
+            yield f"stage {index} lays its devices out otherwise than stage {index % groups}, which has the same ones"
+
+
 def _shardings_complete(subject: _Subject) -> Iterator[str]:
     plan, graph = subject.plan, subject.graph
-    names = [(choice.axis, choice.cls) for choice in plan.shardings]
-    for axis, name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"block class {name} has {names.count((axis, name))} shardings for the {axis} axis"
+    every = {"": plan.shardings} | {f" of stage {i}": s.shardings for i, s in enumerate(plan.stages) if s.shardings}
+    for where, choices in every.items():
+        names = [(choice.axis, choice.cls) for choice in choices]
+        for axis, name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"block class {name}{where} has {names.count((axis, name))} shardings for the {axis} axis"
     if graph is None:
         return
-    for stage in plan.stages:
+    for index, stage in enumerate(plan.stages):
+        known = {(choice.axis, choice.cls) for choice in stage.shardings or plan.shardings}
         for block in graph.blocks[stage.first : stage.last]:
             for axis, size in stage.mesh.inner:
-                if (axis, block.cls) not in names:
-                    yield f"block {block.name} runs under {axis} {size}, and its class {block.cls} has no sharding"
+                if (axis, block.cls) not in known:
+                    own = f" in the shardings of stage {index}" if stage.shardings else ""
+                    yield f"block {block.name} runs under {axis} {size}, and its class {block.cls} has no sharding{own}"
                     return
-    for choice in plan.shardings:
-        if choice.cls not in graph.block_class:
-            yield f"a sharding names block class {choice.cls}, which the model does not have"
+    for where, choices in every.items():
+        for choice in choices:
+            if choice.cls not in graph.block_class:
+                yield f"a sharding{where} names block class {choice.cls}, which the model does not have"
+                return
+            if choice.axis == "cp" and any(state.kind is Kind.SHARDED for state in choice.params):
+                yield f"the cp axis splits a parameter of class {choice.cls}, and only the tensor axis may"
+    seen: set[tuple[str, tuple[tuple[str, int], ...], tuple[int, ...]]] = set()
+    for index, stage in enumerate(plan.stages):
+        where = f" of stage {index}" if stage.shardings else ""
+        key = (where, stage.mesh.inner, tuple(sorted(set(plan.rows_of(stage)))))
+        if stage.mesh.inner and key not in seen:
+            seen.add(key)
+            yield from _sharding_problems(plan, graph, stage)
+
+
+def _sharding_problems(plan: Plan, graph: ModelGraph, stage: Stage) -> Iterator[str]:
+    """What is wrong with the shardings that a stage uses, at each number of rows that its data ranks get."""
+    sizes = [size for _, size in stage.mesh.inner]
+    names = dict.fromkeys(
+        choice.cls for choice in stage.shardings or plan.shardings
+        if all((axis, choice.cls) in {(c.axis, c.cls) for c in stage.shardings or plan.shardings}
+               for axis, _ in stage.mesh.inner)
+    )
+    for rows in sorted(set(plan.rows_of(stage))):
+        tagged, at = (graph.rows, rows) if graph.rows_are_tagged else (1, 1)
+        if not graph.rows_are_tagged and rows != plan.micro_batch:
+            yield f"stage gets {rows} rows, and a model that is captured at {graph.rows} rows has no other number"
             return
-        if choice.axis == "cp" and any(state.kind is Kind.SHARDED for state in choice.params):
-            yield f"the cp axis splits a parameter of class {choice.cls}, and only the tensor axis may"
-    for mesh in dict.fromkeys(stage.mesh for stage in plan.stages if stage.mesh.inner):
-        for name in dict.fromkeys(choice.cls for choice in plan.shardings):
-            choices, cls, sizes = plan.class_shardings(name, mesh), graph.block_class[name], [n for _, n in mesh.inner]
-            tagged, rows = (graph.rows, plan.micro_batch) if graph.rows_are_tagged else (1, 1)
-            found = list(sharding_problems(choices, cls, sizes, tagged_rows=tagged, rows=rows))
-            yield from found or illegal_strategies(choices, cls, sizes, tagged_rows=tagged, rows=rows)
+        for name in names:
+            cls = graph.block_class[name]
+            choices = at_other_rows(plan.class_shardings(name, stage), graph, plan.micro_batch, rows)
+            found = list(sharding_problems(choices, cls, sizes, tagged_rows=tagged, rows=at))
+            yield from found or illegal_strategies(choices, cls, sizes, tagged_rows=tagged, rows=at)
 
 
 def _boundaries_agree(subject: _Subject) -> Iterator[str]:
+    """Blocks of one stage hand tensors over in one state; between stages any state may pass that has regions."""
     plan, graph = subject.plan, subject.graph
-    if graph is None or not plan.shardings:
+    if graph is None:
         return
-    for axis in dict.fromkeys(choice.axis for choice in plan.shardings):
-        choices = {choice.cls: choice for choice in plan.shardings if choice.axis == axis}
-        left: dict[str, tuple[str, State]] = {}
-        for block in graph.blocks:
-            choice = choices.get(block.cls)
-            if choice is None:
-                continue
-            for name, state in zip(block.inputs, choice.inputs, strict=True):
-                producer, have = left.get(name, ("the batch", R))
-                if have != state:
-                    yield f"{name} leaves {producer} as {have} and enters {block.name} as {state}"
+    left: dict[str, tuple[str, int, dict[str, State]]] = {}  # producer, its stage, state by axis
+    for index, stage in enumerate(plan.stages):
+        if not all((axis, block.cls) in {(c.axis, c.cls) for c in stage.shardings or plan.shardings}
+                   for axis, _ in stage.mesh.inner for block in graph.blocks[stage.first : stage.last]):
+            return  # said by another check
+        for block in graph.blocks[stage.first : stage.last]:
+            choices = dict(zip((axis for axis, _ in stage.mesh.inner), plan.class_shardings(block.cls, stage),
+                               strict=True))
             cls = graph.block_class[block.cls]
-            for own, name, state in zip(cls.outputs, block.outputs, choice.outputs, strict=True):
-                left[name] = (block.name, state)
-                rank = len(cls.tensor[own].shape)
-                allowed = (R, shard(1)) if rank < 4 else (R, shard(2))  # whole, by the sequence, or images by height
-                if state not in allowed:
-                    words = " and ".join(map(str, allowed))
-                    yield f"{name} leaves {block.name} as {state}, and only {words} may pass between blocks"
-        if (final := left.get(graph.loss)) and final[1] != R:
-            yield f"the loss leaves {final[0]} as {final[1]}"
+            for i, name in enumerate(block.inputs):
+                producer, at, have = left.get(name, ("the batch", index, {}))
+                for axis, choice in choices.items():
+                    if name not in left or at == index or _same_layout(plan, plan.stages[at], stage):
+                        if (found := have.get(axis, R)) != choice.inputs[i]:
+                            yield f"{name} leaves {producer} as {found} and enters {block.name} as {choice.inputs[i]}"
+                    elif choice.inputs[i] not in _passing(len(cls.tensor[cls.inputs[i]].shape)):
+                        yield f"{name} enters {block.name} as {choice.inputs[i]}, which may not pass between stages"
+                if at != index:  # this stage holds it from here on as its first block takes it
+                    left[name] = (producer, index, {axis: choice.inputs[i] for axis, choice in choices.items()})
+            for i, (own, name) in enumerate(zip(cls.outputs, block.outputs, strict=True)):
+                states = {axis: choice.outputs[i] for axis, choice in choices.items()}
+                left[name] = (block.name, index, states)
+                allowed = _passing(len(cls.tensor[own].shape))
+                for state in states.values():
+                    if state not in allowed:
+                        words = " and ".join(map(str, allowed))
+                        yield f"{name} leaves {block.name} as {state}, and only {words} may pass between blocks"
+    if final := left.get(graph.loss):
+        for state in final[2].values():
+            if state != R:
+                yield f"the loss leaves {final[0]} as {state}"
+
+
+def _passing(rank: int) -> tuple[State, State]:
+    """The states in which a tensor of so many dims may pass: whole, split by the sequence, or images by height."""
+    return (R, shard(1)) if rank < 4 else (R, shard(2))
+
+
+def _same_layout(plan: Plan, one: Stage, other: Stage) -> bool:
+    """Whether what one stage sends arrives on the other's ranks as it left, rank by rank."""
+    return one.mesh == other.mesh and plan.rows_of(one) == plan.rows_of(other) and one.shardings == other.shardings
 
 
 def _one_inner_mesh(subject: _Subject) -> Iterator[str]:
-    stages: tuple[Stage, ...] = subject.plan.stages
+    plan = subject.plan
     for axis in ("cp", "tp"):
-        sizes = sorted({getattr(stage.mesh, axis) for stage in stages})
+        sizes = sorted({getattr(stage.mesh, axis) for stage in plan.stages if not stage.shardings} - {1})
         if len(sizes) > 1:
             yield f"stages have different {axis} sizes {sizes}, and one sharding a class serves one size"
 
 
 CHECKS = (
     _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _layer_counts_add_up, _batch_adds_up,
-    _schedule_fits, _actions_run, _one_inner_mesh, _shardings_complete, _boundaries_agree,
+    _schedule_fits, _chunks_share_devices, _actions_run, _one_inner_mesh, _shardings_complete, _boundaries_agree,
 )

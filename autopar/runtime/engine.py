@@ -380,7 +380,7 @@ def boundary_wires(graph: ModelGraph, plan: Plan, boundary: int) -> tuple[Wire, 
         position = block.outputs.index(name)
         cls = graph.block_class[block.cls]
         info = cls.tensor[cls.outputs[position]]
-        place = tuple(own.outputs[position] for own in plan.class_shardings(block.cls, stage.mesh))
+        place = tuple(own.outputs[position] for own in plan.class_shardings(block.cls, stage))
         sizes = [size for _, size in stage.mesh.inner]
         wires.append(
             Wire(

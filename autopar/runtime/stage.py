@@ -119,7 +119,7 @@ class StageBuilder:
     ) -> None:
         self.graph, self.plan, self.layout, self.terms = graph, plan, layout, terms
         self.axes, self.device = axes, device
-        self.mesh = plan.stages[0].mesh  # all stages have one (`groups.check_runnable`)
+        self.layout_of = plan.stages[0]  # all stages have one (`groups.check_runnable`)
         self.stored = {param.name: param.state for param in layout.params}
         self.programs: dict[tuple[str, bool], LoweredClass] = {}
 
@@ -132,7 +132,7 @@ class StageBuilder:
             cls = self.graph.block_class[name]
             terms = dict(self.terms.terms) if cls is self.terms.cls else {}
             cores = attention_cores(cls) if selective else ()
-            shardings = self.plan.class_shardings(name, self.mesh)
+            shardings = self.plan.class_shardings(name, self.layout_of)
             lowered = lower_class(cls, shardings, self.axes, self.device, terms, cores)
             if self.plan.compile:
                 lowered = LoweredClass(
@@ -169,7 +169,7 @@ class StageBuilder:
         offloader = module._autopar_offloader = Offloader(self.device) if stage.num_offloaded else None
         for block, made in module._autopar_chain:
             variant = next(variants) if is_layer(block.name) else Variant()
-            shardings = self.plan.class_shardings(block.cls, self.mesh)
+            shardings = self.plan.class_shardings(block.cls, self.layout_of)
             places = [
                 (*_owner(module, name), self._from_storage(name, tuple(own.params[i] for own in shardings)))
                 for i, name in enumerate(block.params)

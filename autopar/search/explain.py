@@ -142,7 +142,7 @@ def explain(graph: ModelGraph, cluster: Cluster, plan: Plan, block: str = "") ->
     index = next(i for i, s in enumerate(plan.stages) if s.first <= graph.blocks.index(found) < s.last)
     stage, cls = plan.stages[index], graph.block_class[found.cls]
     place = _Place.of(graph, cluster, plan, stage, cls)
-    shardings = plan.class_shardings(cls.name, stage.mesh)
+    shardings = plan.class_shardings(cls.name, stage)
     cost = place.cost(shardings, compile_=plan.compile)
     alternatives, notes = place.alternatives(shardings, plan) if shardings else ((), ())
     return Explanation(

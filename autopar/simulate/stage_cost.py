@@ -194,7 +194,7 @@ def _cost_of(
     tp_group: GroupShape | None, outer: tuple[CostAxis, ...],
 ) -> BlockCost:
     return block_cost(
-        graph, graph.block_class[block.cls], plan.class_shardings(block.cls, stage.mesh),
+        graph, graph.block_class[block.cls], plan.class_shardings(block.cls, stage),
         tp=stage.mesh.tp, rows=rows, device=device, tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
         outer=outer,
     )
@@ -321,7 +321,7 @@ def boundary_bytes(graph: ModelGraph, plan: Plan, index: int) -> tuple[float, fl
             continue
         cls = graph.block_class[block.cls]
         sizes = element_bytes(cls, dtype, plan.dtype)
-        shardings = plan.class_shardings(block.cls, stage.mesh)
+        shardings = plan.class_shardings(block.cls, stage)
         for i, (name, local) in enumerate(zip(block.outputs, cls.outputs, strict=True)):
             if name not in wanted:
                 continue

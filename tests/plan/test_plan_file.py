@@ -78,6 +78,16 @@ def test_variants_of_layers_come_back_and_are_shown() -> None:
     assert [(stage["offload_layers"], stage["offload_optimizer"]) for stage in stages] == [(1, True), (0, False)]
 
 
+def test_rows_and_shardings_of_a_stage_come_back() -> None:
+    first = dataclasses.replace(PLAN.stages[0], rows=(1, 3), shardings=PLAN.shardings)
+    plan = dataclasses.replace(PLAN, stages=(first, PLAN.stages[1]))
+    assert plan_from_json(plan_to_json(plan)) == plan
+    document = json.loads(TEXT)  # as plans were written before stages had them
+    for stage in document["stages"]:
+        del stage["rows"], stage["shardings"]
+    assert plan_from_json(json.dumps(document)) == PLAN
+
+
 def test_a_file_without_variants_is_read() -> None:
     """As plans were written before layers had variants."""
     document = json.loads(TEXT)

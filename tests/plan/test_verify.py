@@ -97,3 +97,29 @@ def test_a_plans_own_action_lists() -> None:
     ):
         with pytest.raises(InputError, match=message):
             verify_plan(dataclasses.replace(PLAN, actions=wrong), GRAPH, MACHINE)
+
+
+def uneven(**changes: object) -> Plan:
+    """Stage 0 as planned, with 4 rows for each data rank; stage 1 with 3 and 5, or as `changes` says."""
+    plan = dataclasses.replace(PLAN, num_micro_batches=2, micro_batch=4)
+    last = dataclasses.replace(plan.stages[1], **{"rows": (3, 5), **changes})
+    return dataclasses.replace(plan, stages=(plan.stages[0], last))
+
+
+def test_stages_may_share_out_rows_and_split_ops_each_in_its_own_way() -> None:
+    verify_plan(uneven(), GRAPH, MACHINE)
+    verify_plan(uneven(mesh=Mesh(dp_replicate=4), rows=(1, 1, 2, 4)), GRAPH, MACHINE)
+    four = plan_from_degrees(GRAPH, MACHINE, Degrees(global_batch=16, micro_batch=4, tp=4, dp_replicate=2)).shardings
+    verify_plan(uneven(mesh=Mesh(tp=4), rows=(8,), shardings=four), GRAPH, MACHINE)
+
+
+@pytest.mark.parametrize(("plan", "message"), [
+    (uneven(rows=(3, 4)), r"stage 1 takes 3 \+ 4 rows of each of 2 micro-batches, and the global batch is 16"),
+    (uneven(rows=(8,)), r"stage 1 shares out rows \[8\], and it has 2 data ranks"),
+    (uneven(rows=(8, 0)), "shares out rows"),
+    (uneven(shardings=PLAN.shardings[:1]), "no sharding in the shardings of stage 1"),
+    (uneven(shardings=PLAN.shardings * 2), "of stage 1 has 2 shardings for the tp axis"),
+])
+def test_what_a_stage_may_not_do_in_its_own_way(plan: Plan, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        verify_plan(plan, GRAPH, MACHINE)
