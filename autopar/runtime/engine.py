@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.capture import Captured
 from autopar.graph.model_graph import ModelGraph
+from autopar.graph.rows import at_rows
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.runtime import checkpoint
@@ -27,7 +28,6 @@ from autopar.runtime.groups import Groups, check_runnable, make_groups
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.optimizer_offload import OffloadedState
-from autopar.runtime.rows import at_rows
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.sharding.joint import placed_shape
 from autopar.sharding.rewrites import rewritten

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autopar.errors import InputError
 from autopar.graph.capture import capture
-from autopar.runtime.rows import at_rows
+from autopar.graph.rows import at_rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from autopar.errors import InputError
 from autopar.graph.interpret import problem_of, run_block
 from autopar.graph.model_graph import Arg, Block, BlockClass, ModelGraph, Op, Ref, TensorInfo
+from autopar.graph.rows import at_rows
 from autopar.graph.source import capture_source, load_source
-from autopar.runtime.rows import at_rows
 from autopar.sharding.rewrite import Rewrite, RewriteKind
 from autopar.sharding.rewrites import apply_rewrite, candidates_of, rewrite_notes, rewritten
 

@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from autopar.errors import InputError
-from autopar.graph.model_graph import Arg, BlockClass, ModelGraph, Op, TensorInfo
-from autopar.runtime.lower import run_ops
+from autopar.graph.interpret import problem_of
+from autopar.graph.model_graph import Arg, ModelGraph, Op, TensorInfo
 
 _LARGEST_SIZE = 2**62  # slices without an end use the largest int64
 
@@ -56,31 +52,9 @@ def at_rows(graph: ModelGraph, rows: int) -> ModelGraph:
         for cls in graph.classes
     )
     for cls in classes:
-        check_shapes(cls)
+        problem = problem_of(cls)
+        if problem is not None:
+            raise InputError(f"{problem} in {cls.name}, at {rows} rows; sizes must be in proportion to the rows")
     return replace(
         graph, rows=rows, rows_are_tagged=False, classes=classes, inputs=tuple(info(item) for item in graph.inputs)
     )
-
-
-def check_shapes(cls: BlockClass) -> None:
-    """InputError, naming the op, unless every op gives the shapes that the class states."""
-    with FakeTensorMode(), torch.no_grad():
-        leaves = (*cls.inputs, *cls.params, *cls.buffers)
-        values: dict[str, Tensor] = {
-            name: torch.empty(cls.tensor[name].shape, dtype=getattr(torch, cls.tensor[name].dtype)) for name in leaves
-        }
-        for op in cls.ops:
-            try:
-                run_ops((op,), values, torch.device("cpu"))
-            except (RuntimeError, ValueError) as error:
-                raise InputError(f"{_where(cls, op)} does not run at this number of rows: {error}") from error
-            for name in op.outputs:
-                if name and tuple(values[name].shape) != cls.tensor[name].shape:
-                    raise InputError(
-                        f"{_where(cls, op)} gives {list(values[name].shape)}, where the number of rows makes "
-                        f"{list(cls.tensor[name].shape)}"
-                    )
-
-
-def _where(cls: BlockClass, op: Op) -> str:
-    return f"{op.target} in {cls.name}" + (f" ({op.source})" if op.source else "")
