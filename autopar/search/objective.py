@@ -1,0 +1,53 @@
+"""What a plan is chosen by: the fastest step, the cheapest, or the fewest devices for a given step time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from autopar.errors import InputError
+
+Score = tuple[float, float]  # what is minimized first, and the step time
+
+
+class Goal(StrEnum):
+    TIME = "time"
+    COST = "cost"
+    DEVICES = "devices"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """A goal; `max_step_time_s` is what DEVICES must keep to."""
+
+    goal: Goal = Goal.TIME
+    max_step_time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.goal is Goal.DEVICES and not (self.max_step_time_s and self.max_step_time_s > 0):
+            raise InputError("the fewest devices are sought for a step time: give --max-step-time in seconds")
+
+    def score(self, step_time_s: float, counts: Sequence[int], prices_per_hour: Sequence[float | None]) -> Score:
+        """What to minimize for a step that takes so long on so many devices of each price; rises with the step time.
+
+        InputError where a device that is used has no price and the goal is the cost.
+        """
+        if self.goal is Goal.DEVICES:
+            assert self.max_step_time_s is not None
+            late = step_time_s > self.max_step_time_s * (1 + 1e-12)
+            return (math.inf if late else float(sum(counts))), step_time_s
+        if self.goal is Goal.COST:
+            return cost_of_step(step_time_s, counts, prices_per_hour), step_time_s
+        return step_time_s, float(sum(counts))
+
+
+def cost_of_step(step_time_s: float, counts: Sequence[int], prices_per_hour: Sequence[float | None]) -> float:
+    """What a step costs, in the money of the prices. InputError where a device that is used has none."""
+    total = 0.0
+    for count, price in zip(counts, prices_per_hour, strict=True):
+        if count and price is None:
+            raise InputError("the cost of a step needs the price of every device: give price_per_hour in a cluster file")
+        total += count * (price or 0.0)
+    return step_time_s / 3600 * total
