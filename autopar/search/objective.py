@@ -48,6 +48,8 @@ def cost_of_step(step_time_s: float, counts: Sequence[int], prices_per_hour: Seq
     total = 0.0
     for count, price in zip(counts, prices_per_hour, strict=True):
         if count and price is None:
-            raise InputError("the cost of a step needs the price of every device: give price_per_hour in a cluster file")
+            raise InputError(
+                "the cost of a step needs the price of every device: give price_per_hour in a cluster file"
+            )
         total += count * (price or 0.0)
     return step_time_s / 3600 * total

@@ -125,9 +125,9 @@ class _Problem:
         key = strategy, in_flight
         if key not in self._ranges:
             found = self.costs.ranges(strategy, in_flight)
-            self._ranges[key] = found.time_s, (self.costs.num_micro_batches - 1) * found.time_s + found.once_s
-            if self.costs.num_micro_batches == 1:
-                self._ranges[key] = found.time_s, np.where(np.isfinite(found.time_s), found.once_s, np.inf)
+            fits = np.isfinite(found.time_s)
+            loads = (self.costs.num_micro_batches - 1) * np.where(fits, found.time_s, 0.0) + found.once_s
+            self._ranges[key] = found.time_s, np.where(fits, loads, np.inf)
         return self._ranges[key]
 
     def sends(self, one: int, border: int, same_node: bool) -> tuple[Table, Table]:
@@ -157,8 +157,7 @@ class _Problem:
         if self.most_stages > 1:
             for _, one in borders:
                 for border, _ in borders:
-                    for same_node in (False, True):
-                        found.append(np.unique(self.sends(one, border, same_node)[1][1:-1]))
+                    found += [np.unique(self.sends(one, border, same)[1][1:-1]) for same in (False, True)]
         return np.unique(np.concatenate(found))
 
     def used(self, state: State) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ from autopar.errors import InputError
 from autopar.plan.plan import Variant
 from autopar.search.balance import range_sums
 from autopar.search.elimination import Table
-from autopar.search.variants import Option, Options, Room, cheapest
+from autopar.search.variants import ROUNDING, Option, Options, Room, cheapest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +233,8 @@ class StageTables:
         quickest = [min(options, key=lambda option: sum(_time(option))) for options in layers]
         if in_flight * sum(o.held_bytes for o in quickest) + max(o.extra_bytes for o in quickest) <= budget:
             return tuple(quickest)
-        room = Room(budget_bytes=budget, in_flight=in_flight, extra_bytes=0.0, entry_bytes=0.0)
+        # `cheapest` keeps this much away from the limit; what fills it exactly fits.
+        room = Room(budget_bytes=budget * (1 + 2 * ROUNDING), in_flight=in_flight, extra_bytes=0.0, entry_bytes=0.0)
         return cheapest(layers, room, (1.0, 1.0))
 
     def _budget(self, strategy: int, first: int, last: int) -> float:

@@ -38,7 +38,8 @@ def best_by_brute_force(tables: StageTables, objective: Objective) -> Score | No
         return least
 
     def on_a_node(strategy: LayerStrategy) -> int:
-        return max(min(k, max(pool.nodes)) for name, k in strategy.devices for pool in tables.pools if pool.name == name)
+        largest = {pool.name: max(pool.nodes) for pool in tables.pools}
+        return max(min(count, largest[name]) for name, count in strategy.devices)
 
     def link(at: int, one: LayerStrategy, other: LayerStrategy, same_node: bool) -> tuple[float, float]:
         share, flows = max(one.boundary_share, other.boundary_share), max(on_a_node(one), on_a_node(other))
