@@ -214,7 +214,7 @@ class Engine:
         """The candidate under this cut as the simulator sees it; None where it does not fit."""
         key = (candidate, cuts)
         if key not in self._simulated:
-            timeline = simulate(self.graph, self.cluster, self.plan(candidate, cuts))
+            timeline = simulate(self.graph, self.cluster, self.plan(candidate, cuts), detail=False)
             limits = tuple(kind.memory_limit_bytes for kind in self.layout.kinds(candidate))
             self._simulated[key] = Found(
                 step_time_s=timeline.step_time_s, candidate=candidate, cuts=cuts, limit_bytes=limits,

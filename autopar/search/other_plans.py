@@ -117,7 +117,7 @@ def _simulated(
         )
         try:
             verify_plan(other, graph, cluster)
-            timeline = simulate(graph, cluster, other)
+            timeline = simulate(graph, cluster, other, detail=False)
         except AutoparError as error:
             log.info("%s: %s", name, error)
             why = str(error).splitlines()[0]

@@ -2,267 +2,267 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.memory import GRADIENT_BYTES, HOST_LINK_EFFICIENCY, check_optimizer
-from autopar.cost_models.op_kinds import is_known
-from autopar.errors import InputError, PlanMismatchError
-from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
-from autopar.plan.actions import compute_actions
+from autopar.cost_models.memory import GRADIENT_BYTES
+from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten
-from autopar.simulate.events import Execution, StageTimes, execute, peak_activation_bytes
+from autopar.simulate.events import Execution, StageTimes, activation_steps, execute, peak_activation_bytes
+from autopar.simulate.feasibility import check_plan, host_lacks, host_notes, infeasible_reason, model_notes
+from autopar.simulate.links import link_times
+from autopar.simulate.members import Member, member_costs, slowest_times
 from autopar.simulate.schedules import ActionLists, plan_actions
-from autopar.simulate.stage_cost import StageCost, is_layer, link_times, stage_cost
-from autopar.simulate.timeline import GIB, ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
+from autopar.simulate.stage_cost import StageCost
+from autopar.simulate.timeline import ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Ranks:
-    """The pipeline ranks of a plan and what they run: rank r has stages r, r + p, r + 2p, ..."""
+class _Group:
+    """Devices of one pipeline rank that are alike, and what each of the rank's stages costs them."""
 
-    num_ranks: int
-    num_chunks: int
-    lists: ActionLists
-
-    def stages_of(self, rank: int) -> range:
-        return range(rank, self.num_ranks * self.num_chunks, self.num_ranks)
+    rank: int  # of the pipeline
+    devices: tuple[int, ...]
+    costs: dict[int, StageCost]  # by stage
 
 
-def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan) -> Timeline:
+def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = True) -> Timeline:
     """The step that a plan takes. InputError for a plan that its graph or cluster cannot hold.
 
-    Each stage is timed on its slowest device; the schedule's action lists are then executed exactly.
+    Each kind of device of a stage is timed by itself, and the stage takes as long as the slowest of them; the
+    schedule's action lists are then executed exactly. Without `detail` the timeline has no events and no memory over
+    time, for searches that want its figures alone.
     """
     graph = rewritten(graph, plan.rewrites)
-    _check(graph, cluster, plan)
-    num_chunks = 1 + max(stage.virtual for stage in plan.stages)
-    num_ranks = plan.num_stages // num_chunks
-    lists = compute_actions(plan_actions(plan))
-    ranks = _Ranks(num_ranks=num_ranks, num_chunks=num_chunks, lists=lists)
-    costs = [stage_cost(graph, cluster, plan, i) for i in range(plan.num_stages)]
+    check_plan(graph, cluster, plan)
+    lists = plan_actions(plan)
+    num_ranks = len(lists)
+    costs = [member_costs(graph, cluster, plan, i) for i in range(plan.num_stages)]
     links = [link_times(graph, cluster, plan, i) for i in range(plan.num_stages - 1)]
     times = [
-        cost.times(links[i][0] if i < len(links) else 0.0, links[i - 1][1] if i else 0.0)
-        for i, cost in enumerate(costs)
+        slowest_times(list(own.values()), links[i][0] if i < len(links) else 0.0, links[i - 1][1] if i else 0.0)
+        for i, own in enumerate(costs)
     ]
-    starts = [sum(costs[i].step_start_s for i in ranks.stages_of(r)) for r in range(num_ranks)]
-    run = execute(lists, times, start_s=starts)
-    tied = _tied_gradients_s(graph, cluster, plan)
-    ends = [
-        run.rank_end_s[r] + tied + sum(
-            costs[i].step_end_s + costs[i].step_tp_s + costs[i].optimizer_s for i in ranks.stages_of(r)
-        )
-        for r in range(num_ranks)
-    ]
+    run = execute(lists, times)
+    tied = _tied_sums(graph, cluster, plan)
+    reduced = _reduced(run, costs, tied)
+    groups = _groups(plan, costs, num_ranks)
+    ends = [reduced[group.rank] + sum(cost.optimizer_s for cost in group.costs.values()) for group in groups]
     step = max(ends)
-    critical = ends.index(step)
-    breakdown = _breakdown(plan, ranks, costs, times, run, starts, step, critical, tied)
-    groups = _groups(cluster, plan, ranks, costs, run, starts, ends)
-    host = _host_bytes(ranks, costs)
-    reason = _infeasible_reason(cluster, plan, groups) or _host_lacks(cluster, plan, host)
-    flops = sum(cost.forward_flops * plan.stages[i].mesh.dp for i, cost in enumerate(costs))
-    devices = [cluster.device(rank) for stage in plan.stages[:num_ranks] for rank in stage.devices]
+    busy = [_busy_s(plan, group, tied) for group in groups]
+    critical = busy.index(max(busy))
+    breakdown = _breakdown(plan, groups[critical], times, lists, costs, run, step, tied)
+    peaks = _peaks(run, groups)
+    timelines = tuple(
+        _group_timeline(cluster, plan, group, run, peak, reduced[group.rank], end, detail=detail)
+        for group, peak, end in zip(groups, peaks, ends, strict=True)
+    )
+    host = _host_bytes(run, groups)
+    reason = infeasible_reason(cluster, timelines) or host_lacks(cluster, [g.devices for g in groups], host)
+    devices = [cluster.device(rank) for group in groups for rank in group.devices]
+    flops = sum(
+        cost.forward_flops * len(member.lanes) / (plan.stages[i].mesh.cp * plan.stages[i].mesh.tp)
+        for i, own in enumerate(costs) for member, cost in own.items()
+    )
     return Timeline(
         step_time_s=step, tokens_per_step=plan.global_batch * (plan.seq_len or 1), num_devices=len(devices),
         model_flops=3 * flops * plan.num_micro_batches, peak_flops=sum(device.peak(plan.dtype) for device in devices),
         bubble_fraction=breakdown.bubble / step, feasible=reason is None, infeasible_reason=reason,
-        breakdown=breakdown, groups=groups, events=_events(ranks, costs, run, starts, ends),
-        notes=(*_notes(graph, cluster, plan), *_host_notes(max(host))),
+        breakdown=breakdown, groups=timelines, critical=critical,
+        events=tuple(
+            event for i, group in enumerate(groups) for event in _events(i, group, run, reduced, ends[i])
+        ) if detail else (),
+        notes=(*model_notes(graph, cluster, plan), *host_notes(max(host))),
     )
 
 
-def _check(graph: ModelGraph, cluster: Cluster, plan: Plan) -> None:
-    if not plan.stages:
-        raise InputError("the plan has no stages")
-    check_optimizer(plan.optimizer)
-    for name in (plan.dtype, plan.param_dtype):
-        if name not in DTYPE_BYTES:
-            raise InputError(f"dtype {name!r} is not known; use bfloat16, float16 or float32")
-    at = 0
-    for i, stage in enumerate(plan.stages):
-        if stage.first != at or stage.last <= stage.first:
-            raise PlanMismatchError(f"stage {i} has blocks {stage.first} to {stage.last}, which do not follow the last")
-        at = stage.last
-        if len(stage.devices) != stage.mesh.size:
-            raise PlanMismatchError(f"stage {i} has {len(stage.devices)} devices for a mesh of {stage.mesh.size}")
-        if max(stage.devices) >= cluster.num_devices:
-            raise PlanMismatchError(f"stage {i} uses rank {max(stage.devices)} of a cluster of {cluster.num_devices}")
-        layers = sum(map(is_layer, graph.blocks[stage.first : stage.last]))
-        if stage.variants and sum(count for _, count in stage.variants) != layers:
-            raise PlanMismatchError(f"the variants of stage {i} are not counts of its {layers} layers")
-        known = {(choice.axis, choice.cls) for choice in plan.shardings}
-        for name, size in stage.mesh.inner:
-            if any((name, block.cls) not in known for block in graph.blocks[stage.first : stage.last]):
-                raise PlanMismatchError(f"stage {i} has a {name} axis of {size} but blocks without a sharding for it")
-    if at != len(graph.blocks):
-        raise PlanMismatchError(f"the plan covers {at} blocks, the model has {len(graph.blocks)}")
-    if len(plan.stages) % (1 + max(stage.virtual for stage in plan.stages)):
-        raise PlanMismatchError("every pipeline group needs the same number of chunks")
+def _groups(plan: Plan, costs: Sequence[Mapping[Member, StageCost]], num_ranks: int) -> tuple[_Group, ...]:
+    """The kinds of devices of each pipeline rank; chunks of one rank have one layout, so that their kinds agree."""
+    found = []
+    for rank in range(num_ranks):
+        for k, member in enumerate(costs[rank]):
+            own = {i: list(costs[i].values())[k] for i in range(rank, plan.num_stages, num_ranks)}
+            devices = tuple(plan.stages[rank].devices[lane] for lane in member.lanes)
+            found.append(_Group(rank=rank, devices=devices, costs=own))
+    return tuple(found)
 
 
-def _tied_gradients_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> float:
-    """Seconds of summing, once a step, the gradients of parameters that several stages hold a copy of."""
+TiedSum = tuple[tuple[int, ...], float]  # the stages that hold a copy, seconds
+
+
+def _tied_sums(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[TiedSum, ...]:
+    """The sums, once a step, of the gradients of parameters that several stages hold a copy of, by those stages."""
     holders: dict[str, set[int]] = {}
     for i, stage in enumerate(plan.stages):
         for block in graph.blocks[stage.first : stage.last]:
             for name in block.params:
                 holders.setdefault(name, set()).add(i)
-    total = 0.0
-    for name, stages in holders.items():
+    found: dict[tuple[int, ...], float] = {}
+    for name, holding in holders.items():
+        stages = tuple(sorted(holding))
         if len(stages) > 1:
-            ranks = tuple(dict.fromkeys(plan.stages[i].devices[0] for i in sorted(stages)))
-            mesh = plan.stages[min(stages)].mesh
-            size = GRADIENT_BYTES * graph.param[name].numel / (mesh.dp_shard if plan.stages[min(stages)].zero else 1)
-            total += collective_time_s(
-                Collective.ALL_REDUCE, size, cluster.group(ranks), groups_per_node=mesh.tp * mesh.dp_shard
+            first = plan.stages[stages[0]]
+            ranks = tuple(dict.fromkeys(plan.stages[i].devices[0] for i in stages))
+            size = GRADIENT_BYTES * graph.param[name].numel / (first.mesh.dp_shard if first.zero else 1)
+            time_s = collective_time_s(
+                Collective.ALL_REDUCE, size, cluster.group(ranks), groups_per_node=first.mesh.tp * first.mesh.dp_shard
             )
-    return total
+            found[stages] = found.get(stages, 0.0) + time_s
+    return tuple(sorted(found.items()))
+
+
+def _reduced(
+    run: Execution, costs: Sequence[Mapping[Member, StageCost]], tied: Sequence[TiedSum]
+) -> list[float]:
+    """When each pipeline rank has all its gradients: sums over the tensor axis, then over stages, which wait."""
+    num_ranks = len(run.lists)
+    ends = [
+        end + sum(max(cost.step_tp_s for cost in own.values()) for own in costs[rank::num_ranks])
+        for rank, end in enumerate(run.rank_end_s)
+    ]
+    for stages, time_s in tied:
+        ranks = {stage % num_ranks for stage in stages}
+        together = max(ends[rank] for rank in ranks) + time_s
+        for rank in ranks:
+            ends[rank] = together
+    return ends
+
+
+def _busy_s(plan: Plan, group: _Group, tied: Sequence[TiedSum]) -> float:
+    """Seconds of a step in which a device computes or takes part in its own stages' communication."""
+    m = plan.num_micro_batches
+    work = sum(m * (cost.forward_s + cost.backward_s) + cost.step_once_s for cost in group.costs.values())
+    return work + _tied_s(group, tied)
+
+
+def _tied_s(group: _Group, tied: Sequence[TiedSum]) -> float:
+    return sum(time_s for stages, time_s in tied if not set(stages).isdisjoint(group.costs))
 
 
 def _breakdown(
-    plan: Plan, ranks: _Ranks, costs: Sequence[StageCost], times: Sequence[StageTimes], run: Execution,
-    starts: Sequence[float], step: float, critical: int, tied: float,
+    plan: Plan, group: _Group, times: Sequence[StageTimes], lists: ActionLists,
+    costs: Sequence[Mapping[Member, StageCost]], run: Execution, step: float, tied: Sequence[TiedSum],
 ) -> Breakdown:
-    """Where the critical rank's time goes. Waiting that would vanish with free links counts as pp_comm."""
-    m, own = plan.num_micro_batches, [costs[i] for i in ranks.stages_of(critical)]
+    """Where the step goes on the devices that work longest. Waiting that would vanish with free links is pp_comm."""
+    m, own = plan.num_micro_batches, group.costs.values()
     compute = m * sum(cost.forward_compute_s + cost.backward_compute_s for cost in own)
     tp_comm = sum(m * (cost.forward_tp_s + cost.backward_tp_s) + cost.step_tp_s for cost in own)
-    dp_comm = tied + sum(
+    dp_comm = _tied_s(group, tied) + sum(
         m * (cost.forward_dp_s + cost.backward_dp_s) + cost.step_start_s + cost.step_end_s for cost in own
     )
     optimizer = sum(cost.optimizer_s for cost in own)
+    # Collectives of one chunk may hide behind another's work: then what is counted here is more than the step.
+    hidden = max(0.0, compute + tp_comm + dp_comm + optimizer - step)
+    dp_comm -= hidden
     idle = max(0.0, step - compute - tp_comm - dp_comm - optimizer)
     pp_comm = 0.0
     if idle > 0 and any(time.send_forward_s or time.send_backward_s for time in times):
         free = [replace(time, send_forward_s=0.0, send_backward_s=0.0) for time in times]
-        without = execute(ranks.lists, free, start_s=starts).rank_end_s[critical]
-        pp_comm = min(idle, max(0.0, run.rank_end_s[critical] - without))
+        without = max(_reduced(execute(lists, free), costs, tied))
+        pp_comm = min(idle, max(0.0, max(_reduced(run, costs, tied)) - without))
     return Breakdown(
         compute=compute, tp_comm=tp_comm, dp_comm=dp_comm, pp_comm=pp_comm, bubble=idle - pp_comm, optimizer=optimizer
     )
 
 
-def _groups(
-    cluster: Cluster, plan: Plan, ranks: _Ranks, costs: Sequence[StageCost], run: Execution,
-    starts: Sequence[float], ends: Sequence[float],
-) -> tuple[GroupTimeline, ...]:
-    activations = peak_activation_bytes(
-        ranks.lists, [cost.held_bytes for cost in costs], [cost.extra_bytes for cost in costs]
+def _by_stage(group: _Group, num_stages: int, name: str) -> list[float]:
+    """One figure of a group's stages, 0 for those that it does not run."""
+    return [getattr(group.costs[i], name) if i in group.costs else 0.0 for i in range(num_stages)]
+
+
+def _num_stages(groups: Sequence[_Group]) -> int:
+    return 1 + max(stage for group in groups for stage in group.costs)
+
+
+def _peaks(run: Execution, groups: Sequence[_Group]) -> list[float]:
+    """The most bytes of activations that a device of each group holds."""
+    n = _num_stages(groups)
+    return [
+        peak_activation_bytes(
+            [run.lists[group.rank]], _by_stage(group, n, "held_bytes"), _by_stage(group, n, "extra_bytes")
+        )[0]
+        for group in groups
+    ]
+
+
+def _host_bytes(run: Execution, groups: Sequence[_Group]) -> list[float]:
+    """The most bytes that a device of each group keeps in host memory."""
+    n = _num_stages(groups)
+    return [
+        peak_activation_bytes([run.lists[group.rank]], _by_stage(group, n, "host_bytes"))[0]
+        + sum(cost.host_state_bytes for cost in group.costs.values())
+        for group in groups
+    ]
+
+
+def _group_timeline(
+    cluster: Cluster, plan: Plan, group: _Group, run: Execution, activations: float, reduced: float, end: float, *,
+    detail: bool,
+) -> GroupTimeline:
+    own = list(group.costs.values())
+    # Chunks take turns with their buffers. The optimizer step's temporaries come when activations are gone: what
+    # exceeds those counts.
+    stepping = sum(cost.optimizer_step_bytes for cost in own)
+    buffers = max(cost.static.buffers for cost in own)
+    memory = MemoryBytes(
+        parameters=sum(cost.static.parameters for cost in own), gradients=sum(cost.static.gradients for cost in own),
+        optimizer=sum(cost.static.optimizer for cost in own), activations=activations,
+        buffers=buffers + max(0.0, stepping - activations),
     )
-    groups = []
-    for r in range(ranks.num_ranks):
-        own = [costs[i] for i in ranks.stages_of(r)]
-        devices = plan.stages[r].devices
-        groups.append(GroupTimeline(
-            stage=r, ranks=devices, types=tuple(cluster.device(rank).name for rank in devices),
-            memory=MemoryBytes(
-                parameters=sum(cost.static.parameters for cost in own),
-                gradients=sum(cost.static.gradients for cost in own),
-                optimizer=sum(cost.static.optimizer for cost in own),
-                activations=activations[r],
-                # Chunks take turns with their buffers. The optimizer step's temporaries come when activations are
-                # gone: what exceeds those counts.
-                buffers=max(cost.static.buffers for cost in own)
-                + max(0.0, sum(cost.optimizer_step_bytes for cost in own) - activations[r]),
-            ),
-            start_s=run.starts[r][0] - starts[r] if run.starts[r] else 0.0, end_s=ends[r], busy_s=run.busy_s[r],
-        ))
-    return tuple(groups)
-
-
-def _infeasible_reason(cluster: Cluster, plan: Plan, groups: Sequence[GroupTimeline]) -> str | None:
-    """Why the plan does not fit, of the device that lacks the most; None where it fits."""
-    worst: tuple[float, str] | None = None
-    for group in groups:
-        for rank in {cluster.node_of[rank]: rank for rank in group.ranks}.values():
-            device = cluster.device(rank)
-            lacking = group.memory.total - device.usable_memory_bytes
-            if lacking > 0 and (worst is None or lacking > worst[0]):
-                parts = {
-                    "parameters": group.memory.parameters, "gradients": group.memory.gradients,
-                    "optimizer state": group.memory.optimizer, "activations": group.memory.activations,
-                    "buffers": group.memory.buffers,
-                }
-                most = max(parts, key=lambda name: parts[name])
-                worst = lacking, (
-                    f"rank {rank} ({device.name}, stage {group.stage}) needs {group.memory.total / GIB:.1f} GiB and "
-                    f"has {device.usable_memory_bytes / GIB:.1f}; most of it is {most} ({parts[most] / GIB:.1f} GiB)"
-                )
-    return worst[1] if worst else None
+    steps: tuple[tuple[float, float], ...] = ()
+    if detail:
+        n = 1 + max(group.costs)
+        always = memory.parameters + memory.gradients + memory.optimizer + buffers
+        found = activation_steps(
+            run, group.rank, _by_stage(group, n, "held_bytes"), _by_stage(group, n, "extra_bytes")
+        )
+        found += [(reduced, stepping), (end, 0.0)] if stepping > 0 else []
+        steps = tuple((time, always + size) for time, size in found)
+    devices, starts = group.devices, run.starts[group.rank]
+    return GroupTimeline(
+        stage=group.rank, ranks=devices, types=tuple(cluster.device(rank).name for rank in devices), memory=memory,
+        start_s=starts[0] if starts else 0.0, end_s=end, memory_steps=steps,
+        busy_s=plan.num_micro_batches * sum(cost.forward_s + cost.backward_s for cost in own),
+    )
 
 
 def _events(
-    ranks: _Ranks, costs: Sequence[StageCost], run: Execution, starts: Sequence[float], ends: Sequence[float]
-) -> tuple[ActionEvent, ...]:
-    events = []
-    for r, actions in enumerate(ranks.lists):
-        own = [costs[i] for i in ranks.stages_of(r)]
-        optimizer = sum(cost.optimizer_s for cost in own)
-        begin, end = starts[r], run.rank_end_s[r]
-        if begin > 0:
-            events.append(ActionEvent(group=r, kind="gather", stage=r, micro_batch=-1, start_s=0.0, end_s=begin))
-        events += [
-            ActionEvent(
-                group=r, kind=str(action.kind), stage=action.stage, micro_batch=action.micro_batch, start_s=start,
-                end_s=finish,
-            )
-            for action, start, finish in zip(actions, run.starts[r], run.ends[r], strict=True)
-        ]
-        last = ends[r] - optimizer
-        if last > end:
-            events.append(ActionEvent(group=r, kind="reduce", stage=r, micro_batch=-1, start_s=end, end_s=last))
-        if optimizer > 0:
-            events.append(ActionEvent(group=r, kind="optimizer", stage=r, micro_batch=-1, start_s=last, end_s=ends[r]))
-    return tuple(events)
+    index: int, group: _Group, run: Execution, reduced: Sequence[float], end_s: float
+) -> list[ActionEvent]:
+    """Everything that one device of a group does in a step."""
+    rank = group.rank
 
+    def event(kind: str, stage: int, micro_batch: int, start: float, end: float) -> ActionEvent:
+        return ActionEvent(
+            group=index, kind=kind, stage=stage, micro_batch=micro_batch, start_s=start, end_s=end
+        )
 
-def _host_bytes(ranks: _Ranks, costs: Sequence[StageCost]) -> tuple[float, ...]:
-    """The most bytes that each rank's device keeps in host memory."""
-    activations = peak_activation_bytes(ranks.lists, [cost.host_bytes for cost in costs])
-    return tuple(
-        activations[rank] + sum(costs[i].host_state_bytes for i in ranks.stages_of(rank))
-        for rank in range(ranks.num_ranks)
-    )
-
-
-def _host_lacks(cluster: Cluster, plan: Plan, host: Sequence[float]) -> str | None:
-    """Why what is offloaded does not fit into host memory; None where it does, or where its size is unknown."""
-    for size, stage in zip(host, plan.stages, strict=False):
-        for rank in stage.devices:
-            device = cluster.device(rank)
-            if device.host_memory_bytes is not None and size > device.host_memory_bytes:
-                return (
-                    f"rank {rank} ({device.name}) keeps {size / GIB:.1f} GiB in host memory, and its share of that is "
-                    f"{device.host_memory_bytes / GIB:.1f}"
-                )
-    return None
-
-
-def _host_notes(size_bytes: float) -> tuple[str, ...]:
-    """What offload takes of the host's memory."""
-    if not size_bytes:
-        return ()
-    return (
-        f"offload: up to {size_bytes / GIB:.3g} GiB of host memory for each device; copies at "
-        f"{HOST_LINK_EFFICIENCY:g} of the host link's rate, each device by itself",
-    )
-
-
-def _notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, ...]:
-    notes = []
-    if any(stage.mesh.ep > 1 for stage in plan.stages):
-        notes.append("ep not modelled: every rank counts all experts and no all-to-all; such a plan cannot run")
-    unknown = sorted({op.target for cls in graph.classes for op in cls.ops if not is_known(op.target)})
-    if unknown:
-        notes.append(f"ops without a cost rule, counted by their bytes alone: {', '.join(unknown)}")
-    types = {node.device.name: node.device for node in cluster.nodes}
-    notes += [
-        f"{device.name} has no {plan.dtype} rate: its products are counted at the float32 rate"
-        for device in types.values() if plan.dtype not in dict(device.peak_flops)
+    spans = {
+        (kind, stage): span for stage, cost in group.costs.items() for kind, span in (
+            ("F", cost.forward_s), ("B", cost.backward_s), ("I", cost.backward_s - cost.weight_backward_s),
+            ("W", cost.weight_backward_s),
+        )
+    }
+    kinds = {"UNSHARD": "gather", "REDUCE_GRAD": "reduce"}
+    found = [
+        event(kinds[str(action.kind)], action.stage, -1, start, end) for action, start, end in run.collectives[rank]
     ]
-    return tuple(notes)
+    # A device that is faster than its stage's slowest begins with it and waits for it at the end.
+    found += [
+        event(str(action.kind), action.stage, action.micro_batch, start,
+              min(end, start + spans[str(action.kind), action.stage]))
+        for action, start, end in zip(run.lists[rank], run.starts[rank], run.ends[rank], strict=True)
+    ]
+    found += [
+        event(str(action.kind), action.stage, action.micro_batch, start, end)
+        for action, start, end in run.messages(rank)
+    ]
+    if reduced[rank] > run.rank_end_s[rank]:
+        found.append(event("reduce", rank, -1, run.rank_end_s[rank], reduced[rank]))
+    if end_s > reduced[rank]:
+        found.append(event("optimizer", rank, -1, reduced[rank], end_s))
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
-from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
+from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import memory_bandwidth, memory_time_s
 from autopar.cost_models.memory import (
     GRADIENT_BYTES,
@@ -16,14 +16,11 @@ from autopar.cost_models.memory import (
     static_bytes,
     step_temporary_bytes,
 )
-from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, Block, ModelGraph
 from autopar.plan.plan import Plan, Recompute, Stage, Variant
-from autopar.sharding.joint import held_share
 from autopar.sharding.reshard import Collective
 from autopar.simulate.block_cost import BlockCost, block_cost
-from autopar.simulate.class_costs import CostAxis, captured_dtype
-from autopar.simulate.events import StageTimes
+from autopar.simulate.class_costs import CostAxis
 from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
 from autopar.simulate.variant_cost import VariantCost, variant_cost
 
@@ -70,13 +67,6 @@ class StageCost:
         """Seconds a step beside its micro-batches."""
         return self.step_start_s + self.step_end_s + self.step_tp_s + self.optimizer_s
 
-    def times(self, send_forward_s: float = 0.0, send_backward_s: float = 0.0) -> StageTimes:
-        return StageTimes(
-            forward_s=self.forward_s, backward_s=self.backward_s,
-            input_backward_s=self.backward_s - self.weight_backward_s, weight_backward_s=self.weight_backward_s,
-            send_forward_s=send_forward_s, send_backward_s=send_backward_s,
-        )
-
 
 def is_layer(block: Block) -> bool:
     """Whether a block is one of the repeated layers: an FSDP unit, and what recomputes or offloads as one."""
@@ -106,12 +96,15 @@ def _group(cluster: Cluster, plan: Plan, ranks: tuple[int, ...]) -> _Group:
     return _Group(shape=shape, per_node=max(1, used // shape.per_node))
 
 
-def stage_cost(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> StageCost:
-    """The cost of `plan.stages[index]`."""
+def stage_cost(
+    graph: ModelGraph, cluster: Cluster, plan: Plan, index: int, *, device: DeviceType | None = None,
+    rows: float | None = None,
+) -> StageCost:
+    """The cost of `plan.stages[index]`: on its slowest device with an even share of rows, or on this one with these."""
     stage = plan.stages[index]
     mesh, blocks = stage.mesh, graph.blocks[stage.first : stage.last]
-    device = slowest_device(cluster, stage.devices, plan.dtype)
-    rows = plan.global_batch / (mesh.dp * plan.num_micro_batches)
+    device = device or slowest_device(cluster, stage.devices, plan.dtype)
+    rows = rows or plan.global_batch / (mesh.dp * plan.num_micro_batches)
     tp_group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
     outer = context_axis(cluster, stage)
     costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group, outer) for block in blocks]
@@ -306,50 +299,3 @@ def _data_parallel(
         forward_s=0.0, backward_s=0.0, start_s=once_forward.during_s + (copy_out_s if zero else 0.0),
         end_s=reducing.during_s + reducing.after_s + copy_in_s,
     )
-
-
-def boundary_bytes(graph: ModelGraph, plan: Plan, index: int) -> tuple[float, float]:
-    """Bytes that one device of stage `index` sends to the next stage for a micro-batch, and receives as gradients."""
-    stage = plan.stages[index]
-    rows = plan.global_batch / (stage.mesh.dp * plan.num_micro_batches)
-    inner_sizes = [size for _, size in stage.mesh.inner]
-    wanted = set(graph.boundary(stage.last))
-    dtype = captured_dtype(graph)
-    forward = backward = 0.0
-    for block in graph.blocks[: stage.last]:
-        if wanted.isdisjoint(block.outputs):
-            continue
-        cls = graph.block_class[block.cls]
-        sizes = element_bytes(cls, dtype, plan.dtype)
-        shardings = plan.class_shardings(block.cls, stage)
-        for i, (name, local) in enumerate(zip(block.outputs, cls.outputs, strict=True)):
-            if name not in wanted:
-                continue
-            info = cls.tensor[local]
-            share = held_share(tuple(own.outputs[i] for own in shardings), inner_sizes)
-            size = info.numel * graph.scale(info.numel, rows) * sizes[local] * share
-            forward += size
-            backward += size if info.requires_grad else 0.0
-    return forward, backward
-
-
-def link_times(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> tuple[float, float]:
-    """Seconds that a micro-batch's activations take from stage `index` to the next, and its gradients back."""
-    forward, backward = boundary_bytes(graph, plan, index)
-    here, there = plan.stages[index].devices, plan.stages[index + 1].devices
-    pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    leaving: dict[int, int] = {}
-    for i in range(max(len(here), len(there))):
-        pair = here[i * len(here) // max(len(here), len(there))], there[i * len(there) // max(len(here), len(there))]
-        nodes = cluster.node_of[pair[0]], cluster.node_of[pair[1]]
-        pairs.setdefault(nodes, []).append(pair)
-        if nodes[0] != nodes[1]:
-            leaving[nodes[0]] = leaving.get(nodes[0], 0) + 1
-    slowest = [0.0, 0.0]
-    for nodes, found in pairs.items():
-        if found[0][0] == found[0][1]:
-            continue  # the same device: an interleaved schedule on one group
-        group = cluster.group(found[0])
-        for way, size in enumerate((forward, backward)):
-            slowest[way] = max(slowest[way], send_recv_time_s(size, group, flows_per_node=leaving.get(nodes[0], 1)))
-    return slowest[0], slowest[1]

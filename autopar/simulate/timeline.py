@@ -11,7 +11,7 @@ from typing import Any
 from autopar.errors import InputError
 
 GIB = 2**30
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,10 @@ class MemoryBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupTimeline:
-    """The devices that run one pipeline rank, alike: `ranks`, their memory, and their busy time."""
+    """Devices that are alike: of one pipeline rank and one type, with as many rows. One of them stands for all.
+
+    `memory_steps`: bytes that it holds, as (time_s, bytes from then on); `memory` says of what the peak is made.
+    """
 
     stage: int  # pipeline rank; its first stage
     ranks: tuple[int, ...]
@@ -51,14 +54,23 @@ class GroupTimeline:
     memory: MemoryBytes
     start_s: float  # of the first action
     end_s: float  # of the optimizer step
-    busy_s: float
+    busy_s: float  # computing, and waiting for its own stage's communication
+    memory_steps: tuple[tuple[float, float], ...] = ()
+
+
+# Kinds of events that happen beside the computation: on the communication stream, and on the links between stages.
+COLLECTIVES, MESSAGES = ("gather", "reduce"), ("SEND_F", "SEND_B")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionEvent:
-    """One action on one pipeline rank. `kind`: F, B, I, W; or "gather", "reduce", "optimizer" once a step."""
+    """One action of a group of devices.
 
-    group: int
+    `kind`: F, B, I, W on the compute stream, as is "optimizer"; "gather" and "reduce" on the communication stream;
+    SEND_F and SEND_B on the links to the next stage and to the one before. Without a micro-batch, it is -1.
+    """
+
+    group: int  # in Timeline.groups
     kind: str
     stage: int
     micro_batch: int
@@ -68,20 +80,24 @@ class ActionEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """A simulated training step. `report()` gives the keys that `simulate --json` prints."""
+    """A simulated training step. `report()` gives the keys that `simulate --json` prints.
+
+    `breakdown` and `bubble_fraction` are of the critical device, the one that works longest: `groups[critical]`.
+    """
 
     step_time_s: float
     tokens_per_step: float
     num_devices: int
     model_flops: float  # of one step: three times the captured forward's, without recomputation
     peak_flops: float  # of all devices in the compute dtype
-    bubble_fraction: float  # of the critical device's step
+    bubble_fraction: float
     feasible: bool
     infeasible_reason: str | None
     breakdown: Breakdown
     groups: tuple[GroupTimeline, ...]
     events: tuple[ActionEvent, ...]
     notes: tuple[str, ...] = ()
+    critical: int = 0
 
     @property
     def tokens_per_s_per_device(self) -> float:
@@ -115,6 +131,7 @@ class Timeline:
             "feasible": self.feasible,
             "infeasible_reason": self.infeasible_reason,
             "breakdown_s": asdict(self.breakdown),
+            "critical_rank": self.groups[self.critical].ranks[0],
             "devices": devices,
             "notes": list(self.notes),
         }
@@ -139,6 +156,7 @@ def timeline_from_json(text: str) -> Timeline:
                 GroupTimeline(**{
                     **group, "ranks": tuple(group["ranks"]), "types": tuple(group["types"]),
                     "memory": MemoryBytes(**group["memory"]),
+                    "memory_steps": tuple((time, size) for time, size in group["memory_steps"]),
                 })
                 for group in data["groups"]
             ),

@@ -9,11 +9,15 @@ from dataclasses import replace
 import hand_made as hand
 import pytest
 
+from autopar.cluster.cluster import Cluster, Node
 from autopar.errors import InputError, PlanMismatchError
+from autopar.plan.actions import actions_to_csv
 from autopar.plan.plan import Mesh, Plan, Recompute, Schedule
+from autopar.simulate.links import boundary_bytes, link_times
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN, backward_exposed, forward_exposed
+from autopar.simulate.schedules import schedule_actions
 from autopar.simulate.simulator import simulate
-from autopar.simulate.stage_cost import boundary_bytes, link_times, stage_cost
+from autopar.simulate.stage_cost import stage_cost
 from autopar.simulate.timeline import Timeline, timeline_from_json, timeline_to_json
 
 MODEL = hand.graph(4)
@@ -177,3 +181,93 @@ def test_overlap_by_hand() -> None:
     assert backward_exposed([2, 2], [0, 0], [5, 5]).after_s == pytest.approx(8)
     # Gather 1, compute 2 with the next gather behind it, compute 2.
     assert backward_exposed([2, 2], [1, 1], [0, 0]).during_s == pytest.approx(1 + OVERLAP_SLOWDOWN)
+
+
+def test_the_breakdown_is_of_the_busiest_device_and_a_short_last_stage_is_no_bubble() -> None:
+    plan = hand.plan(MODEL, cuts=(0, 5, 6), num_micro_batches=8)
+    timeline = run(plan)
+    assert timeline.critical == 0
+    assert timeline.report()["critical_rank"] == 0
+    assert timeline.bubble_fraction < 0.05
+    assert timeline.breakdown.compute > 0.9 * timeline.step_time_s
+
+
+def two_types() -> Cluster:
+    slow = replace(hand.DEVICE, name="slow", peak_flops=(("bfloat16", 50e12), ("float32", 10e12)))
+    nodes = tuple(Node(device=device, num_devices=2, link=hand.LINK, network=hand.NETWORK)
+                  for device in (hand.DEVICE, slow))
+    return Cluster(name="two", nodes=nodes)
+
+
+def test_devices_of_two_types_in_one_stage() -> None:
+    plan = hand.plan(MODEL, mesh=Mesh(dp_replicate=4))
+    timeline = simulate(MODEL, two_types(), plan)
+    assert [group.ranks for group in timeline.groups] == [(0, 1), (2, 3)]
+    fast, slow = timeline.groups
+    assert slow.busy_s > 1.5 * fast.busy_s
+    assert timeline.critical == 1
+    assert timeline.step_time_s == pytest.approx(sum(timeline.report()["breakdown_s"].values()))
+    ends = {(e.group, e.micro_batch): e.end_s - e.start_s for e in timeline.events if e.kind == "F"}
+    assert ends[1, 0] > ends[0, 0]
+
+
+def test_the_faster_type_takes_more_rows() -> None:
+    plan = hand.plan(MODEL, mesh=Mesh(dp_replicate=4), micro_batch=6)
+    shared = replace(plan, stages=(replace(plan.stages[0], rows=(8, 8, 4, 4)),))
+    even, uneven = (simulate(MODEL, two_types(), item) for item in (plan, shared))
+    assert uneven.step_time_s < 0.8 * even.step_time_s
+    assert uneven.model_flops == pytest.approx(even.model_flops)
+    assert uneven.groups[0].memory.activations == pytest.approx(2 * uneven.groups[1].memory.activations)
+    assert timeline_from_json(timeline_to_json(uneven)) == uneven
+
+
+def test_stages_of_unlike_layout() -> None:
+    """Two devices feed one: it takes both halves of the rows, one after the other, and sends both gradients back."""
+    plan = hand.plan(MODEL, cuts=(0, 3, 6), micro_batch=2)
+    two = replace(plan.stages[0], devices=(0, 1), mesh=Mesh(dp_replicate=2))
+    one = replace(plan.stages[1], devices=(2,), rows=(4,))
+    unlike = replace(plan, stages=(two, one), num_devices=3, global_batch=16)
+    half = 2 * 2 * hand.SEQ * hand.HIDDEN
+    message = hand.LINK.latency_s + half / hand.LINK.bandwidth_bytes_per_s
+    assert link_times(MODEL, hand.cluster(), unlike, 0) == pytest.approx((2 * message, 2 * message))
+    timeline = run(unlike)
+    assert [group.ranks for group in timeline.groups] == [(0, 1), (2,)]
+    assert timeline.model_flops == pytest.approx(run(hand.plan(MODEL, micro_batch=4)).model_flops)
+
+
+def test_tensor_ranks_of_unlike_number() -> None:
+    """A whole tensor on two ranks goes to four: each of the two sends to two of them."""
+    plan = hand.plan(MODEL, cuts=(0, 3, 6), mesh=Mesh(tp=2))
+    four = replace(plan.stages[1], devices=(2, 3, 4, 5), mesh=Mesh(tp=4))
+    unlike = replace(plan, stages=(plan.stages[0], four), num_devices=6)
+    size = 2 * 4 * hand.SEQ * hand.HIDDEN
+    message = hand.LINK.latency_s + size / hand.LINK.bandwidth_bytes_per_s
+    assert link_times(MODEL, hand.cluster(), unlike, 0) == pytest.approx((2 * message, message))
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_memory_over_time_peaks_at_what_is_reported(schedule: Schedule) -> None:
+    chunks = 2 if schedule is Schedule.INTERLEAVED else 1
+    cuts = (0, 2, 3, 4, 6) if chunks == 2 else (0, 3, 6)
+    for recompute in (Recompute.NONE, Recompute.FULL):
+        timeline = run(hand.plan(
+            MODEL, cuts=cuts, schedule=schedule, num_micro_batches=8, num_chunks=chunks, recompute=recompute
+        ))
+        for group in timeline.groups:
+            assert max(size for _, size in group.memory_steps) == pytest.approx(group.memory.total)
+            assert group.memory_steps[-1][0] <= timeline.step_time_s * (1 + 1e-12)
+
+
+def test_a_plans_own_order_is_executed() -> None:
+    plan = hand.plan(MODEL, cuts=(0, 3, 6), num_micro_batches=8)
+    lists = schedule_actions(Schedule.GPIPE, 2, 8)
+    own = replace(plan, actions=tuple(actions_to_csv(lists).split()))
+    assert run(own) == run(replace(plan, schedule=Schedule.GPIPE))
+    assert run(own) != run(plan)
+
+
+def test_without_detail_the_figures_are_the_same() -> None:
+    plan = hand.plan(MODEL, cuts=(0, 3, 6))
+    brief = simulate(MODEL, hand.cluster(), plan, detail=False)
+    assert brief.report() == run(plan).report()
+    assert brief.events == ()
