@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 from autopar.cluster.cluster import GroupShape, Link
+from autopar.cost_models.measured_links import fit_of
 from autopar.sharding.reshard import Collective
 
 # Share of a link's peak that a large collective reaches. NVLink: ring all-gather 361 of 450 GB/s on H200, all-reduce
@@ -90,6 +91,9 @@ def collective_time_s(
     if group is None or group.size <= 1 or size_bytes <= 0:
         return 0.0
     kind = Collective(kind)
+    fit = fit_of(kind, group, groups_per_node=groups_per_node)
+    if fit is not None:
+        return fit.time_s(size_bytes)
     if kind is Collective.SEND_RECV:
         return send_recv_time_s(size_bytes, group, flows_per_node=groups_per_node)
     if kind in (Collective.NEIGHBOUR_EXCHANGE, Collective.MIRRORED_EXCHANGE):
@@ -138,6 +142,9 @@ def send_recv_time_s(size_bytes: float, group: GroupShape, *, flows_per_node: in
     """Seconds that one message between two devices takes; `flows_per_node` such messages share a node's network."""
     if size_bytes <= 0:
         return 0.0
+    fit = fit_of(Collective.SEND_RECV, group, groups_per_node=flows_per_node)
+    if fit is not None:
+        return fit.time_s(size_bytes)
     if group.num_nodes == 1:
         return group.link.latency_s + size_bytes / link_rate(group)
     share = group.network.bandwidth_bytes_per_s / max(1, flows_per_node)

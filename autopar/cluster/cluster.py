@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from autopar.cluster.measured import CollectiveFit, MeasuredOps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceType:
@@ -23,6 +25,7 @@ class DeviceType:
     host_bandwidth_bytes_per_s: float | None = None  # to and from host memory, each way; None: unknown, or one memory
     host_memory_bytes: float | None = None  # this device's share of it; None: unknown
     sources: tuple[tuple[str, str], ...] = ()
+    measured: MeasuredOps | None = None  # times of single ops, from a profile
 
     @property
     def usable_memory_bytes(self) -> float:
@@ -42,6 +45,7 @@ class Link:
     latency_s: float
     bandwidth_bytes_per_s: float  # per direction, usable peak
     source: str = ""
+    fits: tuple[CollectiveFit, ...] = ()  # measured collectives, by the shape of their group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

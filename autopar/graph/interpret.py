@@ -38,7 +38,7 @@ def run_block(cls: BlockClass, block: Block, values: dict[str, Tensor], params: 
     local.update(zip(cls.params, (params[name] for name in block.params), strict=True))
     local.update(zip(cls.buffers, (constants[name] for name in block.buffers), strict=True))
     for op in cls.ops:
-        _run_op(op, local, device)
+        run_op(op, local, device)
     values.update(zip(block.outputs, (local[name] for name in cls.outputs), strict=True))
 
 
@@ -51,7 +51,7 @@ def problem_of(cls: BlockClass) -> str | None:
         }
         for op in cls.ops:
             try:
-                _run_op(op, local, torch.device("cpu"))
+                run_op(op, local, torch.device("cpu"))
             except (RuntimeError, ValueError) as error:
                 return f"{op.target} ({op.source or op.name}) does not run: {str(error).splitlines()[0]}"
             for name in op.outputs:
@@ -60,7 +60,7 @@ def problem_of(cls: BlockClass) -> str | None:
     return None
 
 
-def _run_op(op: Op, local: dict[str, Tensor], device: torch.device) -> None:
+def run_op(op: Op, local: dict[str, Tensor], device: torch.device) -> None:
     args = [_value(arg, local, device) for arg in op.args]
     kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
     result = overload_of(op.target)(*args, **kwargs)

@@ -11,7 +11,6 @@ from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import (
     COLLECTIVE_DISPATCH_S,
     OpTime,
-    dispatch_s,
     is_joined,
     kernel_time_s,
     memory_bandwidth,
@@ -159,7 +158,7 @@ class _Summation:
             if fused is None or op.name not in fused.group_of:
                 forward += time.forward_s
                 backward += time.backward_s
-            issue = dispatch_s(op, costs.device, any(costs.whole(o).requires_grad for o in op.outputs if o))
+            issue = costs.issue_time(op, strategy)
             self.host[0] += issue.forward_s
             self.host[1] += issue.backward_s
             weights += _weight_share(costs, op) * time.backward_s

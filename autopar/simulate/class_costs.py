@@ -13,11 +13,13 @@ from functools import cached_property, lru_cache
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
-from autopar.cost_models.compute import LocalTensor, OpTime, is_identity_cast, memory_bandwidth, op_time_s
+from autopar.cost_models.compute import LocalTensor, OpTime, dispatch_s, is_identity_cast, memory_bandwidth, op_time_s
+from autopar.cost_models.measured import Found, Source, measured_pass_s, op_table
 from autopar.cost_models.memory import GRADIENT_BYTES, OPTIMIZER_STEP_BYTES
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, replicated, steps
+from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
@@ -27,6 +29,8 @@ from autopar.simulate.lowering_costs import LoweringCost, lowering_cost
 _SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T"}
 _REORDERS = {"permute", "movedim", "expand", "expand_as"}
 _MAY_COPY = {"reshape", "contiguous", "flatten", "reshape_as"}
+# Lowerings whose op runs on its local operands as it is, so that its measured time holds.
+RUNS_AS_IT_IS = ("", Lowering.BIAS_ON_FIRST_RANK, Lowering.SUM_OVER_COUNT, Lowering.SCALED_MEAN)
 
 
 def captured_dtype(graph: ModelGraph) -> str:
@@ -75,6 +79,8 @@ class ClassCosts:
         self._by_rows = {info.name: tagged and graph.depends_on_rows(info.numel) for info in cls.tensors}
         self._ratio = ratio
         self._times: dict[object, OpTime] = {}
+        self._table = op_table(device)
+        self._found: dict[object, Found | None] = {}
         self._conversion_times: dict[object, OpTime | None] = {}
         self._collective_times: dict[tuple[Collective, float, int], float] = {}
 
@@ -165,6 +171,10 @@ class ClassCosts:
         found = self._times.get(key)
         if found is not None:
             return found
+        measured = self._measured(op, strategy)
+        if measured is not None:
+            self._times[key] = measured.time
+            return measured.time
         parts = self.parts(strategy)
         share = self.scale(op) / parts * self._padding(strategy)
         operands = [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)]
@@ -183,6 +193,32 @@ class ClassCosts:
             )
         self._times[key] = found
         return found
+
+    def _measured(self, op: Op, strategy: Strategy | JointStrategy | None) -> Found | None:
+        """What the device's profile says of the op on this rank; None where it says nothing."""
+        if self._table is None or any(own.lowering not in RUNS_AS_IT_IS for own in _strategies(strategy)):
+            return None
+        inputs, outputs = self.placements(op, strategy)
+        key = (op.name, inputs, outputs)
+        if key not in self._found:
+            self._found[key] = self._table.find(
+                op, [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)],
+                [self.local(name, state) for name, state in zip(op.outputs, outputs, strict=False) if name],
+                self.dtype, is_copy=op.name in self.copies,
+            )
+        return self._found[key]
+
+    def source(self, op: Op, strategy: Strategy | JointStrategy | None = None) -> Source:
+        """Where the op's time comes from."""
+        found = self._measured(op, strategy)
+        return found.source if found is not None else Source.MODELLED
+
+    def issue_time(self, op: Op, strategy: Strategy | JointStrategy | None = None) -> OpTime:
+        """Seconds that the host needs to issue the op, forward and backward, where it runs ahead of the device."""
+        found = self._measured(op, strategy)
+        if found is not None:
+            return found.host
+        return dispatch_s(op, self.device, any(self._whole[name].requires_grad for name in op.outputs if name))
 
     def placements(
         self, op: Op, strategy: Strategy | JointStrategy | None
@@ -263,8 +299,11 @@ class ClassCosts:
         tensor = self.local(name, state)
         if not tensor.requires_grad or self.num_consumers[name] < 2 or name in self._static:
             return 0.0
-        bandwidth = memory_bandwidth(self.device)
-        return (self.num_consumers[name] - 1) * 3 * tensor.size_bytes / bandwidth
+        again = self.num_consumers[name] - 1
+        measured = measured_pass_s(self.device, "accumulate", tensor.numel, self.dtype)
+        if measured is not None:
+            return again * measured
+        return again * 3 * tensor.size_bytes / memory_bandwidth(self.device)
 
     @cached_property
     def _static(self) -> frozenset[str]:

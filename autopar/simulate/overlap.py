@@ -22,11 +22,14 @@ class Exposed:
     after_s: float
 
 
-def forward_exposed(compute_s: Sequence[float], gather_s: Sequence[float]) -> Exposed:
+def forward_exposed(compute_s: Sequence[float], gather_s: Sequence[float], *, hides: bool = True) -> Exposed:
     """Gathering each unit in the forward: the first is waited for, the next runs behind the compute of the one before.
 
-    A gather starts when the one before has ended and the unit before has begun to compute.
+    A gather starts when the one before has ended and the unit before has begun to compute. `hides` is False where
+    communication does not run beside compute: processes on CPUs do both on the same cores, one after the other.
     """
+    if not hides:
+        return Exposed(during_s=sum(gather_s), after_s=0.0)
     clock = queue = 0.0
     for compute, gather in zip(compute_s, gather_s, strict=True):
         queue = max(queue, 0.0) + gather
@@ -36,11 +39,15 @@ def forward_exposed(compute_s: Sequence[float], gather_s: Sequence[float]) -> Ex
     return _exposed(clock, compute_s, gather_s, 0.0)
 
 
-def backward_exposed(compute_s: Sequence[float], gather_s: Sequence[float], reduce_s: Sequence[float]) -> Exposed:
+def backward_exposed(
+    compute_s: Sequence[float], gather_s: Sequence[float], reduce_s: Sequence[float], *, hides: bool = True
+) -> Exposed:
     """Gathering each unit before its backward and reducing its gradients after it; units in the order of the backward.
 
-    `after_s`: what is left of the reductions when the compute has ended.
+    `after_s`: what is left of the reductions when the compute has ended. `hides` as for the forward.
     """
+    if not hides:
+        return Exposed(during_s=sum(gather_s) + sum(reduce_s), after_s=0.0)
     clock = queue = 0.0
     ready = gather_s[0] if gather_s else 0.0
     queue = ready

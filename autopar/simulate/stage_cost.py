@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import memory_bandwidth, memory_time_s
+from autopar.cost_models.measured import measured_pass_s
 from autopar.cost_models.memory import (
     GRADIENT_BYTES,
     StaticBytes,
@@ -134,13 +135,17 @@ def stage_cost(
     static = replace(static, buffers=static.buffers + sum(cost.buffer_bytes for cost in costs))
     if stage.zero < 2 and plan.num_micro_batches > 1:
         # Gradients are added up in float32: one is read, the sum is read and written.
-        adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * numel / memory_bandwidth(device)
+        adding = measured_pass_s(device, "accumulate", numel, plan.dtype)
+        if adding is None:
+            adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * numel / memory_bandwidth(device)
         backward += adding
         weights += adding
     data = _data_parallel(cluster, plan, stage, blocks, costs, added, numels, root_numel, device)
     data_shards = mesh.dp_shard * mesh.cp
     moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer)
-    optimizer = memory_time_s(device, moved) if moved else 0.0
+    optimizer = measured_step_s(blocks, costs, plan, stage, device)
+    if optimizer is None:
+        optimizer = memory_time_s(device, moved) if moved else 0.0
     step_bytes = step_temporary_bytes(plan.param_dtype, zero=stage.zero, num_shards=data_shards) * numel
     state_bytes = 0.0
     if stage.offload_optimizer:
@@ -164,6 +169,31 @@ def stage_cost(
         host_state_bytes=state_bytes,
         forward_flops=sum(cost.forward_flops for cost in costs), param_numel=numel,
     )
+
+
+def measured_step_s(
+    blocks: Sequence[Block], costs: Sequence[BlockCost], plan: Plan, stage: Stage, device: DeviceType
+) -> float | None:
+    """Seconds of the optimizer's step as measured, parameter by parameter; None where it was not.
+
+    Parameters on data axes are shards of distributed tensors, which torch steps more slowly.
+    """
+    mesh = stage.mesh
+    data = mesh.dp * mesh.cp > 1
+    shards = mesh.dp_shard * mesh.cp if stage.zero else 1
+    name = f"{plan.optimizer}{'_sharded' if data else ''}"
+    total = 0.0
+    seen: set[str] = set()
+    for block, cost in zip(blocks, costs, strict=True):
+        for param, numel in zip(block.params, cost.params, strict=True):
+            if param in seen:
+                continue
+            seen.add(param)
+            taken = measured_pass_s(device, name, numel / shards, plan.param_dtype)
+            if taken is None:
+                return None
+            total += taken
+    return total
 
 
 def context_axis(cluster: Cluster, stage: Stage) -> tuple[CostAxis, ...]:
@@ -275,16 +305,19 @@ def _data_parallel(
     reductions = [reduce_s(size) for size in sizes]
     none = [0.0] * len(sizes)
     flipped = list(reversed(backward_s))
-    once_forward = forward_exposed(forward_s, gathers) if zero > 0 else Exposed(during_s=0.0, after_s=0.0)
-    reducing = backward_exposed(flipped, none, list(reversed(reductions)))
+    hides = not device.name.startswith("CPU")
+    once_forward = forward_exposed(forward_s, gathers, hides=hides) if zero > 0 else Exposed(during_s=0.0, after_s=0.0)
+    reducing = backward_exposed(flipped, none, list(reversed(reductions)), hides=hides)
     # Kernels that move gradients and gathered parameters about, beside the communication itself.
     copy_out_s = 2 * compute_bytes * numel / bandwidth
     copy_in_s = (compute_bytes + GRADIENT_BYTES) * numel / bandwidth
     if zero == 3:
         in_layers = [0.0, *gathers[1:]]  # the root stays gathered
-        every_forward = forward_exposed(forward_s, in_layers)
+        every_forward = forward_exposed(forward_s, in_layers, hides=hides)
         # The last layers' parameters are still there when the backward begins: the last unit's gather is in time.
-        every_backward = backward_exposed(flipped, list(reversed(in_layers)), list(reversed(reductions)))
+        every_backward = backward_exposed(
+            flipped, list(reversed(in_layers)), list(reversed(reductions)), hides=hides
+        )
         return _DataTimes(
             forward_s=every_forward.during_s + copy_out_s,
             backward_s=every_backward.during_s + every_backward.after_s + copy_out_s + copy_in_s,
