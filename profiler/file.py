@@ -14,7 +14,7 @@ from autopar.files import write_text
 from autopar.profiler.profile import Profile
 
 FORMAT = "autopar-profile"
-VERSION = 1
+VERSION = 2  # 1 had no ops and no fits by group
 
 
 def profile_to_json(profile: Profile) -> str:
@@ -40,6 +40,11 @@ def profile_from_json(text: str, *, where: str = "profile JSON") -> Profile:
         raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     rates = [profile.memory_bandwidth_bytes_per_s, profile.launch_s, *profile.peak_flops().values()]
     rates += [fit.bytes_per_s for fit in (profile.send_recv, profile.all_reduce) if fit is not None]
+    rates += [piece.bytes_per_s for fit in profile.fits for piece in fit.pieces]
+    times = [time for sample in profile.ops.samples for time in (sample.forward_s, sample.backward_s)]
+    times += [piece.latency_s for fit in profile.fits for piece in fit.pieces]
+    if not all(0 <= time < float("inf") for time in times) or not all(fit.pieces for fit in profile.fits):
+        raise InputError(f"{where}: a measured time is negative or missing: profile the machine again")
     if profile.num_processes < 1 or not all(0 < rate < float("inf") for rate in rates):
         raise InputError(f"{where}: a rate or the number of processes is not positive: profile the machine again")
     return profile

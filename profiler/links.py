@@ -1,17 +1,26 @@
-"""Message times among the processes of a group."""
+"""Message times among the processes of a job, over the groups that plans use."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 import torch.distributed as dist
 
-SIZES_BYTES = (1024, 4096, 256 * 1024, 1024 * 1024, 4 * 1024 * 1024, 16 * 1024 * 1024)
+from autopar.cluster.measured import CollectiveFit
+from autopar.profiler.fit_pieces import fit_pieces
+from autopar.profiler.link_groups import GroupKind, group_kinds, pair_kinds
+
+SIZES_BYTES = (1024, 4096, 256 * 1024, 1024 * 1024, 4 * 1024 * 1024, 16 * 1024 * 1024)  # of the short profile
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
+SMALLEST_BYTES = 1024
+LARGEST_BYTES = 2**30
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
 def all_reduce_times_s(device: torch.device, budget_s: float) -> dict[int, float]:
@@ -21,17 +30,11 @@ def all_reduce_times_s(device: torch.device, budget_s: float) -> dict[int, float
 
 def send_recv_times_s(device: torch.device, budget_s: float) -> dict[int, float]:
     """Median seconds of a message by size, half of there and back, between ranks 2i and 2i+1, all pairs at once."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    other = rank ^ 1
+    other = dist.get_rank() ^ 1
 
     def there_and_back(buffer: torch.Tensor) -> None:
-        if other >= size:
-            return
-        for sender in (0, 1):
-            if rank % 2 == sender:
-                dist.send(buffer, other)
-            else:
-                dist.recv(buffer, other)
+        if other < dist.get_world_size():
+            _there_and_back(buffer, other, dist.get_rank() % 2 == 0, None)
 
     return {size: time_s / 2 for size, time_s in _times(there_and_back, device, budget_s).items()}
 
@@ -44,19 +47,133 @@ def _times(operation: Callable[[torch.Tensor], object], device: torch.device, bu
     start = time.perf_counter()
     for count in range(MAX_ROUNDS):
         over = float(time.perf_counter() - start > budget_s and count >= MIN_ROUNDS)
-        if _largest(over, device) > 0:  # every process stops after the same round
+        if largest(over, device) > 0:  # every process stops after the same round
             break
         for size, buffer in buffers.items():
-            _largest(0.0, device)  # all begin together
-            begin = time.perf_counter()
-            operation(buffer)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[size].append(time.perf_counter() - begin)
-    return {size: _largest(median(seen), device) for size, seen in times.items()}
+            largest(0.0, device)  # all begin together
+            times[size].append(_once_s(lambda buffer=buffer: operation(buffer), device))
+    return {size: largest(median(seen), device) for size, seen in times.items()}
 
 
-def _largest(value: float, device: torch.device) -> float:
+def largest(value: float, device: torch.device) -> float:
+    """The largest of all processes' values."""
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor.item())
+
+
+# -- every collective over every group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkWork:
+    """One collective over one kind of group."""
+
+    collective: str
+    kind: GroupKind
+
+
+def link_work(world: int, per_node: int) -> tuple[LinkWork, ...]:
+    """What there is to measure in a job of `world` ranks, `per_node` on each node; nothing for one rank."""
+    found = [LinkWork(collective=name, kind=kind) for kind in group_kinds(world, per_node) for name in COLLECTIVES]
+    return (*found, *(LinkWork(collective="send_recv", kind=kind) for kind in pair_kinds(world, per_node)))
+
+
+def measure_links(
+    work: tuple[LinkWork, ...], device: torch.device, *, budget_s: float, largest_bytes: int = LARGEST_BYTES
+) -> Iterator[CollectiveFit]:
+    """The fit of each piece of work as soon as it is measured. All ranks of the job must iterate.
+
+    `budget_s` is what each piece may take, about; messages grow fourfold, then twofold, until one takes a quarter of
+    what is left, or reaches `largest_bytes`.
+    """
+    made: dict[GroupKind, dist.ProcessGroup | None] = {}
+    backend = dist.get_backend()
+    for item in work:
+        if item.kind not in made:
+            made[item.kind] = None
+            for ranks in item.kind.groups:
+                group = dist.new_group(list(ranks))
+                if dist.get_rank() in ranks:
+                    made[item.kind] = group
+        points = _points(item, made[item.kind], device, budget_s, largest_bytes)
+        pieces, error = fit_pieces(points)
+        yield CollectiveFit(
+            collective=item.collective, backend=backend, num_ranks=item.kind.size, num_nodes=item.kind.num_nodes,
+            per_node=item.kind.per_node, groups_per_node=item.kind.groups_per_node, pieces=pieces,
+            relative_error=error, points=points,
+        )
+
+
+def _points(
+    item: LinkWork, group: dist.ProcessGroup | None, device: torch.device, budget_s: float, largest_bytes: int
+) -> tuple[tuple[int, float], ...]:
+    """(size_bytes, median seconds of the slowest rank), until time or memory runs out."""
+    points: list[tuple[int, float]] = []
+    size, start = SMALLEST_BYTES, time.perf_counter()
+    count = 12  # sizes that are still to come, about
+    while size <= largest_bytes:
+        operation = _operation(item, group, size, device)
+        largest(0.0, device)
+        first_s = largest(_once_s(operation, device), device)
+        left_s = budget_s - largest(time.perf_counter() - start, device)
+        if points and (left_s <= 0 or first_s > left_s / 2):
+            break
+        share_s = max(0.0, left_s) / max(2, count)
+        seen: list[float] = []
+        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s, 1e-6))))
+        for _ in range(rounds):
+            largest(0.0, device)  # all begin together
+            seen.append(_once_s(operation, device))
+        halves = 2 if item.collective == "send_recv" else 1
+        points.append((size, largest(median(seen), device) / halves))
+        del operation
+        size *= 4 if size < 2**18 else 2
+        count -= 1
+    return tuple(points)
+
+
+def _once_s(operation: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
+    operation()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _operation(
+    item: LinkWork, group: dist.ProcessGroup | None, size_bytes: int, device: torch.device
+) -> Callable[[], object]:
+    """One call of the collective on a tensor of that size as a whole; nothing on ranks that look on."""
+    if group is None:
+        return lambda: None
+    ranks = item.kind.size
+    numel = max(1, math.ceil(size_bytes / 4 / ranks)) * ranks
+    if item.collective == "all_to_all":  # the size is that of all ranks' tensors together
+        numel = max(1, numel // ranks // ranks) * ranks
+    whole = torch.zeros(numel, device=device)
+    match item.collective:
+        case "all_reduce":
+            return lambda: dist.all_reduce(whole, group=group)
+        case "all_gather":
+            part = torch.zeros(numel // ranks, device=device)
+            return lambda: dist.all_gather_into_tensor(whole, part, group=group)
+        case "reduce_scatter":
+            part = torch.zeros(numel // ranks, device=device)
+            return lambda: dist.reduce_scatter_tensor(part, whole, group=group)
+        case "all_to_all":
+            other = torch.zeros(numel, device=device)
+            return lambda: dist.all_to_all_single(other, whole, group=group)
+    mine = dist.get_group_rank(group, dist.get_rank())
+    peer = dist.get_global_rank(group, 1 - mine)
+    return lambda: _there_and_back(whole, peer, mine == 0, group)
+
+
+def _there_and_back(
+    buffer: torch.Tensor, other: int, sends_first: bool, group: dist.ProcessGroup | None
+) -> None:
+    for sends in (sends_first, not sends_first):
+        if sends:
+            dist.send(buffer, other, group=group)
+        else:
+            dist.recv(buffer, other, group=group)

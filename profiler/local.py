@@ -7,65 +7,81 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessException, spawn
 
-from autopar.cluster.local import match_cuda_device, num_cores
+from autopar.cluster.local import num_cores
 from autopar.errors import AutoparError, InputError
-from autopar.profiler.fit import fit_link
-from autopar.profiler.links import all_reduce_times_s, send_recv_times_s
-from autopar.profiler.ops import launch_s, matmul_flops_per_s, memory_bytes_per_s
-from autopar.profiler.profile import MatmulRate, Profile
+from autopar.profiler.collect import collect
+from autopar.profiler.op_cases import OpCase
+from autopar.profiler.profile import Profile
+from autopar.profiler.worker import Job, RuntimeCase, ignore_interrupts, num_steps, records
 
 DEFAULT_DTYPES = ("float32", "float64", "bfloat16")
-SIZES = {"cpu": (256, 768), "cuda": (2048, 8192)}
 STARTING_S = 60.0  # processes that import torch on a busy machine
 GROUP_TIMEOUT_S = 60.0
-OPS_SHARE = 0.6  # of the budget; the rest is the links'
+POLL_S = 0.2
+CASE_TIMEOUT_S = 5.0  # of one op, on average
+
+Progress = Callable[[int, int, str], None]  # measurements done, how many there are, the latest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    num_processes: int
-    num_threads: int
-    dtypes: tuple[str, ...]
-    device_type: str
-    budget_s: float
-    folder: str
+class ProfileInterrupted(KeyboardInterrupt):
+    """The user stopped the measurements; `profile` has what was measured until then."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__("interrupted")
+        self.profile = profile
 
 
 def profile_local(
     num_processes: int, *, budget_s: float = 5.0, dtypes: Sequence[str] = DEFAULT_DTYPES, device: str | None = None,
-    num_threads: int | None = None, date: str = "",
+    num_threads: int | None = None, date: str = "", cases: Sequence[OpCase] = (),
+    runtime: Sequence[RuntimeCase] = (), link_budget_s: float = 0.0, largest_message_bytes: int = 2**28,
+    progress: Progress | None = None,
 ) -> Profile:
     """The Profile of this machine with `num_processes` processes that all work at the same time.
 
-    `budget_s` is about the time spent measuring; starting the processes comes on top (3 to 6 s for 4 processes on 2
-    cores). `device` is "cpu", "cuda" (a process a CUDA device, NCCL), or None for CUDA where there are enough devices.
-    `num_threads` of each process: the cores over the processes, at least 1, if not given. Processes are spawned, so a
-    script that calls this needs `if __name__ == "__main__":`. All of them are gone when this returns or raises.
+    `budget_s` is about the time spent measuring rates; starting the processes comes on top (3 to 6 s for 4 processes on
+    2 cores), `cases` and `runtime` work about 0.2 s each, and each collective over each kind of group `link_budget_s`
+    (none are measured if it is 0). `device` is "cpu", "cuda" (a process a CUDA device, NCCL), or None for CUDA where
+    there are enough devices. `num_threads` of each process: the cores over the processes, at least 1, if not given.
+    Processes are spawned, so a script that calls this needs `if __name__ == "__main__":`. All of them are gone when
+    this returns or raises.
 
-    Raises InputError for bad arguments, AutoparError where a process dies or the time is up.
+    Raises InputError for bad arguments, AutoparError where a process dies or the time is up, and ProfileInterrupted,
+    with what was measured, at Ctrl-C once the rates are known.
     """
     job_device = _check(num_processes, budget_s, dtypes, device, num_threads)
     threads = num_threads or max(1, num_cores() // num_processes)
     with tempfile.TemporaryDirectory(prefix="autopar-profile-") as folder:
-        job = _Job(
-            num_processes=num_processes, num_threads=threads, dtypes=tuple(dtypes), device_type=job_device,
-            budget_s=budget_s, folder=folder,
+        job = Job(
+            num_processes=num_processes, per_node=num_processes, num_threads=threads, dtypes=tuple(dtypes),
+            device_type=job_device, budget_s=budget_s, folder=folder, cases=tuple(cases), runtime=tuple(runtime),
+            link_budget_s=link_budget_s, largest_message_bytes=largest_message_bytes,
         )
         start = time.perf_counter()
-        _run(job)
-        results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_processes)]
-        return _collect(job, results, date, time.perf_counter() - start)
+        try:
+            _run(job, progress)
+        except KeyboardInterrupt:
+            found = collect(job, _texts(job), date, time.perf_counter() - start)
+            if found is None:
+                raise
+            raise ProfileInterrupted(found) from None
+        whole = collect(job, _texts(job), date, time.perf_counter() - start)
+        assert whole is not None, "all processes ended well"
+        return whole
+
+
+def _texts(job: Job) -> list[str]:
+    """What each process wrote."""
+    paths = [Path(job.folder) / f"{rank}.jsonl" for rank in range(job.num_processes)]
+    return [path.read_text() if path.exists() else "" for path in paths]
 
 
 def _check(
@@ -91,14 +107,20 @@ def _check(
     return "cuda" if num_cuda >= num_processes else "cpu"
 
 
-def _run(job: _Job) -> None:
+def _run(job: Job, progress: Progress | None) -> None:
     """Runs the processes to their end; none is left, whatever happens."""
-    deadline = time.monotonic() + STARTING_S + GROUP_TIMEOUT_S + 3 * job.budget_s
+    total = num_steps(job)
+    deadline = time.monotonic() + STARTING_S + GROUP_TIMEOUT_S + 3 * job.budget_s + CASE_TIMEOUT_S * total
+    deadline += 3 * job.link_budget_s * total
     context = spawn(_process, args=(job,), nprocs=job.num_processes, join=False)  # type: ignore[no-untyped-call]
+    seen = Path(job.folder) / "0.jsonl"
     try:
-        while not context.join(timeout=1.0):
+        while not context.join(timeout=POLL_S):
             if time.monotonic() > deadline:
                 raise AutoparError("profiling did not end in time: the machine is too busy, or a process hangs")
+            if progress is not None and seen.exists():
+                lines = seen.read_text().splitlines()
+                progress(len(lines), total, _label(lines))
     except ProcessException as error:
         raise AutoparError(f"profiling failed: {_reason(error)}") from error
     finally:
@@ -109,13 +131,24 @@ def _run(job: _Job) -> None:
             process.join()
 
 
+def _label(lines: Sequence[str]) -> str:
+    """What the latest whole record is of."""
+    for line in reversed(lines):
+        try:
+            return str(json.loads(line)["label"])
+        except (json.JSONDecodeError, KeyError):
+            continue  # a line that is being written
+    return ""
+
+
 def _reason(error: ProcessException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"process {error.error_index}: {lines[-1].strip() if lines else 'it ended'}"
 
 
-def _process(rank: int, job: _Job) -> None:
-    """One process: measures in step with the others and leaves its figures in a file."""
+def _process(rank: int, job: Job) -> None:
+    """One process: measures in step with the others and leaves a line a measurement in its file."""
+    ignore_interrupts()
     torch.set_num_threads(job.num_threads)
     torch.manual_seed(rank)
     device = torch.device(job.device_type, rank) if job.device_type == "cuda" else torch.device("cpu")
@@ -131,74 +164,12 @@ def _process(rank: int, job: _Job) -> None:
             timeout=timedelta(seconds=GROUP_TIMEOUT_S),
         )
     try:
-        result = _measure(job, device, grouped)
+        with (Path(job.folder) / f"{rank}.jsonl").open("w") as file:
+            for record in records(job, device):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
         if grouped:
             dist.barrier()
     finally:
         if grouped:
             dist.destroy_process_group()
-    (Path(job.folder) / f"{rank}.json").write_text(json.dumps(result))
-
-
-def _measure(job: _Job, device: torch.device, grouped: bool) -> dict[str, Any]:
-    sizes = SIZES[device.type]
-    num_measurements = len(job.dtypes) * len(sizes) + 2
-    window_s = job.budget_s * (OPS_SHARE if grouped else 1.0) / num_measurements / 4  # three windows and a warm-up
-
-    def together() -> None:
-        if grouped:
-            dist.barrier()
-
-    matmul: list[dict[str, Any]] = []
-    for dtype in job.dtypes:
-        for size in sizes:
-            together()
-            rate = matmul_flops_per_s(size, getattr(torch, dtype), device, window_s)
-            matmul.append(asdict(MatmulRate(dtype=dtype, size=size, flops_per_s=rate)))
-    together()
-    memory = memory_bytes_per_s(device, window_s)
-    together()
-    launch = launch_s(device, window_s)
-    result: dict[str, Any] = {"matmul": matmul, "memory": memory, "launch": launch}
-    if grouped:
-        share_s = job.budget_s * (1 - OPS_SHARE) / 2
-        result["send_recv"] = list(send_recv_times_s(device, share_s).items())
-        result["all_reduce"] = list(all_reduce_times_s(device, share_s).items())
-    return result
-
-
-def _collect(job: _Job, results: list[dict[str, Any]], date: str, measuring_s: float) -> Profile:
-    backend = "nccl" if job.device_type == "cuda" else "gloo"
-    matmul = tuple(
-        MatmulRate(dtype=row["dtype"], size=row["size"],
-                   flops_per_s=median(result["matmul"][i]["flops_per_s"] for result in results))
-        for i, row in enumerate(results[0]["matmul"])
-    )
-    notes: list[str] = []
-    name, machine = "CPU", _cpu_model()
-    if job.device_type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        machine = str(properties.name)
-        found = match_cuda_device(machine, int(properties.total_memory))
-        name = found.name if found is not None else machine
-    elif job.num_processes * job.num_threads > num_cores():
-        notes.append(f"{job.num_processes} processes share {num_cores()} cores: rates are a process's share")
-    first = results[0]
-    return Profile(
-        device=name, machine=machine, torch_version=torch.__version__, date=date,
-        num_processes=job.num_processes, num_threads=job.num_threads, matmul=matmul,
-        memory_bandwidth_bytes_per_s=median(result["memory"] for result in results),
-        launch_s=median(result["launch"] for result in results),
-        send_recv=fit_link(dict(first["send_recv"]), backend=backend) if "send_recv" in first else None,
-        all_reduce=fit_link(dict(first["all_reduce"]), backend=backend) if "all_reduce" in first else None,
-        measuring_s=measuring_s, notes=tuple(notes),
-    )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}, {num_cores()} cores"

@@ -18,15 +18,17 @@ from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
 from autopar.graph.interpret import run_op
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op, Ref
 from autopar.graph.rows import at_rows
+from autopar.plan.plan import Plan
 from autopar.search.shardings import ShardingChooser
 from autopar.search.shardings import at_rows as shardings_at_rows
 from autopar.sharding.joint import JointStrategy, local_joint_op
+from autopar.sharding.rewrites import rewritten
 from autopar.simulate.class_costs import RUNS_AS_IT_IS, ClassCosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operand:
-    """A tensor to make for a case: `order` lists its dims from the outermost in memory, `repeated` those of stride 0."""
+    """A tensor to make for a case. `order`: its dims from the outermost in memory; `repeated`: those of stride 0."""
 
     tensor: OpTensor
     order: tuple[int, ...]
@@ -74,6 +76,22 @@ def model_cases(
                 for sharding in shardings_at_rows(choice.shardings, graph, count) if choice is not None else ():
                     strategies = {name: (strategy,) for name, strategy in sharding.ops}
                     _add(found, true, true.block_class[sharding.cls], cluster, dtype, tp, strategies)
+    return tuple(found.values())
+
+
+def plan_cases(graph: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[OpCase, ...]:
+    """The distinct ops of a plan as its ranks run them; `graph` has tagged rows, or the plan's.
+
+    An axis beside the tensor axis is left out: its plans' ops are told between sizes.
+    """
+    true = at_rows(rewritten(graph, plan.rewrites), plan.micro_batch)
+    found: dict[Key, OpCase] = {}
+    for stage in plan.stages:
+        for name in dict.fromkeys(block.cls for block in true.blocks[stage.first : stage.last]):
+            shardings = plan.class_shardings(name, stage.mesh) if stage.mesh.cp == 1 else ()
+            strategies = {op: (strategy,) for sharding in shardings for op, strategy in sharding.ops}
+            size = stage.mesh.tp if shardings else 1
+            _add(found, true, true.block_class[name], cluster, plan.dtype, size, strategies)
     return tuple(found.values())
 
 

@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
+from autopar.cluster.measured import CollectiveFit, MeasuredOps, OpSample
+from autopar.cost_models.measured import Key, exact_key, interpolation_errors, local_tensor
 from autopar.errors import InputError
+
+NO_OPS = MeasuredOps(samples=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,9 @@ class Profile:
     all_reduce: LinkFit | None
     measuring_s: float
     notes: tuple[str, ...] = ()
+    driver: str = ""  # of the device and its libraries
+    ops: MeasuredOps = NO_OPS
+    fits: tuple[CollectiveFit, ...] = ()
 
     def peak_flops(self) -> dict[str, float]:
         """The best measured rate of each dtype."""
@@ -66,6 +73,46 @@ class Profile:
     def apply(self, cluster: Cluster) -> Cluster:
         """`cluster` with the measured rates; see `apply_profile`."""
         return apply_profile(cluster, self)
+
+
+def sample_key(sample: OpSample) -> Key:
+    """Equal for samples of the same op at the same sizes."""
+    operands, outputs = map(local_tensor, sample.operands), map(local_tensor, sample.outputs)
+    return exact_key(
+        sample.target, sample.settings, sample.dtype, list(operands), list(outputs), sample.is_copy
+    )
+
+
+def with_ops(profile: Profile, samples: tuple[OpSample, ...], fits: tuple[CollectiveFit, ...]) -> Profile:
+    """The profile with these samples, their leave-one-out errors, and these fits."""
+    return replace(profile, ops=MeasuredOps(samples=samples, errors=interpolation_errors(samples)), fits=fits)
+
+
+def merge_profiles(first: Profile, *others: Profile) -> Profile:
+    """One profile of all; where two measured the same, the later in the list holds.
+
+    Raises InputError for profiles of other machines or software, or of other numbers of processes: their times are not
+    comparable.
+    """
+    for other in others:
+        for field, what in (("device", "device"), ("machine", "machine"), ("torch_version", "version of torch"),
+                            ("num_processes", "number of processes"), ("num_threads", "number of threads")):
+            mine, theirs = getattr(first, field), getattr(other, field)
+            if mine != theirs:
+                raise InputError(f"profiles of another {what} cannot be merged: {mine!r} and {theirs!r}")
+        samples = {sample_key(sample): sample for sample in (*first.ops.samples, *other.ops.samples)}
+        fits = {
+            (fit.collective, fit.num_ranks, fit.num_nodes, fit.per_node, fit.groups_per_node): fit
+            for fit in (*first.fits, *other.fits)
+        }
+        merged = replace(
+            other, send_recv=other.send_recv or first.send_recv,
+            all_reduce=other.all_reduce or first.all_reduce, measuring_s=first.measuring_s + other.measuring_s,
+            matmul=tuple({(rate.dtype, rate.size): rate for rate in (*first.matmul, *other.matmul)}.values()),
+            notes=tuple(dict.fromkeys((*first.notes, *other.notes))),
+        )
+        first = with_ops(merged, tuple(samples.values()), tuple(fits.values()))
+    return first
 
 
 def apply_profile(cluster: Cluster, profile: Profile) -> Cluster:
@@ -93,7 +140,12 @@ def _measured(node: Node, profile: Profile) -> Node:
         )
     when = f" on {profile.date}" if profile.date else ""
     said = f"measured{when}: {profile.num_processes} processes at a time, torch {profile.torch_version}"
-    return replace(node, device=_device(node.device, profile, said), link=_link(node.link, profile, said))
+    inside = tuple(fit for fit in profile.fits if fit.num_nodes == 1)
+    across = tuple(fit for fit in profile.fits if fit.num_nodes > 1)
+    return replace(
+        node, device=_device(node.device, profile, said), link=replace(_link(node.link, profile, said), fits=inside),
+        network=replace(node.network, fits=across) if across else node.network,
+    )
 
 
 def _device(device: DeviceType, profile: Profile, said: str) -> DeviceType:
@@ -106,6 +158,7 @@ def _device(device: DeviceType, profile: Profile, said: str) -> DeviceType:
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
         kernel_launch_s=profile.launch_s,
         sources=tuple(sources.items()),
+        measured=profile.ops if profile.ops.samples else None,
     )
 
 

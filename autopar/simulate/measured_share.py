@@ -1,0 +1,62 @@
+"""How much of a plan's compute time was measured, op by op."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cluster.cluster import Cluster
+from autopar.cost_models.measured import Source
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan
+from autopar.sharding.rewrites import rewritten
+from autopar.simulate.class_costs import ClassCosts
+from autopar.simulate.stage_cost import context_axis, slowest_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredShare:
+    """Shares of the ops' predicted seconds, forward and backward, of all stages; together 1."""
+
+    exact: float
+    interpolated: float
+    modelled: float
+
+    def __str__(self) -> str:
+        return (
+            f"of the ops' time {self.exact:.0%} was measured at these sizes, {self.interpolated:.0%} lies between "
+            f"measured sizes, {self.modelled:.0%} comes from the efficiency curves"
+        )
+
+
+def measured_share(graph: ModelGraph, cluster: Cluster, plan: Plan) -> MeasuredShare | None:
+    """Where the compute time of `simulate(graph, cluster, plan)` comes from; None where no op was measured."""
+    if all(node.device.measured is None for node in cluster.nodes):
+        return None
+    graph = rewritten(graph, plan.rewrites)
+    seconds = dict.fromkeys(Source, 0.0)
+    for stage in plan.stages:
+        device = slowest_device(cluster, stage.devices, plan.dtype)
+        rows = plan.global_batch / (stage.mesh.dp * plan.num_micro_batches)
+        group = cluster.group(stage.devices[: stage.mesh.tp]) if stage.mesh.tp > 1 else None
+        known: dict[str, dict[Source, float]] = {}
+        for block in graph.blocks[stage.first : stage.last]:
+            if block.cls not in known:
+                costs = ClassCosts(
+                    graph, graph.block_class[block.cls], tp=stage.mesh.tp, rows=rows, device=device, tp_group=group,
+                    dtype=plan.dtype, outer=context_axis(cluster, stage),
+                )
+                own = known[block.cls] = dict.fromkeys(Source, 0.0)
+                shardings = plan.class_shardings(block.cls, stage.mesh) if len(costs.axes) else ()
+                for op in costs.cls.ops:
+                    strategy = tuple(item.strategy[op.name] for item in shardings) or None
+                    time = costs.op_time(op, strategy)
+                    own[costs.source(op, strategy)] += time.forward_s + time.backward_s
+            for source, taken in known[block.cls].items():
+                seconds[source] += taken
+    total = sum(seconds.values())
+    if not total:
+        return None
+    return MeasuredShare(
+        exact=seconds[Source.EXACT] / total, interpolated=seconds[Source.INTERPOLATED] / total,
+        modelled=seconds[Source.MODELLED] / total,
+    )
