@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,16 +17,16 @@ from typing import Annotated, Any
 import typer
 
 from autopar.cli_output import Answer, answer, check_writable, only_answers, print_json, progress, report_table
+from autopar.cli_profile import INTERRUPTED, profile
 from autopar.cli_requests import SimulateRequest, Simulations
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import SHORT_NAMES, param_dtype, torch_dtype
 from autopar.plan.plan import Recompute, Schedule
 
-INTERRUPTED = 130
-
 app = typer.Typer(add_completion=False, help="Plans, checks and runs the parallel training of PyTorch models.",
                   pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(profile)
 
 
 class Attention(StrEnum):
@@ -38,10 +37,6 @@ class Attention(StrEnum):
 class Target(StrEnum):
     TORCHTITAN = "torchtitan"
     MEGATRON = "megatron"
-
-
-class Measure(StrEnum):
-    ALL = "all"
 
 
 Model = Annotated[str, typer.Argument(
@@ -101,8 +96,6 @@ CheckedDtype = Annotated[str | None, typer.Option(
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps to compare.")]
 ProfileOption = Annotated[Path | None, typer.Option(
     "--profile", metavar="FILE", help="Use the rates that `autopar profile -o` measured.")]
-What = Annotated[Measure, typer.Argument(metavar="all", help="What to measure: devices and links.")]
-NumProcesses = Annotated[int | None, typer.Option("--num-processes", min=1, help="Processes that work at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -297,36 +290,6 @@ def _require_equal(parity: dict[str, Any]) -> None:
         typer.echo(f"autopar: the plan's numbers differ from one process's by {parity['worst_gradient_error']:.1e} in "
                    f"the gradient of {parity['worst_gradient']}, {parity['tolerance']:.0e} is allowed", err=True)
         raise typer.Exit(1)
-
-
-@app.command()
-def profile(
-    what: What = Measure.ALL, output: Output = None, num_processes: NumProcesses = None, json_: Json = False
-) -> None:
-    """Measure this machine's rates: of its devices, and of the links between local processes."""
-    from autopar.cluster.local import local_cluster
-    from autopar.profiler import profile_local, profile_to_json
-
-    check_writable(output)
-    with answer(as_json=json_) as reply:
-        count = num_processes or local_cluster().num_devices
-        with progress(f"measuring {count} processes", as_json=json_):
-            measured = profile_local(count, date=date.today().isoformat())
-        text = profile_to_json(measured)
-        if output is not None:
-            write_text(output, text)
-        reply.value = json.loads(text)
-        reply.show(f"{measured.machine}: {count} x {measured.device}, measured at once in {measured.measuring_s:.1f} s")
-        for dtype, flops in measured.peak_flops().items():
-            reply.show(f"  {dtype} matrix products  {flops / 1e9:,.1f} GFLOP/s each")
-        reply.show(f"  memory  {measured.memory_bandwidth_bytes_per_s / 1e9:,.1f} GB/s each")
-        for name, link in (("send/receive", measured.send_recv), ("all-reduce", measured.all_reduce)):
-            if link is not None:
-                reply.show(f"  {name}  {link.bytes_per_s / 1e9:,.2f} GB/s, latency {link.latency_s * 1e6:,.0f} us")
-        for note in measured.notes:
-            reply.show(f"note: {note}")
-        if output is not None:
-            reply.show(f"written to {output}; use it with --profile {output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

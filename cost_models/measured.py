@@ -19,7 +19,7 @@ import numpy as np
 
 from autopar.cluster.cluster import DeviceType
 from autopar.cluster.measured import InterpolationError, MeasuredOps, OpSample, OpTensor
-from autopar.cost_models.compute import LocalTensor, OpTime
+from autopar.cost_models.compute import FREE, LocalTensor, OpTime
 from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
 from autopar.graph.model_graph import DTYPE_BYTES, Arg, Op, Ref
 
@@ -209,6 +209,22 @@ def measured_pass_s(device: DeviceType, name: str, numel: float, dtype: str) -> 
     tensor = LocalTensor((float(numel),), DTYPE_BYTES[dtype], False)
     found = table.look_up(f"autopar.{name}", "", [tensor], [], dtype)
     return None if found is None else found.time.forward_s
+
+
+def measured_unit_s(device: DeviceType, numel: float, num_ranks: int, *, sharded: bool) -> OpTime | None:
+    """Seconds of gathering a layer of so many parameters over `num_ranks` ranks, and of reducing its gradients.
+
+    All copies and the host's work are in it. None where it was not measured.
+    """
+    table = op_table(device)
+    if table is None:
+        return None
+    if numel <= 0:
+        return FREE
+    tensor = LocalTensor((float(numel),), 4, False)
+    name = f"autopar.unit_{'sharded' if sharded else 'replicated'}"
+    found = table.look_up(name, str(num_ranks), [tensor], [], "float32")
+    return None if found is None else found.time
 
 
 def _between(points: Sequence[_Point], work: float, where: Sequence[float]) -> Found | None:

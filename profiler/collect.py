@@ -26,7 +26,13 @@ def collect(job: Job, texts: Sequence[str], date: str, measuring_s: float) -> Pr
 
     `texts` has the lines of each process. The last line may be cut off.
     """
-    each = [list(_whole(text)) for text in texts]
+    return collect_records(job, [_whole(text) for text in texts], date, measuring_s)
+
+
+def collect_records(
+    job: Job, each: Sequence[Sequence[dict[str, Any]]], date: str, measuring_s: float
+) -> Profile | None:
+    """`collect`, of records that are not yet text."""
     rates = [next((record["rates"] for record in own if "rates" in record), None) for own in each]
     if not each or any(found is None for found in rates):
         return None

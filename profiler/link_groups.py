@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -57,7 +58,7 @@ def pair_kinds(world: int, per_node: int) -> tuple[GroupKind, ...]:
     return tuple(kinds)
 
 
-def _kind(name: str, groups: list[range] | list[tuple[int, ...]], per_node: int) -> GroupKind:
+def _kind(name: str, groups: Sequence[Sequence[int]], per_node: int) -> GroupKind:
     members = tuple(tuple(group) for group in groups)
     nodes = {rank // per_node for rank in members[0]}
     on_first = sum(1 for rank in members[0] if rank // per_node == members[0][0] // per_node)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -51,7 +52,7 @@ def _times(operation: Callable[[torch.Tensor], object], device: torch.device, bu
             break
         for size, buffer in buffers.items():
             largest(0.0, device)  # all begin together
-            times[size].append(_once_s(lambda buffer=buffer: operation(buffer), device))
+            times[size].append(_once_s(partial(operation, buffer), device))
     return {size: largest(median(seen), device) for size, seen in times.items()}
 
 

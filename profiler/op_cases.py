@@ -16,7 +16,7 @@ from autopar.cost_models.compute import LocalTensor
 from autopar.cost_models.measured import Key, exact_key, local_tensor, settings_of
 from autopar.cost_models.op_kinds import OpKind, base_name, op_kind
 from autopar.graph.interpret import run_op
-from autopar.graph.model_graph import BlockClass, ModelGraph, Op, Ref
+from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, Ref
 from autopar.graph.rows import at_rows
 from autopar.plan.plan import Plan
 from autopar.search.shardings import ShardingChooser
@@ -88,7 +88,7 @@ def plan_cases(graph: ModelGraph, plan: Plan, cluster: Cluster) -> tuple[OpCase,
     found: dict[Key, OpCase] = {}
     for stage in plan.stages:
         for name in dict.fromkeys(block.cls for block in true.blocks[stage.first : stage.last]):
-            shardings = plan.class_shardings(name, stage.mesh) if stage.mesh.cp == 1 else ()
+            shardings = plan.class_shardings(name, stage) if stage.mesh.cp == 1 else ()
             strategies = {op: (strategy,) for sharding in shardings for op, strategy in sharding.ops}
             size = stage.mesh.tp if shardings else 1
             _add(found, true, true.block_class[name], cluster, plan.dtype, size, strategies)
@@ -154,10 +154,16 @@ def _layouts(cls: BlockClass) -> dict[str, Operand]:
     return {
         name: Operand(
             tensor=OpTensor(shape=tuple(value.shape), dtype=cls.tensor[name].dtype),
-            order=tuple(sorted(range(value.dim()), key=lambda dim, value=value: (-value.stride(dim), dim))),
+            order=_order(value),
             repeated=tuple(dim for dim in range(value.dim()) if value.stride(dim) == 0 and value.shape[dim] > 1),
         ) for name, value in values.items()
     }
+
+
+def _order(value: Tensor) -> tuple[int, ...]:
+    """The dims from the outermost in memory."""
+    strides: Sequence[int] = value.stride()
+    return tuple(sorted(range(value.dim()), key=lambda dim: (-strides[dim], dim)))
 
 
 # -- the general grid
@@ -232,4 +238,4 @@ def _case(
 def size_bytes(case: OpCase) -> float:
     """Bytes of all tensors of a case."""
     tensors = [*(item.tensor for item in case.operands), *case.outputs]
-    return sum(math.prod(item.shape) * getattr(torch, item.dtype).itemsize for item in tensors)
+    return float(sum(math.prod(item.shape) * DTYPE_BYTES[item.dtype] for item in tensors))

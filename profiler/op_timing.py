@@ -38,13 +38,15 @@ class Timed:
     spread: float
 
 
-def time_passes(clock: Clock, prepare: Callable[[], Work], count: int, go_on: Together) -> Timed:
+def time_passes(
+    clock: Clock, prepare: Callable[[], Work], count: int, go_on: Together, *, at_least: int = MIN_PASSES
+) -> Timed:
     """Seconds of one of `count` instances: the median over passes, the first of them a warm-up that does not count."""
     device: list[float] = []
     host: list[float] = []
     clock.measure(prepare)
     spent = 0.0
-    while len(device) < MIN_PASSES or (len(device) < MAX_PASSES and go_on(spent)):
+    while len(device) < at_least or (len(device) < MAX_PASSES and go_on(spent)):
         on_device, on_host = clock.measure(prepare)
         spent += on_device
         device.append(on_device / count)
@@ -164,9 +166,11 @@ def time_runtime(
         others = [torch.ones_like(value) for value in values]
         pairs = list(zip(values, others, strict=True))
 
-        def work() -> None:
+        def passes() -> None:
             for one, other in pairs:
                 one.add_(other) if name == "accumulate" else one.copy_(other)
+
+        work: Callable[[], object] = passes
     else:
         work = _optimizer_work(name, values, mesh)
     timed = time_passes(clock, lambda: work, count, go_on)

@@ -16,9 +16,11 @@ from autopar.profiler.op_cases import OpCase
 from autopar.profiler.op_timing import ELEMENTS, time_case, time_runtime
 from autopar.profiler.ops import launch_s, matmul_flops_per_s, memory_bytes_per_s
 from autopar.profiler.profile import MatmulRate
+from autopar.profiler.unit_timing import UNIT_ELEMENTS, time_unit
 
 SIZES = {"cpu": (256, 768), "cuda": (2048, 8192)}
 OPS_SHARE = 0.6  # of the budget for rates; the rest is the links'
+UNIT = "unit"  # a layer of data parallelism
 CASE_BUDGET_S = 0.06  # of the passes of one op, forward and backward each
 
 
@@ -61,6 +63,11 @@ def runtime_cases(dtype: str, *, grouped: bool) -> tuple[RuntimeCase, ...]:
         RuntimeCase(name=name, dtype=own, numel=numel)
         for name in ("accumulate", "copy") for own in dtypes for numel in ELEMENTS
     ]
+    if grouped:
+        found += [
+            RuntimeCase(name=UNIT, dtype="float32", numel=numel, sharded=sharded)
+            for sharded in (True, False) for numel in UNIT_ELEMENTS
+        ]
     return tuple(found)
 
 
@@ -95,9 +102,12 @@ def records(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
         mesh = init_device_mesh(device.type, (job.num_processes,))
     for index, case in enumerate(job.runtime):
         together()
-        one = time_runtime(
-            case.name, case.dtype, case.numel, device, clock, go_on, mesh if case.sharded else None
-        )
+        if case.name == UNIT:
+            one = time_unit(case.numel, job.num_processes, sharded=case.sharded, device=device, clock=clock)
+        else:
+            one = time_runtime(
+                case.name, case.dtype, case.numel, device, clock, go_on, mesh if case.sharded else None
+            )
         yield {"label": one.target, "runtime": index, "sample": asdict(one)}
     for index, item in enumerate(job.cases):
         together()

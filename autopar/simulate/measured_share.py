@@ -46,7 +46,7 @@ def measured_share(graph: ModelGraph, cluster: Cluster, plan: Plan) -> MeasuredS
                     dtype=plan.dtype, outer=context_axis(cluster, stage),
                 )
                 own = known[block.cls] = dict.fromkeys(Source, 0.0)
-                shardings = plan.class_shardings(block.cls, stage.mesh) if len(costs.axes) else ()
+                shardings = plan.class_shardings(block.cls, stage) if len(costs.axes) else ()
                 for op in costs.cls.ops:
                     strategy = tuple(item.strategy[op.name] for item in shardings) or None
                     time = costs.op_time(op, strategy)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import memory_bandwidth, memory_time_s
-from autopar.cost_models.measured import measured_pass_s
+from autopar.cost_models.measured import measured_pass_s, measured_unit_s
 from autopar.cost_models.memory import (
     GRADIENT_BYTES,
     StaticBytes,
@@ -306,6 +306,10 @@ def _data_parallel(
     none = [0.0] * len(sizes)
     flipped = list(reversed(backward_s))
     hides = not device.name.startswith("CPU")
+    if not hides:
+        measured = _measured_units(plan, stage, sizes, device)
+        if measured is not None:
+            return measured
     once_forward = forward_exposed(forward_s, gathers, hides=hides) if zero > 0 else Exposed(during_s=0.0, after_s=0.0)
     reducing = backward_exposed(flipped, none, list(reversed(reductions)), hides=hides)
     # Kernels that move gradients and gathered parameters about, beside the communication itself.
@@ -332,3 +336,25 @@ def _data_parallel(
         forward_s=0.0, backward_s=0.0, start_s=once_forward.during_s + (copy_out_s if zero else 0.0),
         end_s=reducing.during_s + reducing.after_s + copy_in_s,
     )
+
+
+def _measured_units(plan: Plan, stage: Stage, sizes: Sequence[float], device: DeviceType) -> _DataTimes | None:
+    """`_data_parallel` from measured layers, where nothing runs beside anything else; None where none were measured.
+
+    `sizes` has the parameters of the root, and then those of each layer.
+    """
+    mesh, zero = stage.mesh, stage.zero
+    if (mesh.dp_replicate > 1 and mesh.dp_shard * mesh.cp > 1) or plan.dtype != plan.param_dtype:
+        return None
+    ranks = mesh.dp * mesh.cp
+    times = [measured_unit_s(device, size, ranks, sharded=zero > 0) for size in sizes]
+    known = [time for time in times if time is not None]
+    if len(known) < len(times):
+        return None
+    gathers, reduced = [time.forward_s for time in known], sum(time.backward_s for time in known)
+    if zero < 2:
+        return _DataTimes(forward_s=0.0, backward_s=0.0, start_s=sum(gathers), end_s=reduced)
+    if zero == 2:
+        return _DataTimes(forward_s=0.0, backward_s=reduced, start_s=sum(gathers), end_s=0.0)
+    again = sum(gathers[1:])  # the root stays gathered
+    return _DataTimes(forward_s=again, backward_s=again + reduced, start_s=gathers[0], end_s=0.0)

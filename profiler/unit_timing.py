@@ -1,0 +1,108 @@
+"""Times what data parallelism adds to a layer: gathering its parameters and reducing its gradients, with all copies.
+
+The runtime leaves both to torch's FSDP2, so that this measures FSDP2: units of a few parameters whose own work is
+nothing, in a forward and a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from autopar.cluster.measured import OpSample, OpTensor
+from autopar.profiler.clock import Clock
+from autopar.profiler.op_timing import Timed, time_passes
+
+NUM_UNITS = 4
+PARAMS_OF_UNIT = 8
+NUM_PASSES = 7
+UNIT_ELEMENTS = tuple(4**power for power in range(6, 12))  # 4 Ki to 4 Mi
+
+
+class _Use(torch.autograd.Function):
+    """Passes x on; in the backward every parameter gets a gradient that is there already."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], x: Tensor, *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None, grads[0], *ctx.gradients)
+
+
+class _Unit(nn.Module):
+    def __init__(self, numel: int, device: torch.device) -> None:
+        super().__init__()
+        size = max(1, numel // PARAMS_OF_UNIT)
+        self.params = nn.ParameterList([nn.Parameter(torch.ones(size, device=device)) for _ in range(PARAMS_OF_UNIT)])
+        self.gradients = [torch.ones(size, device=device) for _ in range(PARAMS_OF_UNIT)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Use.apply(self.gradients, x, *self.params)  # type: ignore[no-untyped-call]
+        return result
+
+
+class _Root(nn.Module):
+    def __init__(self, numel: int, device: torch.device) -> None:
+        super().__init__()
+        self.units = nn.ModuleList([_Unit(numel, device) for _ in range(NUM_UNITS)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for unit in self.units:
+            x = unit(x)
+        return x
+
+
+def time_unit(numel: int, num_ranks: int, *, sharded: bool, device: torch.device, clock: Clock) -> OpSample:
+    """The sample of one unit of `numel` float32 parameters on all `num_ranks` processes of the job, which all call.
+
+    Forward: its parameters are gathered. Backward: its gradients are reduced, and its shards freed. `sharded`: its
+    states are in shards; else every rank has a copy.
+    """
+    shape, names = ((1, num_ranks) if sharded else (num_ranks, 1)), ("dp_replicate", "dp_shard")
+    mesh = DeviceMesh(device.type, torch.arange(num_ranks).view(shape), mesh_dim_names=names)
+    root = _Root(numel, device)
+    for unit in root.units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, reshard_after_forward=False)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            if device.type == "cpu":  # as the runtime does: gloo has no pre-multiplied sum
+                module.set_force_sum_reduction_for_comms(True)
+    x = torch.zeros(8, device=device, requires_grad=True)
+    state: dict[str, Tensor] = {}
+
+    def forward() -> None:
+        state["y"] = root(x)
+
+    def prepare_forward() -> Callable[[], object]:
+        if "y" in state:
+            state.pop("y").sum().backward()  # type: ignore[no-untyped-call]
+        root.zero_grad(set_to_none=True)
+        return forward
+
+    def prepare_backward() -> Callable[[], object]:
+        root.zero_grad(set_to_none=True)
+        loss = state.pop("y", None)
+        loss = (root(x) if loss is None else loss).sum()
+        return loss.backward
+
+    def never(spent_s: float) -> bool:
+        return False  # every pass communicates: all processes make the same number
+
+    gathered: Timed = time_passes(clock, prepare_forward, NUM_UNITS, never, at_least=NUM_PASSES)
+    reduced: Timed = time_passes(clock, prepare_backward, NUM_UNITS, never, at_least=NUM_PASSES)
+    return OpSample(
+        target=f"autopar.unit_{'sharded' if sharded else 'replicated'}", settings=str(num_ranks), dtype="float32",
+        operands=(OpTensor(shape=(numel,), dtype="float32"),), outputs=(),
+        forward_s=gathered.device_s, forward_spread=gathered.spread, host_forward_s=gathered.host_s,
+        backward_s=reduced.device_s, backward_spread=reduced.spread, host_backward_s=reduced.host_s,
+    )
