@@ -147,8 +147,10 @@ def plan(
             explained = explain_block(graph, machine, found, explain) if explain is not None else None
         if output is not None:
             save_plan(found, output)
-        reply.value = plan_json(found, report)
+        reply.value = plan_json(found, report) | {"costs": report["notes"]}
         reply.show(plan_table(found, report))
+        if profile is not None:
+            reply.show(*(f"note: {note}" for note in report["notes"]))
         if explained is not None:
             reply.value["explain"] = explain_json(explained)
             reply.show("", explain_table(explained))
@@ -196,7 +198,7 @@ def simulate(
         simulated, timeline = Simulations().simulate(request)
         reply.value = timeline.report()
         reply.show(report_table(reply.value))
-        for note in simulated.notes:
+        for note in (*simulated.notes, *reply.value["notes"]):
             reply.show(f"note: {note}")
         if trace is not None:
             from autopar.viz.trace import chrome_trace

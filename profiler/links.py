@@ -21,6 +21,8 @@ MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 SMALLEST_BYTES = 1024
 LARGEST_BYTES = 2**30
+WORK_SIZE = 512  # of a product before a collective: 5 ms at 50 GFLOP/s
+SHORTEST_S = 1e-6
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
 
@@ -111,6 +113,7 @@ def _points(
 ) -> tuple[tuple[int, float], ...]:
     """(size_bytes, median seconds of the slowest rank), until time or memory runs out."""
     points: list[tuple[int, float]] = []
+    work = WorkBefore(device, nothing=item.collective == "send_recv")
     size, start = SMALLEST_BYTES, time.perf_counter()
     count = 12  # sizes that are still to come, about
     while size <= largest_bytes:
@@ -121,21 +124,49 @@ def _points(
         if points and (left_s <= 0 or first_s > left_s / 2):
             break
         share_s = max(0.0, left_s) / max(2, count)
+        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s + work.alone_s, 1e-6))))
         seen: list[float] = []
-        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s, 1e-6))))
         for _ in range(rounds):
             largest(0.0, device)  # all begin together
-            seen.append(_once_s(operation, device))
+            begin = time.perf_counter()
+            work.run()
+            seen.append(_once_s(operation, device, begin) - work.alone_s)
         halves = 2 if item.collective == "send_recv" else 1
-        points.append((size, largest(median(seen), device) / halves))
+        points.append((size, largest(max(median(seen), SHORTEST_S), device) / halves))
         del operation
         size *= 4 if size < 2**18 else 2
         count -= 1
     return tuple(points)
 
 
-def _once_s(operation: Callable[[], object], device: torch.device) -> float:
-    begin = time.perf_counter()
+class WorkBefore:
+    """What a CPU computes before a collective, as in a training step, and what that takes alone.
+
+    Processes that have just met have awake threads and warm caches, and no skew between them: after some milliseconds
+    of work a collective takes what it takes in a step. A GPU works on while its links do: there it is nothing. A
+    message between stages is waited for by itself, so that its sender's skew is no part of it.
+    """
+
+    def __init__(self, device: torch.device, *, nothing: bool = False) -> None:
+        self.nothing = nothing or device.type != "cpu"
+        self._data = torch.ones(1 if self.nothing else WORK_SIZE, 1 if self.nothing else WORK_SIZE)
+        self.alone_s = 0.0
+        if not self.nothing:
+            seen = []
+            for _ in range(MAX_ROUNDS):
+                largest(0.0, device)
+                seen.append(_once_s(self.run, device))
+            self.alone_s = median(seen)
+
+    def run(self) -> None:
+        """Computes for some milliseconds."""
+        if not self.nothing:
+            torch.mm(self._data, self._data)
+
+
+def _once_s(operation: Callable[[], object], device: torch.device, begin: float | None = None) -> float:
+    """Seconds of the operation, from `begin` on where that is given."""
+    begin = time.perf_counter() if begin is None else begin
     operation()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
 """Times what data parallelism adds to a layer: gathering its parameters and reducing its gradients, with all copies.
 
-The runtime leaves both to torch's FSDP2, so that this measures FSDP2: units of a few parameters whose own work is
-nothing, in a forward and a backward.
+The runtime leaves both to torch's FSDP2, so that this measures FSDP2: units of a few parameters in a forward and a
+backward, whose own work is one product, which is taken off.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from autopar.cluster.measured import OpSample, OpTensor
 from autopar.profiler.clock import Clock
+from autopar.profiler.links import SHORTEST_S, WorkBefore
 from autopar.profiler.op_timing import Timed, time_passes
 
 NUM_UNITS = 4
@@ -28,31 +29,34 @@ class _Use(torch.autograd.Function):
     """Passes x on; in the backward every parameter gets a gradient that is there already."""
 
     @staticmethod
-    def forward(ctx: Any, gradients: list[Tensor], x: Tensor, *params: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return x.view_as(x)
+    def forward(ctx: Any, gradients: list[Tensor], work: Callable[[], None], x: Tensor, *params: Tensor) -> Tensor:
+        ctx.gradients, ctx.work = gradients, work
+        work()
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (None, grads[0], *ctx.gradients)
+        ctx.work()
+        return (None, None, grads[0], *ctx.gradients)
 
 
 class _Unit(nn.Module):
-    def __init__(self, numel: int, device: torch.device) -> None:
+    def __init__(self, numel: int, device: torch.device, work: Callable[[], None]) -> None:
         super().__init__()
+        self.work = work
         size = max(1, numel // PARAMS_OF_UNIT)
         self.params = nn.ParameterList([nn.Parameter(torch.ones(size, device=device)) for _ in range(PARAMS_OF_UNIT)])
         self.gradients = [torch.ones(size, device=device) for _ in range(PARAMS_OF_UNIT)]
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Use.apply(self.gradients, x, *self.params)  # type: ignore[no-untyped-call]
+        result: Tensor = _Use.apply(self.gradients, self.work, x, *self.params)  # type: ignore[no-untyped-call]
         return result
 
 
 class _Root(nn.Module):
-    def __init__(self, numel: int, device: torch.device) -> None:
+    def __init__(self, numel: int, device: torch.device, work: Callable[[], None]) -> None:
         super().__init__()
-        self.units = nn.ModuleList([_Unit(numel, device) for _ in range(NUM_UNITS)])
+        self.units = nn.ModuleList([_Unit(numel, device, work) for _ in range(NUM_UNITS)])
 
     def forward(self, x: Tensor) -> Tensor:
         for unit in self.units:
@@ -68,7 +72,8 @@ def time_unit(numel: int, num_ranks: int, *, sharded: bool, device: torch.device
     """
     shape, names = ((1, num_ranks) if sharded else (num_ranks, 1)), ("dp_replicate", "dp_shard")
     mesh = DeviceMesh(device.type, torch.arange(num_ranks).view(shape), mesh_dim_names=names)
-    root = _Root(numel, device)
+    work = WorkBefore(device)
+    root = _Root(numel, device, work.run)
     for unit in root.units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=False)
     fully_shard(root, mesh=mesh, reshard_after_forward=False)
@@ -103,6 +108,8 @@ def time_unit(numel: int, num_ranks: int, *, sharded: bool, device: torch.device
     return OpSample(
         target=f"autopar.unit_{'sharded' if sharded else 'replicated'}", settings=str(num_ranks), dtype="float32",
         operands=(OpTensor(shape=(numel,), dtype="float32"),), outputs=(),
-        forward_s=gathered.device_s, forward_spread=gathered.spread, host_forward_s=gathered.host_s,
-        backward_s=reduced.device_s, backward_spread=reduced.spread, host_backward_s=reduced.host_s,
+        forward_s=max(SHORTEST_S, gathered.device_s - work.alone_s),
+        backward_s=max(SHORTEST_S, reduced.device_s - work.alone_s),
+        forward_spread=gathered.spread, backward_spread=reduced.spread,
+        host_forward_s=gathered.host_s, host_backward_s=reduced.host_s,
     )

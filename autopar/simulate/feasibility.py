@@ -10,6 +10,7 @@ from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.plan.plan import Plan
+from autopar.simulate.measured_share import measured_share
 from autopar.simulate.stage_cost import is_layer
 from autopar.simulate.timeline import GIB, GroupTimeline
 
@@ -104,4 +105,5 @@ def model_notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, .
         f"{device.name} has no {plan.dtype} rate: its products are counted at the float32 rate"
         for device in types.values() if plan.dtype not in dict(device.peak_flops)
     ]
-    return tuple(notes)
+    share = measured_share(graph, cluster, plan)
+    return (*notes, *((str(share),) if share is not None else ()))

@@ -8,14 +8,14 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost_models.measured import Source
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
-from autopar.sharding.rewrites import rewritten
 from autopar.simulate.class_costs import ClassCosts
-from autopar.simulate.stage_cost import context_axis, slowest_device
+from autopar.simulate.members import stage_members
+from autopar.simulate.stage_cost import context_axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredShare:
-    """Shares of the ops' predicted seconds, forward and backward, of all stages; together 1."""
+    """Shares of the ops' predicted seconds, forward and backward, on the first device of each stage; together 1."""
 
     exact: float
     interpolated: float
@@ -29,20 +29,21 @@ class MeasuredShare:
 
 
 def measured_share(graph: ModelGraph, cluster: Cluster, plan: Plan) -> MeasuredShare | None:
-    """Where the compute time of `simulate(graph, cluster, plan)` comes from; None where no op was measured."""
+    """Where the compute time of `simulate` comes from; None where no op was measured.
+
+    `graph` has the plan's rewrites already.
+    """
     if all(node.device.measured is None for node in cluster.nodes):
         return None
-    graph = rewritten(graph, plan.rewrites)
     seconds = dict.fromkeys(Source, 0.0)
     for stage in plan.stages:
-        device = slowest_device(cluster, stage.devices, plan.dtype)
-        rows = plan.global_batch / (stage.mesh.dp * plan.num_micro_batches)
+        member = stage_members(cluster, plan, stage)[0]
         group = cluster.group(stage.devices[: stage.mesh.tp]) if stage.mesh.tp > 1 else None
         known: dict[str, dict[Source, float]] = {}
         for block in graph.blocks[stage.first : stage.last]:
             if block.cls not in known:
                 costs = ClassCosts(
-                    graph, graph.block_class[block.cls], tp=stage.mesh.tp, rows=rows, device=device, tp_group=group,
+                    graph, graph.block_class[block.cls], tp=stage.mesh.tp, rows=member.rows, device=member.device, tp_group=group,
                     dtype=plan.dtype, outer=context_axis(cluster, stage),
                 )
                 own = known[block.cls] = dict.fromkeys(Source, 0.0)

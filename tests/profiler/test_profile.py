@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.file import cluster_from_json, cluster_to_json
 from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.cluster.local import local_cluster
+from autopar.cluster.measured import CollectiveFit, OpSample, OpTensor, Piece
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError
 from autopar.profiler import (
@@ -22,13 +23,18 @@ from autopar.profiler import (
     apply_profile,
     load_profile,
     local,
+    merge_profiles,
     ops,
     profile_from_json,
     profile_local,
     profile_to_json,
     save_profile,
 )
+from autopar.profiler.collect import collect
 from autopar.profiler.fit import fit_link
+from autopar.profiler.local import ProfileInterrupted
+from autopar.profiler.profile import with_ops
+from autopar.profiler.worker import Job, RuntimeCase
 
 SIZES = (1024, 4096, 2**18, 2**20, 2**22, 2**24)
 
@@ -42,6 +48,22 @@ def profile(num_processes: int = 4, device: str = "CPU") -> Profile:
                 MatmulRate(dtype="float32", size=768, flops_per_s=5e10),
                 MatmulRate(dtype="bfloat16", size=768, flops_per_s=9e10)),
         memory_bandwidth_bytes_per_s=8e9, launch_s=3e-6, send_recv=fit, all_reduce=fit, measuring_s=9.0,
+    )
+
+
+def sample(numel: int, forward_s: float) -> OpSample:
+    return OpSample(
+        target="aten.silu.default", settings="*", dtype="float32", forward_s=forward_s, backward_s=2 * forward_s,
+        operands=(OpTensor(shape=(numel,), dtype="float32", requires_grad=True),),
+        outputs=(OpTensor(shape=(numel,), dtype="float32", requires_grad=True),),
+    )
+
+
+def collective(num_ranks: int, rate: float) -> CollectiveFit:
+    return CollectiveFit(
+        collective="all_reduce", backend="gloo", num_ranks=num_ranks, num_nodes=1, per_node=num_ranks,
+        groups_per_node=1, pieces=(Piece(from_bytes=0.0, latency_s=1e-4, bytes_per_s=rate),), relative_error=0.01,
+        points=((1024, 1e-4),),
     )
 
 
@@ -65,6 +87,9 @@ def test_fit_reports_its_error_and_survives_noise() -> None:
 def test_file_round_trip(tmp_path: Path) -> None:
     save_profile(profile(), tmp_path / "p.json")
     assert load_profile(tmp_path / "p.json") == profile()
+    full = with_ops(profile(), tuple(sample(2**n, 1e-9 * 2**n) for n in range(6)), (collective(2, 1e9),))
+    assert full.ops.errors
+    assert profile_from_json(profile_to_json(full)) == full
     single = replace(profile(1), send_recv=None, all_reduce=None)
     assert profile_from_json(profile_to_json(single)) == single
 
@@ -116,6 +141,43 @@ def test_profiles_of_other_machines_are_refused() -> None:
         apply_profile(local_cluster(2, device="cpu"), profile())
 
 
+def test_merged_profiles_keep_all_and_the_later_wins() -> None:
+    first = with_ops(profile(), (sample(64, 1.0), sample(128, 2.0)), (collective(2, 1e9),))
+    second = with_ops(replace(profile(), date="later"), (sample(128, 3.0),), (collective(2, 2e9), collective(4, 1e9)))
+    merged = merge_profiles(first, second)
+    assert [(item.operands[0].shape, item.forward_s) for item in merged.ops.samples] == [((64,), 1.0), ((128,), 3.0)]
+    assert [(fit.num_ranks, fit.pieces[0].bytes_per_s) for fit in merged.fits] == [(2, 2e9), (4, 1e9)]
+    assert merged.date == "later"
+    assert merge_profiles(first) == first
+
+
+@pytest.mark.parametrize("change", [
+    {"device": "T4"}, {"machine": "another"}, {"torch_version": "1.0"}, {"num_processes": 2}, {"num_threads": 7},
+])
+def test_profiles_of_unlike_machines_are_not_merged(change: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="cannot be merged"):
+        merge_profiles(profile(), replace(profile(), **change))  # type: ignore[arg-type]
+
+
+def test_what_a_profile_measured_goes_to_devices_and_links() -> None:
+    full = with_ops(profile(), (sample(64, 1.0),), (collective(2, 1e9), replace(collective(8, 1e9), num_nodes=2)))
+    node = full.apply(local_cluster(4, device="cpu")).nodes[0]
+    assert node.device.measured == full.ops
+    assert [fit.num_ranks for fit in node.link.fits] == [2]
+    assert [fit.num_ranks for fit in node.network.fits] == [8]
+    cluster = full.apply(local_cluster(4, device="cpu"))
+    assert cluster_from_json(cluster_to_json(cluster)) == cluster
+
+
+@pytest.mark.parametrize("change", [{"forward_s": -1.0}, {"forward_s": float("inf")}])
+def test_bad_samples_are_told(change: dict[str, float]) -> None:
+    text = profile_to_json(with_ops(profile(), (sample(64, 1.0),), ()))
+    data = json.loads(text)
+    data["ops"]["samples"][0] |= change
+    with pytest.raises(InputError, match="a measured time is negative or missing"):
+        profile_from_json(json.dumps(data))
+
+
 def test_only_the_profiled_devices_of_a_mixed_cluster_change() -> None:
     cluster = parse_cluster("1x8xT4+1x4xL4@100Gbps")
     measured = apply_profile(cluster, profile(device="T4"))
@@ -156,7 +218,44 @@ def test_two_processes_are_measured_together() -> None:
     assert found.apply(local_cluster(2, device="cpu")).nodes[0].link.source.startswith("measured on today")
 
 
-def dies(rank: int, job: local._Job) -> None:
+RATES = {"matmul": [{"dtype": "float32", "size": 256, "flops_per_s": 1e9}], "memory": 1e9, "launch": 1e-6}
+
+
+def job(num_processes: int = 2) -> Job:
+    return Job(num_processes=num_processes, per_node=num_processes, num_threads=1, dtypes=("float32",),
+               device_type="cpu", budget_s=1.0)
+
+
+def record(index: int, forward_s: float) -> str:
+    return json.dumps({"label": "x", "op": index, "sample": asdict(sample(2**index, forward_s))}) + "\n"
+
+
+def test_records_that_are_cut_short_make_a_whole_profile() -> None:
+    rates = json.dumps({"label": "rates", "rates": RATES}) + "\n"
+    failed = json.dumps({"label": "aten.bad.default", "op": 7, "failed": "no such kernel"}) + "\n"
+    texts = [rates + record(0, 1.0) + record(1, 1.0) + failed + record(2, 1.0)[:30], rates + record(0, 3.0)]
+    found = collect(job(), texts, "today", 1.0)
+    assert found is not None
+    assert [(item.operands[0].shape, item.forward_s) for item in found.ops.samples] == [((1,), 2.0)]
+    assert found.notes[-1:] == ("aten.bad.default could not be measured: no such kernel",)
+    assert profile_from_json(profile_to_json(found)) == found
+    assert collect(job(), [rates[:10], ""], "today", 1.0) is None, "no rates yet"
+
+
+def test_an_interrupt_keeps_what_was_measured() -> None:
+    def stop(done: int, total: int, label: str) -> None:
+        if done >= 2:
+            raise KeyboardInterrupt
+
+    cases = [RuntimeCase(name="copy", dtype="float32", numel=2**18) for _ in range(300)]
+    with pytest.raises(ProfileInterrupted) as caught:
+        profile_local(1, budget_s=0.3, dtypes=("float32",), device="cpu", num_threads=1, runtime=cases, progress=stop)
+    found = caught.value.profile
+    assert 1 <= len(found.ops.samples) < 300
+    assert profile_from_json(profile_to_json(found)) == found
+
+
+def dies(rank: int, job: Job) -> None:
     if rank == 1:
         os._exit(3)
     time.sleep(60)
