@@ -43,8 +43,8 @@ def measured_share(graph: ModelGraph, cluster: Cluster, plan: Plan) -> MeasuredS
         for block in graph.blocks[stage.first : stage.last]:
             if block.cls not in known:
                 costs = ClassCosts(
-                    graph, graph.block_class[block.cls], tp=stage.mesh.tp, rows=member.rows, device=member.device, tp_group=group,
-                    dtype=plan.dtype, outer=context_axis(cluster, stage),
+                    graph, graph.block_class[block.cls], tp=stage.mesh.tp, rows=member.rows,
+                    device=member.device, tp_group=group, dtype=plan.dtype, outer=context_axis(cluster, stage),
                 )
                 own = known[block.cls] = dict.fromkeys(Source, 0.0)
                 shardings = plan.class_shardings(block.cls, stage) if len(costs.axes) else ()
