@@ -82,8 +82,9 @@ def collective_time_s(
 ) -> float:
     """Seconds of one collective on a tensor of `size_bytes` as a whole (before scattering, after gathering).
 
-    For a neighbour or mirrored exchange, `size_bytes` is what one rank sends; it takes as long as its slowest pair,
-    which lies on two nodes if the group does. All devices of a node that mirror others send over its network at once.
+    For a neighbour or mirrored exchange or a ring's shift, `size_bytes` is what one rank sends; it takes as long as its
+    slowest pair, which lies on two nodes if the group does. All devices of a node that mirror others send over its
+    network at once.
 
     `groups_per_node`: how many such groups use a node's network at the same time (8 for the data groups of a tp-8
     node). No group, or a group of one, takes no time.
@@ -96,7 +97,7 @@ def collective_time_s(
         return fit.time_s(size_bytes)
     if kind is Collective.SEND_RECV:
         return send_recv_time_s(size_bytes, group, flows_per_node=groups_per_node)
-    if kind in (Collective.NEIGHBOUR_EXCHANGE, Collective.MIRRORED_EXCHANGE):
+    if kind in (Collective.NEIGHBOUR_EXCHANGE, Collective.MIRRORED_EXCHANGE, Collective.RING_SHIFT):
         groups_per_node *= group.per_node if kind is Collective.MIRRORED_EXCHANGE else 1
         launch = LAUNCH_S + (NETWORK_LAUNCH_S if group.num_nodes > 1 and not is_measured(group.network) else 0.0)
         return launch + send_recv_time_s(size_bytes, group, flows_per_node=groups_per_node)

@@ -298,6 +298,11 @@ def has_mask(op: Op) -> bool:
     return dict(op.kwargs).get("attn_mask", op.args[3] if len(op.args) > 3 else None) is not None
 
 
+def is_causal(op: Op) -> bool:
+    """Whether an attention op has the implied causal mask."""
+    return dict(op.kwargs).get("is_causal", op.args[5] if len(op.args) > 5 else False) is True
+
+
 def _view_backward_s(
     op: Op, operands: Sequence[LocalTensor], outputs: Sequence[LocalTensor], device: DeviceType
 ) -> float:

@@ -30,14 +30,15 @@ def attend_from(
     if start == 0:
         whole: Tensor = _attention(query, key, value, None, dropout_p, True, **keywords)
         return whole
-    if _can_use_flash(query, key, value, dropout_p, enable_gqa):
+    if can_use_flash(query, key, value, dropout_p, enable_gqa):
         return _flash(query, key, value, dropout_p, True, False, scale=scale)[0]  # type: ignore[no-any-return]
     mask = torch.ones(rows, reach, dtype=torch.bool, device=query.device).tril(diagonal=start)
     masked: Tensor = _attention(query, key, value, mask, dropout_p, False, **keywords)
     return masked
 
 
-def _can_use_flash(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> bool:
+def can_use_flash(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, enable_gqa: bool) -> bool:
+    """Whether the flash kernel of GPUs takes these tensors."""
     if not query.is_cuda or query.dim() != 4 or query.shape[-1] % _FLASH_HEAD_MULTIPLE:
         return False
     if query.shape[-1] != value.shape[-1]:

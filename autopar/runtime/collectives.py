@@ -130,6 +130,20 @@ def exchange_mirrored(axis: Axis, x: Tensor) -> Tensor:
     return _apply(x, partial(_mirrored, axis), partial(_mirrored, axis))
 
 
+def start_ring_shift(axis: Axis, x: Tensor) -> Tensor:
+    """Begins to send `x` to the next rank and to receive the one before's, which `wait` gives."""
+    to, source = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    sent, received = ([int(rank == other) for rank in range(axis.size)] for other in (to, source))
+    started: Tensor = _ops.all_to_all_single(x.contiguous().unsqueeze(0), received, sent, axis.group_name)
+    return started
+
+
+def wait(started: Tensor, like: Tensor) -> Tensor:
+    """What a started exchange of tensors of one shape brought."""
+    result: Tensor = _ops.wait_tensor(started).view(like.shape)
+    return result
+
+
 def _same(x: Tensor) -> Tensor:
     return x.view_as(x)
 

@@ -13,6 +13,7 @@ from autopar.runtime.causal import attend_from
 from autopar.runtime.collectives import Axis, all_reduce, exchange_mirrored
 from autopar.runtime.expert_exchange import expert_exchange, own_experts
 from autopar.runtime.halo import channel_statistics, sync_batch_norm, with_halo
+from autopar.runtime.ring_attention import ring_attention
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.rules.windows import Halo
 
@@ -189,6 +190,8 @@ def special_program(
             return partial(axis_random, axis, op)
         case Lowering.CAUSAL_CONTEXT:
             return partial(causal_context, axis)
+        case Lowering.RING_ATTENTION:
+            return partial(ring_attention, axis)
         case Lowering.SPATIAL_HALO:
             assert halo is not None
             return partial(with_halo, axis, halo, op)

@@ -74,13 +74,19 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[J
             result[op.name] = tuple(product(plain, repeat=len(sizes)))
             continue
         splits = [single[size].splits.get(op.name, ()) for size in sizes]
-        found = _extend(op, cls.tensor, factors, sizes, splits, ())
-        kept: dict[tuple[object, ...], JointStrategy] = {}
-        for choice in found:
-            key = tuple((item.inputs, item.outputs, item.lowering) for item in choice)
-            kept.setdefault(key, choice)
-        result[op.name] = tuple(kept.values())
+        result[op.name] = joint_strategies_with(op, cls.tensor, sizes, factors, splits)
     return result
+
+
+def joint_strategies_with(
+    op: Op, tensors: Mapping[str, TensorInfo], sizes: Sequence[int], factors: OpFactors,
+    splits: Sequence[Sequence[Split]],
+) -> tuple[JointStrategy, ...]:
+    """Every way to run an op on axes of these sizes with each axis's splits, or none; each choice of states once."""
+    kept: dict[tuple[object, ...], JointStrategy] = {}
+    for choice in _extend(op, tensors, factors, sizes, splits, ()):
+        kept.setdefault(tuple((own.inputs, own.outputs, own.lowering) for own in choice), choice)
+    return tuple(kept.values())
 
 
 def _extend(

@@ -23,6 +23,9 @@ class Lowering(StrEnum):
     CAUSAL_CONTEXT: causal attention of queries [i*q/n, (i+1)*q/n) to the keys before (i+1)*q/n, the mask aligned to the
         lower right. Ranks i and n-1-i exchange the second halves of their queries, so that all attend to equally many
         keys; dropout draws from a random stream of the rank's own.
+    RING_ATTENTION: attention of queries, keys and values [i*q/n, (i+1)*q/n): keys and values go from rank to rank, and
+        the parts of a row's softmax are merged. Under a causal mask ranks i and n-1-i first exchange the second halves
+        of their parts. No dropout, no other mask.
     VOCAB_PARALLEL_EMBEDDING_BAG: the weight holds rows [i*v/n, (i+1)*v/n): ids outside add zeros to the sum of their
         bag; output partial.
     SPATIAL_HALO: the op on a part of the positions of its first operand, lengthened by the positions that it needs of
@@ -43,6 +46,7 @@ class Lowering(StrEnum):
     SUM_OVER_COUNT = "sum_over_count"
     VOCAB_PARALLEL_CROSS_ENTROPY = "vocab_parallel_cross_entropy"
     CAUSAL_CONTEXT = "causal_context"
+    RING_ATTENTION = "ring_attention"
     VOCAB_PARALLEL_EMBEDDING_BAG = "vocab_parallel_embedding_bag"
     SPATIAL_HALO = "spatial_halo"
     SYNC_BATCH_NORM = "sync_batch_norm"

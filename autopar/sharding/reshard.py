@@ -12,7 +12,8 @@ class Collective(StrEnum):
     """A communication among the ranks of one axis; its cost is a function of the whole tensor's bytes.
 
     Of NEIGHBOUR_EXCHANGE, in which each rank sends to the one before and the one after it, and of MIRRORED_EXCHANGE, in
-    which rank i and rank n-1-i send to each other, it is one of the bytes that a rank sends.
+    which rank i and rank n-1-i send to each other, and of RING_SHIFT, in which each sends to the next, it is one of the
+    bytes that a rank sends.
     """
 
     ALL_REDUCE = "all_reduce"
@@ -22,6 +23,7 @@ class Collective(StrEnum):
     SEND_RECV = "send_recv"
     NEIGHBOUR_EXCHANGE = "neighbour_exchange"
     MIRRORED_EXCHANGE = "mirrored_exchange"
+    RING_SHIFT = "ring_shift"
 
 
 class LocalAction(StrEnum):

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
-from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import (
     COLLECTIVE_DISPATCH_S,
+    FORWARD_DISPATCH_S,
     OpTime,
     is_joined,
     kernel_time_s,
@@ -238,8 +238,8 @@ class _Summation:
         self.comm[1] += time.backward_s
         for axis, found in self.costs.lowerings(op, strategy):
             self.charges += self.of_lowering(op, strategy, axis, found)
-            self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward)
-            self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward)
+            self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward) + FORWARD_DISPATCH_S * found.forward_calls
+            self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward) + FORWARD_DISPATCH_S * found.backward_calls
         return time
 
     def places(self, word: str) -> tuple[Placement, ...]:
@@ -295,14 +295,15 @@ class _Summation:
     ) -> Iterator[Charge]:
         """The collectives of an op's special program on an axis."""
         at = next(i for i, own in enumerate(self.costs.axes) if own is axis)
-        for exchanges, is_backward in ((found.forward, False), (found.backward, True)):
+        time = self.costs.op_time(op, strategy)
+        for exchanges, compute_s, is_backward in (
+            (found.forward, time.forward_s, False), (found.backward, time.backward_s, True)
+        ):
             for item in exchanges:
                 yield Charge(
                     subject=op.name, axis=at, collective=item.collective, size_bytes=item.size_bytes,
                     is_backward=is_backward, lowering=strategy[at].lowering if strategy else "",
-                    time_s=collective_time_s(
-                        item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node
-                    ),
+                    time_s=self.costs.exchange_time_s(item, axis, compute_s),
                 )
 
     def saved_storage(

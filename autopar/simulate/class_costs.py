@@ -23,7 +23,8 @@ from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import Collective, Conversion, conversion
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
-from autopar.simulate.lowering_costs import LoweringCost, lowering_cost
+from autopar.simulate.lowering_costs import Exchange, LoweringCost, lowering_cost
+from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 
 # Views that reorder memory, so that a later reshape or contiguous() has to copy. Swapping twice restores the order.
 _SWAPS = {"transpose", "t", "swapaxes", "swapdims", "mT", "numpy_T"}
@@ -154,15 +155,16 @@ class ClassCosts:
         """Seconds of the collectives of the op's special programs, forward and backward."""
         forward = backward = 0.0
         for axis, found in self.lowerings(op, strategy):
-            for item in found.forward:
-                forward += collective_time_s(
-                    item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node
-                )
-            for item in found.backward:
-                backward += collective_time_s(
-                    item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node
-                )
+            own = self.op_time(op, strategy)
+            forward += sum(self.exchange_time_s(item, axis, own.forward_s) for item in found.forward)
+            backward += sum(self.exchange_time_s(item, axis, own.backward_s) for item in found.backward)
         return OpTime(forward, backward)
+
+    def exchange_time_s(self, item: Exchange, axis: CostAxis, compute_s: float) -> float:
+        """Seconds that a lowering's collective adds to an op that computes for `compute_s` in the same direction."""
+        time_s = collective_time_s(item.collective, item.size_bytes, axis.group, groups_per_node=axis.groups_per_node)
+        hidden_s = min(time_s, item.behind * compute_s)
+        return time_s - (1 - OVERLAP_SLOWDOWN) * hidden_s
 
     def op_time(self, op: Op, strategy: Strategy | JointStrategy | None = None) -> OpTime:
         """Seconds of the op on this rank, forward and backward; without a strategy it runs whole."""
@@ -187,9 +189,10 @@ class ClassCosts:
         )
         bandwidth = memory_bandwidth(self.device)
         for _, moved in self.lowerings(op, strategy):
+            launch_s = self.device.kernel_launch_s
             found = OpTime(
-                found.forward_s + moved.forward_moved_bytes / bandwidth,
-                found.backward_s + moved.backward_moved_bytes / bandwidth,
+                found.forward_s + max(moved.forward_moved_bytes / bandwidth, moved.forward_calls * launch_s),
+                found.backward_s + max(moved.backward_moved_bytes / bandwidth, moved.backward_calls * launch_s),
             )
         self._times[key] = found
         return found

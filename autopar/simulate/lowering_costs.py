@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from autopar.cost_models.compute import LocalTensor
+from autopar.cost_models.compute import LocalTensor, is_causal
 from autopar.graph.model_graph import BlockClass, Op
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import Collective
@@ -18,20 +18,26 @@ _COUNT_BYTES = 8  # a count of rows is an int64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """One collective of a lowering, with the bytes that `collective_time_s` takes."""
+    """One collective of a lowering, with the bytes that `collective_time_s` takes.
+
+    `behind` is the share of the op's own seconds, in the same direction, that the device computes meanwhile.
+    """
 
     collective: Collective
     size_bytes: float
+    behind: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoweringCost:
-    """Collectives forward and backward, bytes moved besides the op's own, and bytes kept for the backward."""
+    """Collectives forward and backward, and what comes besides the op's own: bytes moved, calls, bytes kept."""
 
     forward: tuple[Exchange, ...] = ()
     backward: tuple[Exchange, ...] = ()
     forward_moved_bytes: float = 0.0
     backward_moved_bytes: float = 0.0
+    forward_calls: int = 0
+    backward_calls: int = 0
     saved_bytes: float = 0.0
 
 
@@ -66,6 +72,8 @@ def lowering_cost(
             return _experts_cost(op, strategy, size, whole)
         case Lowering.CAUSAL_CONTEXT:
             return _context_cost(whole(op.operands[0]), whole(op.outputs[0]), size)
+        case Lowering.RING_ATTENTION:
+            return _ring_cost([whole(name) for name in op.operands], whole(op.outputs[0]), size, is_causal(op))
     return NOTHING
 
 
@@ -81,6 +89,43 @@ def _context_cost(query: LocalTensor, out: LocalTensor, size: int) -> LoweringCo
         forward=exchanges, backward=exchanges[::-1] if out.requires_grad else (), forward_moved_bytes=moved,
         backward_moved_bytes=moved if out.requires_grad else 0.0,
         saved_bytes=halves[0] + 2 * halves[1] if out.requires_grad else 0.0,
+    )
+
+
+_MERGE_CALLS = 9  # of one part of a softmax with the parts before it
+_GRADIENT_CALLS = 3  # of adding a part's gradients to those of queries, keys and values
+
+
+def _ring_cost(operands: list[LocalTensor], out: LocalTensor, size: int, causal: bool) -> LoweringCost:
+    """Keys and values side by side make n-1 hops, each behind a step's products; backward the same, and their gradients
+    make n, of which the last is waited for.
+
+    Where a step of the backward sends both, each has half of it to hide behind. Under a causal mask halves of
+    everything are exchanged before and after, and the results are kept as they were computed.
+    """
+    query_bytes, out_bytes = operands[0].size_bytes / size, out.size_bytes / size
+    both_bytes = (operands[1].size_bytes + operands[2].size_bytes) / size
+    wide = max(4.0, out.element_bytes) / out.element_bytes  # sums are kept in float32 at least
+    trains = out.requires_grad
+    hop = Exchange(collective=Collective.RING_SHIFT, size_bytes=both_bytes, behind=1 / size)
+    shared = Exchange(collective=Collective.RING_SHIFT, size_bytes=both_bytes, behind=0.5 / size)
+    last = Exchange(collective=Collective.RING_SHIFT, size_bytes=both_bytes)
+    before, after = (
+        tuple(Exchange(collective=Collective.MIRRORED_EXCHANGE, size_bytes=each / 2) for each in halves)
+        for halves in ((query_bytes, both_bytes), (out_bytes,))
+    ) if causal else ((), ())
+    swapped_bytes = 2 * (query_bytes + both_bytes + out_bytes) if causal else 0.0
+    num_parts = 2 * size + 1 if causal else size
+    return LoweringCost(
+        forward=(*before, *[hop] * (size - 1), *after),
+        backward=(*after, *[shared] * (2 * (size - 1)), last, *before[::-1]) if trains else (),
+        forward_moved_bytes=2 * both_bytes + size * (1 + 2 * wide) * out_bytes + swapped_bytes,
+        backward_moved_bytes=(
+            size * (7 * both_bytes + (1 + 2 * wide) * query_bytes) + swapped_bytes if trains else 0.0
+        ),
+        forward_calls=num_parts * (1 + _MERGE_CALLS) - 1,
+        backward_calls=num_parts * (1 + _GRADIENT_CALLS) - 1 if trains else 0,
+        saved_bytes=out_bytes if trains and causal else 0.0,
     )
 
 

@@ -31,33 +31,36 @@ SIZE = 2
 QUERIES, HEADS = 2, 1  # dims of the scores and of attention's output
 
 
-def restricted(cls: BlockClass, dim: int) -> Mapping[str, tuple[Strategy, ...]]:
-    """Attention, fused or written out, splits only `dim` of its output; no weight matrix is split."""
+def restricted(cls: BlockClass, dim: int, ring: bool) -> Mapping[str, tuple[Strategy, ...]]:
+    """Attention, fused or written out, splits only `dim` of its output, in a ring or not; no weight matrix is split."""
     kept = dict(class_strategies(cls, SIZE))
     for op in cls.ops:
         if any(word in op.target for word in ("attention", "softmax", "matmul")):
-            kept[op.name] = tuple(s for s in kept[op.name] if s.outputs[0] == shard(dim))
+            kept[op.name] = tuple(
+                s for s in kept[op.name]
+                if s.outputs[0] == shard(dim) and (s.lowering == Lowering.RING_ATTENTION) is ring
+            )
         weights = [i for i, name in enumerate(op.operands) if name in cls.params and len(cls.tensor[name].shape) == 2]
         if weights:
             kept[op.name] = tuple(s for s in kept[op.name] if s.factor and all(s.inputs[i] == RP for i in weights))
     return kept
 
 
-def layer_sharding(graph: ModelGraph, cls: BlockClass, dim: int) -> ClassSharding:
+def layer_sharding(graph: ModelGraph, cls: BlockClass, dim: int, ring: bool) -> ClassSharding:
     cluster = slow_cluster(SIZE)
     costs = ClassCosts(
         graph, cls, tp=SIZE, rows=4, device=cluster.nodes[0].device, tp_group=cluster.group((0, 1)), dtype="float64"
     )
-    found = shard_class(cls, restricted(cls, dim), shard(1), costs, parameter_weight=0.0)
+    found = shard_class(cls, restricted(cls, dim, ring), shard(1), costs, parameter_weight=0.0)
     assert found is not None
     return found
 
 
-def split_plan(model: str, dim: int) -> Plan:
-    """The plan with sequence parallelism, its layers' attention split along `dim`."""
+def split_plan(model: str, dim: int, *, ring: bool = False) -> Plan:
+    """The plan with sequence parallelism, its layers' attention split along `dim`, its keys in a ring or gathered."""
     plan, graph = plan_of(model, "tp2_sequence", "float64"), graph_of(model, "float64")
     layers = {block.cls for block in graph.blocks if is_layer(block.name)}
-    found = {name: layer_sharding(graph, graph.block_class[name], dim) for name in layers}
+    found = {name: layer_sharding(graph, graph.block_class[name], dim, ring) for name in layers}
     shardings = at_rows(tuple(found.values()), graph, plan.micro_batch)
     of_layers = {choice.cls: choice for choice in shardings}
     return replace(plan, shardings=tuple(of_layers.get(choice.cls, choice) for choice in plan.shardings))

@@ -31,7 +31,7 @@ def test_rows_of_the_whole(start: int, rows: int, heads: int) -> None:
 
 def test_the_flash_kernel_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """On meta tensors: its arguments, the shapes of the result and of the gradients, and no mask beside them."""
-    monkeypatch.setattr(causal, "_can_use_flash", lambda *_: True)
+    monkeypatch.setattr(causal, "can_use_flash", lambda *_: True)
     made: list[tuple[int, ...]] = []
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, **given: made.append(shape) or ones(*shape, **given))
@@ -49,4 +49,4 @@ def test_the_flash_kernel_takes_the_call(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_mask_serves_where_flash_cannot_run() -> None:
     query = torch.zeros(1, 2, 4, 8, dtype=torch.bfloat16)
-    assert not causal._can_use_flash(query, query, query, 0.0, False)
+    assert not causal.can_use_flash(query, query, query, 0.0, False)

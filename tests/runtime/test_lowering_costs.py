@@ -26,9 +26,12 @@ pytestmark = pytest.mark.processes
 
 SIZE = 3
 _RANKS_PART = {"all_reduce": 1, "all_gather_into_tensor": SIZE, "neighbour_exchange": 1, "all_to_all": SIZE,
-               "mirrored_exchange": 1}
+               "mirrored_exchange": 1, "ring_shift": 1}
 _NAME = {"all_gather_into_tensor": "all_gather"}
-_TO_ALL = {Lowering.EXPERT_EXCHANGE: "all_to_all", Lowering.CAUSAL_CONTEXT: "mirrored_exchange"}
+_TO_ALL = {
+    Lowering.EXPERT_EXCHANGE: "all_to_all", Lowering.CAUSAL_CONTEXT: "mirrored_exchange",
+    Lowering.RING_ATTENTION: "ring_shift",
+}
 _GATE = gate_text(torch.relu, 4, torch.float32)
 
 # (lowering, target, shapes of the operands, what follows them, dim of the first operand that is cut, without gradient)
@@ -76,6 +79,14 @@ CASES: dict[str, Case] = {
     ),
     "queries": (
         Lowering.CAUSAL_CONTEXT, "aten.scaled_dot_product_attention.default",
+        {"x": (2, 2, 12, 4), "k": (2, 2, 12, 4), "v": (2, 2, 12, 6)}, (None, 0.0, True), 2, (),
+    ),
+    "ring": (
+        Lowering.RING_ATTENTION, "aten.scaled_dot_product_attention.default",
+        {"x": (2, 2, 12, 4), "k": (2, 2, 12, 4), "v": (2, 2, 12, 6)}, (None, 0.0, False), 2, (),
+    ),
+    "causal ring": (
+        Lowering.RING_ATTENTION, "aten.scaled_dot_product_attention.default",
         {"x": (2, 2, 12, 4), "k": (2, 2, 12, 4), "v": (2, 2, 12, 6)}, (None, 0.0, True), 2, (),
     ),
 }  # fmt: skip
@@ -179,5 +190,5 @@ def test_some_lowerings_communicate_both_ways_and_some_not_at_all() -> None:
         "convolution": (1, 1), "pooling": (1, 1), "image": (1, 0), "batch norm of parts": (1, 1),
         "batch norm of channels": (1, 0), "classes": (2, 0), "rows": (1, 0), "vocabulary": (0, 0), "bags": (0, 0),
         "experts": (3, 2),
-        "queries": (2, 2),
+        "queries": (2, 2), "ring": (2, 5), "causal ring": (5, 8),
     }  # fmt: skip

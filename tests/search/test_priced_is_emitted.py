@@ -31,7 +31,9 @@ from autopar.simulate.class_costs import ClassCosts, CostAxis
 
 Issued = Counter[tuple[int, str, int, bool]]  # (axis, collective, bytes of the whole group, whether in the backward)
 FAST = Link(name="fast link", latency_s=1e-9, bandwidth_bytes_per_s=1e15)
-_EXCHANGES = (Collective.NEIGHBOUR_EXCHANGE, Collective.MIRRORED_EXCHANGE)  # all-to-alls of uneven parts
+_EXCHANGES = (  # all-to-alls of uneven parts
+    Collective.NEIGHBOUR_EXCHANGE, Collective.MIRRORED_EXCHANGE, Collective.RING_SHIFT,
+)
 
 
 class _Listener(TorchDispatchMode):

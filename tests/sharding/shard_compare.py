@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
-from emulated import whole_batch_norm, with_borders
 from fx_class import info_of
+from rank_programs import Rank, run_ranks, run_whole, shard_of
 
-from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.model_graph import Arg, Literal, Op, Ref, TensorInfo
-from autopar.sharding.local_args import bias_operand, local_infos, local_op
-from autopar.sharding.lowering import Lowering
-from autopar.sharding.reshard import divides, split_shape
+from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, joint_strategies_with, placed_shape
 from autopar.sharding.rules import op_factors, strategies_with
-from autopar.sharding.rules.windows import halo_of
 from autopar.sharding.state import Kind, State
 from autopar.sharding.strategy import Strategy
 
@@ -47,11 +45,6 @@ class Built:
     outputs: list[T]
 
 
-def overload(target: str) -> Any:
-    namespace, packet, name = target.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), packet), name)
-
-
 def _refs(value: Any, operands: list[T]) -> Arg:
     if isinstance(value, torch.Tensor):
         operands.append(value)
@@ -65,41 +58,21 @@ def _refs(value: Any, operands: list[T]) -> Arg:
     return value
 
 
-def _values(arg: Arg, operands: Any) -> Any:
-    if isinstance(arg, Ref):
-        return next(operands)
-    if isinstance(arg, tuple):
-        return [_values(item, operands) for item in arg]
-    if isinstance(arg, Literal):
-        return torch.device(arg.value) if arg.kind == "device" else getattr(torch, arg.value)
-    return arg
-
-
-def call(op: Op, operands: list[T]) -> list[T]:
-    """The op's tensor outputs, on these operands; an in-place op writes into a copy."""
-    given = list(operands)
-    packet = op.target.split(".")[1]
-    if packet.endswith("_") and not packet.endswith("__"):
-        given[0] = given[0].clone()
-    feed = iter(given)
-    args = [_values(arg, feed) for arg in op.args]
-    kwargs = {name: _values(arg, feed) for name, arg in op.kwargs}
-    result = overload(op.target)(*args, **kwargs)
-    if op.target == EXPERTS_OP:
-        return [result[0]]  # the second is for the op's own backward
-    return list(result) if isinstance(result, (list, tuple)) else [result]
-
-
-def shard_of(value: T, state: State, rank: int, size: int) -> T:
-    if state.kind is not Kind.SHARDED:
-        return value.clone()
-    if state.length:
-        missing = value.new_zeros([-n % size if d == state.dim else n for d, n in enumerate(value.shape)])
-        return torch.cat((value, missing), state.dim).chunk(size, state.dim)[rank].clone()
-    split, position = split_shape(tuple(value.shape), state, size)
-    shape = list(value.shape)
-    shape[state.dim] //= size
-    return value.reshape(split).select(position, rank).reshape(shape).clone()
+def build(sample: Sample) -> Built:
+    operands: list[T] = []
+    args = tuple(_refs(item, operands) for item in sample.args)
+    kwargs = tuple((name, _refs(item, operands)) for name, item in sample.kwargs.items())
+    leaves = [
+        x.clone().requires_grad_((x.is_floating_point() or x.is_complex()) and i not in sample.frozen)
+        for i, x in enumerate(operands)
+    ]
+    op = Op(name="op", target=sample.target, args=args, kwargs=kwargs, outputs=())
+    outputs = run_whole(op, leaves)
+    tensors = {f"x{i}": info_of(f"x{i}", x, x.requires_grad) for i, x in enumerate(leaves)}
+    tensors |= {f"y{i}": info_of(f"y{i}", y, y.requires_grad) for i, y in enumerate(outputs)}
+    names = tuple("" if i in sample.unread else f"y{i}" for i in range(len(outputs)))
+    op = Op(name="op", target=sample.target, args=args, kwargs=kwargs, outputs=names)
+    return Built(op=op, tensors=tensors, operands=operands, leaves=leaves, outputs=outputs)
 
 
 def unshard(parts: list[T], state: State) -> T:
@@ -117,180 +90,22 @@ def addends(value: T, size: int) -> list[T]:
     return [*parts, value - sum(parts, torch.zeros_like(value))]
 
 
-def build(sample: Sample) -> Built:
-    operands: list[T] = []
-    args = tuple(_refs(item, operands) for item in sample.args)
-    kwargs = tuple((name, _refs(item, operands)) for name, item in sample.kwargs.items())
-    leaves = [
-        x.clone().requires_grad_((x.is_floating_point() or x.is_complex()) and i not in sample.frozen)
-        for i, x in enumerate(operands)
-    ]
-    op = Op(name="op", target=sample.target, args=args, kwargs=kwargs, outputs=())
-    outputs = reference(op, leaves, [0], 1, Strategy(factor="", inputs=(), outputs=()), None)[0]
-    tensors = {f"x{i}": info_of(f"x{i}", x, x.requires_grad) for i, x in enumerate(leaves)}
-    tensors |= {f"y{i}": info_of(f"y{i}", y, y.requires_grad) for i, y in enumerate(outputs)}
-    names = tuple("" if i in sample.unread else f"y{i}" for i in range(len(outputs)))
-    op = Op(name="op", target=sample.target, args=args, kwargs=kwargs, outputs=names)
-    return Built(op=op, tensors=tensors, operands=operands, leaves=leaves, outputs=outputs)
+def _spread(value: T, placement: Placement, sizes: Sequence[int], summed: Kind) -> dict[Rank, T]:
+    """Each rank's part; in a state of the kind `summed` the parts are addends."""
+    parts: dict[Rank, T] = {(): value}
+    for state, size in zip(placement, sizes, strict=True):
+        made = {}
+        for rank, part in parts.items():
+            if state.kind is summed:
+                pieces = addends(part, size)
+            else:
+                pieces = [shard_of(part, state, position, size) for position in range(size)]
+            made.update({(*rank, position): piece for position, piece in enumerate(pieces)})
+        parts = made
+    return parts
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """The local part of the loss, given what the ranks told one another; backward (softmax - one_hot) of the shard."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: T, log_sum: T, target_logit: T, one_hot: T, weight: T) -> T:
-        ctx.save_for_backward(torch.exp(logits - log_sum.unsqueeze(1)) - one_hot, weight)
-        return (log_sum - target_logit) * weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: T) -> tuple[T | None, ...]:
-        difference, weight = ctx.saved_tensors
-        return difference * (grads[0] * weight).unsqueeze(1), None, None, None, None
-
-
-def padding(parts: list[T], state: State) -> T:
-    """What lies in the parts behind the dim's last step; nothing for a shard without padding."""
-    whole = torch.cat(parts, state.dim)
-    first = state.length or whole.shape[state.dim]
-    return whole.narrow(state.dim, first, whole.shape[state.dim] - first)
-
-
-def _vocab_parallel_cross_entropy(op: Op, ranks: list[list[T]], state: State) -> list[list[T]]:
-    reduction = op.args[3] if len(op.args) > 3 else 1
-    ignore = op.args[4] if len(op.args) > 4 else -100
-    logits = [given[0] if given[0].dim() > 1 else given[0].unsqueeze(0) for given in ranks]
-    target = ranks[0][1] if ranks[0][0].dim() > 1 else ranks[0][1].unsqueeze(0)
-    whole = torch.cat([part.detach() for part in logits], 1)
-    log_sum = whole[:, : state.length or None].logsumexp(1)
-    padded = torch.zeros_like(whole)
-    padded[:, state.length or whole.shape[1] :] = -torch.inf
-    logits = [part + bar for part, bar in zip(logits, padded.chunk(len(ranks), 1), strict=True)]
-    valid = target != ignore
-    safe = target.masked_fill(~valid, 0)
-    target_logit = whole.gather(1, safe.unsqueeze(1)).squeeze(1)
-    hot = torch.zeros_like(whole).scatter(1, safe.unsqueeze(1), 1.0)
-    results = []
-    for part, one_hot in zip(logits, hot.chunk(len(ranks), 1), strict=True):
-        losses = _VocabParallelCrossEntropy.apply(part, log_sum, target_logit, one_hot, valid.to(whole.dtype))
-        if reduction == 0:
-            results.append([losses.reshape(ranks[0][1].shape)])
-        else:
-            results.append([losses.sum() / (valid.sum() if reduction == 1 else 1)])
-    return results
-
-
-def _operand_names(op: Op) -> dict[str, int]:
-    """The positions among the operands of a batch norm's tensors by name."""
-    names = ("input", "weight", "bias", "running_mean", "running_var")
-    given = [name for name, arg in zip(names, op.args, strict=False) if isinstance(arg, Ref)]
-    return {name: position for position, name in enumerate(given)}
-
-
-def _channel_statistics(op: Op, ranks: list[list[T]]) -> list[list[T]]:
-    """Each rank's batch norm with its part of the running statistics, which all ranks then have whole."""
-    names, length = _operand_names(op), ranks[0][0].shape[1]
-    running = [names["running_mean"], names["running_var"]]
-    results, parts = [], []
-    for rank, given in enumerate(ranks):
-        own = [given[i].narrow(0, rank * length, length).clone() for i in running]
-        operands = list(given)
-        for i, value in zip(running, own, strict=True):
-            operands[i] = value
-        results.append(call(op, operands))
-        parts.append(own)
-    for given in ranks:
-        for place, i in enumerate(running):
-            given[i].copy_(torch.cat([own[place] for own in parts]))
-    return results
-
-
-def _dropout(op: Op, operands: list[T], state: State, rank: int, size: int) -> list[T]:
-    """Dropout with a mask that is fixed for the whole tensor, so that shards can be compared."""
-    shape = list(operands[0].shape)
-    if state.kind is Kind.SHARDED:
-        shape[state.dim] *= size
-    p, train = op.args[1], op.args[2]
-    if not train:
-        return [operands[0] * 1]
-    keep = torch.rand(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) >= p
-    mask = shard_of(keep, state, rank, size)
-    result = operands[0] * mask / (1 - p)
-    return [result, mask] if "native" in op.target else [result]
-
-
-def reference(
-    op: Op, leaves: Any, ranks: list[int], size: int, strategy: Strategy, tensors: dict[str, TensorInfo] | None
-) -> list[list[T]]:
-    """Each rank's outputs, with the special lowerings simulated. `leaves` has the operands of each rank."""
-    if size == 1:
-        leaves = [leaves]
-    local = local_op(op, strategy, tensors, size) if tensors else op
-    lowering = strategy.lowering
-    if lowering == Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
-        return _vocab_parallel_cross_entropy(local, leaves, strategy.inputs[0])
-    if lowering == Lowering.SUM_OVER_COUNT:
-        ignore = op.args[4] if len(op.args) > 4 else -100
-        count = sum(int((given[1] != ignore).sum()) for given in leaves)
-        summed = Op(
-            name="", target=op.target, args=(*op.args[:3], *(None,) * (3 - len(op.args)), 2, *op.args[4:]), outputs=()
-        )
-        return [[value / count for value in call(summed, given)] for given in leaves]
-    if lowering == Lowering.SYNC_BATCH_NORM:
-        return whole_batch_norm(leaves, _operand_names(op), op.args[6], op.args[7])
-    if lowering == Lowering.CHANNEL_STATISTICS:
-        return _channel_statistics(op, leaves)
-    if lowering == Lowering.SPATIAL_HALO:
-        assert tensors is not None
-        halo = halo_of(op, strategy, tensors, size)
-        wider = with_borders([given[0] for given in leaves], halo)
-        made = [call(local, [x, *given[1:]])[0] for x, given in zip(wider, leaves, strict=True)]
-        return [[value.narrow(halo.dim, halo.skip, halo.keep)] for value in made]
-    if lowering == Lowering.EXPERT_EXCHANGE:
-        held = [torch.cat([given[i] for given in leaves]) for i in range(3, len(leaves[0]))]
-        return [call(local, [*given[:3], *held]) for given in leaves]
-    results = []
-    for rank, given in zip(ranks, leaves, strict=True):
-        if "dropout." in op.target:
-            state = strategy.outputs[0] if strategy.outputs else State(Kind.REPLICATED)
-            results.append(_dropout(op, given, state, rank, size))
-        elif lowering == Lowering.SCALED_MEAN:
-            results.append([value / size for value in call(local, given)])
-        elif lowering == Lowering.BIAS_ON_FIRST_RANK:
-            position = bias_operand(op)
-            biased = [x * float(rank == 0) if i == position else x for i, x in enumerate(given)]
-            results.append(call(local, biased))
-        elif lowering == Lowering.VOCAB_PARALLEL_EMBEDDING:
-            weight, ids = given
-            shifted = ids - rank * weight.shape[0]
-            inside = (shifted >= 0) & (shifted < weight.shape[0])
-            results.append([weight[shifted.clamp(0, weight.shape[0] - 1)] * inside.unsqueeze(-1)])
-        elif lowering == Lowering.OWN_EXPERTS:
-            results.append(call(local, [given[0], given[1] - rank * given[3].shape[0], *given[2:]]))
-        elif lowering == Lowering.VOCAB_PARALLEL_EMBEDDING_BAG:
-            weight, ids, offsets = given[:3]
-            inside = (ids >= rank * weight.shape[0]) & (ids < (rank + 1) * weight.shape[0])
-            rows = weight[(ids - rank * weight.shape[0]) * inside] * inside.unsqueeze(-1)
-            rows = rows * given[3].unsqueeze(-1) if len(given) > 3 else rows
-            ends = [*offsets.tolist()[1:], len(ids)]
-            bags = [rows[a:b].sum(0) for a, b in zip(offsets.tolist(), ends, strict=True)]
-            results.append([torch.stack(bags)])
-        elif lowering == Lowering.CAUSAL_CONTEXT:
-            rows, keys = given[0].shape[-2], given[1].shape[-2]
-            mask = torch.ones(keys, keys, dtype=torch.bool).tril()[rank * rows : (rank + 1) * rows]
-            kwargs = tuple(item for item in op.kwargs if item[0] != "is_causal")
-            masked = replace(op, args=(*op.args[:3], Ref("mask")), kwargs=kwargs)
-            results.append(call(masked, [*given, mask]))
-        else:
-            assert lowering in ("", Lowering.AXIS_RANDOM), lowering
-            results.append(call(local, given))
-    return results
-
-
-def _close(actual: T | None, expected: T | None, what: str) -> None:
-    if actual is None or expected is None:
-        other = actual if expected is None else expected
-        assert other is None or not other.any(), f"{what}: gradient on one side alone"
-        return
+def _close(actual: T, expected: T, what: str) -> None:
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, whole {tuple(expected.shape)}"
     if not expected.is_floating_point() and not expected.is_complex():
         assert torch.equal(actual, expected), what
@@ -300,24 +115,37 @@ def _close(actual: T | None, expected: T | None, what: str) -> None:
     )
 
 
-def _compare(
-    parts: list[T | None], whole: T | None, state: State, what: str, summed: bool, *, is_gradient: bool = False
-) -> None:
-    """`summed`: this state's parts add up to the whole (P in the forward, RP in the backward)."""
-    if whole is None or any(part is None for part in parts):
-        for part in parts:
-            _close(part, None, what)
-        _close(whole, None, what)
-    elif state.kind is Kind.SHARDED:
-        _close(unshard(parts, state), whole, what)  # type: ignore[arg-type]
-        behind = padding(parts, state)  # type: ignore[arg-type]
+def padding(parts: list[T], state: State) -> T:
+    """What lies in the parts behind the dim's last step; nothing for a shard without padding."""
+    whole = torch.cat(parts, state.dim)
+    first = state.length or whole.shape[state.dim]
+    return whole.narrow(state.dim, first, whole.shape[state.dim] - first)
+
+
+def _joined(parts: list[T], state: State, what: str, summed: Kind, is_gradient: bool) -> T:
+    """What the parts of one axis make together; those of a replicated tensor are equal."""
+    if state.kind is Kind.SHARDED:
+        behind = padding(parts, state)
         assert behind.isfinite().all(), f"{what}: padding that is not finite"
         assert not (is_gradient and behind.any()), f"{what}: padding with a gradient"
-    elif summed:
-        _close(sum(parts[1:], parts[0]), whole, what)  # type: ignore[arg-type]
-    else:
-        for part in parts:
-            _close(part, whole, what)
+        return unshard(parts, state)
+    if state.kind is summed:
+        return sum(parts[1:], parts[0])
+    for part in parts[1:]:
+        _close(part, parts[0], f"{what}: ranks differ")
+    return parts[0]
+
+
+def _compare(
+    parts: dict[Rank, T], whole: T, placement: Placement, what: str, summed: Kind, *, is_gradient: bool = False
+) -> None:
+    """Puts the ranks' parts together, the last axis first; parts in a state of the kind `summed` are added."""
+    for state in reversed(placement):
+        groups: dict[Rank, list[T]] = {}
+        for rank, part in parts.items():
+            groups.setdefault(rank[:-1], []).append(part)
+        parts = {rank: _joined(group, state, what, summed, is_gradient) for rank, group in groups.items()}
+    _close(parts[()], whole, what)
 
 
 def all_splits(built: Built) -> list[tuple[str, int]]:
@@ -333,28 +161,41 @@ def sample_strategies(built: Built, size: int) -> tuple[Strategy, ...]:
     return strategies_with(built.op, built.tensors, size, factors, all_splits(built))
 
 
+def sample_joint_strategies(built: Built, sizes: Sequence[int]) -> tuple[JointStrategy, ...]:
+    """Every way to run the sample on these axes, each factor at every level."""
+    factors = op_factors(built.op, built.tensors)
+    assert factors is not None, f"{built.op.target} has no rule"
+    return joint_strategies_with(built.op, built.tensors, sizes, factors, [all_splits(built)] * len(sizes))
+
+
 def check(built: Built, strategy: Strategy, size: int) -> None:
     """Raises AssertionError where the op on shards, put together, differs from the whole op."""
-    op, title = built.op, f"{built.op.target} {strategy} on {size}"
-    leaves: list[list[T]] = [[] for _ in range(size)]
-    for whole, leaf, state in zip(built.operands, built.leaves, strategy.inputs, strict=True):
-        assert divides(tuple(whole.shape), state, size), title
-        partial = addends(whole, size) if state.kind is Kind.PARTIAL else []
-        for rank in range(size):
-            part = partial[rank] if partial else shard_of(whole, state, rank, size)
-            leaves[rank].append(part.detach().requires_grad_(leaf.requires_grad))
-    outputs = reference(op, leaves, list(range(size)), size, strategy, built.tensors)
+    check_jointly(built, (strategy,), (size,))
 
-    _, shapes = local_infos(op, strategy, built.tensors, size)
-    for index, (whole, state) in enumerate(zip(built.outputs, strategy.outputs, strict=True)):
+
+def check_jointly(built: Built, choice: JointStrategy, sizes: Sequence[int]) -> None:
+    """The same on several axes, under one strategy an axis."""
+    op, title = built.op, f"{built.op.target} {choice} on {sizes}"
+    inputs: list[Placement] = list(zip(*(own.inputs for own in choice), strict=True))
+    outputs: list[Placement] = list(zip(*(own.outputs for own in choice), strict=True))
+    leaves: dict[Rank, list[T]] = {rank: [] for rank in product(*map(range, sizes))}
+    for whole, leaf, place in zip(built.operands, built.leaves, inputs, strict=True):
+        assert can_be_placed(tuple(whole.shape), place, sizes), title
+        for rank, part in _spread(whole, place, sizes, Kind.PARTIAL).items():
+            leaves[rank].append(part.detach().requires_grad_(leaf.requires_grad))
+    made = run_ranks(op, choice, sizes, leaves, built.tensors)
+
+    for index, (whole, place) in enumerate(zip(built.outputs, outputs, strict=True)):
         if not op.outputs[index]:
             continue
-        parts = [given[index].detach() for given in outputs]
-        assert all(tuple(part.shape) == shapes[index] for part in parts), f"{title}: local output shape"
-        _compare(list(parts), whole.detach(), state, f"{title}: output {index}", state.kind is Kind.PARTIAL)
-    for index, (leaf, state) in enumerate(zip(built.leaves, strategy.inputs, strict=True)):
-        if not leaf.requires_grad and state.kind is not Kind.PARTIAL:  # running statistics are written to
-            _compare([given[index] for given in leaves], leaf, state, f"{title}: operand {index} afterwards", False)
+        parts = {rank: own[index].detach() for rank, own in made.items()}
+        shape = placed_shape(tuple(whole.shape), place, sizes)
+        assert all(tuple(part.shape) == shape for part in parts.values()), f"{title}: local output shape"
+        _compare(parts, whole.detach(), place, f"{title}: output {index}", Kind.PARTIAL)
+    for index, (leaf, place) in enumerate(zip(built.leaves, inputs, strict=True)):
+        if not leaf.requires_grad:  # running statistics are written to
+            parts = {rank: own[index] for rank, own in leaves.items()}
+            _compare(parts, leaf, place, f"{title}: operand {index} afterwards", Kind.PARTIAL)
 
     with_grad = [index for index, whole in enumerate(built.outputs) if whole.requires_grad and op.outputs[index]]
     wanted = [index for index, leaf in enumerate(built.leaves) if leaf.requires_grad]
@@ -363,29 +204,19 @@ def check(built: Built, strategy: Strategy, size: int) -> None:
     whole_grads = [torch.randn_like(built.outputs[index]) for index in with_grad]
     expected = torch.autograd.grad(
         [built.outputs[i] for i in with_grad], [built.leaves[i] for i in wanted], whole_grads,
-        allow_unused=True, retain_graph=True,
+        retain_graph=True, allow_unused=True, materialize_grads=True,
     )  # fmt: skip
     spread = [
-        addends(grad, size) if strategy.outputs[i].kind is Kind.REPLICATED_PARTIAL_GRAD
-        else [shard_of(grad, strategy.outputs[i], rank, size) for rank in range(size)]
+        _spread(grad, outputs[i], sizes, Kind.REPLICATED_PARTIAL_GRAD)
         for i, grad in zip(with_grad, whole_grads, strict=True)
-    ]  # fmt: skip
+    ]
     # All ranks at once: what a rank borrowed of another's tensors gives its gradient back.
     together = torch.autograd.grad(
-        [outputs[rank][i] for rank in range(size) for i in with_grad],
-        [leaves[rank][i] for rank in range(size) for i in wanted],
-        [parts[rank] for rank in range(size) for parts in spread], allow_unused=True,
+        [made[rank][i] for rank in leaves for i in with_grad],
+        [leaves[rank][i] for rank in leaves for i in wanted],
+        [parts[rank] for rank in leaves for parts in spread], allow_unused=True, materialize_grads=True,
     )
-    found: list[tuple[T | None, ...]] = [
-        tuple(together[rank * len(wanted) : (rank + 1) * len(wanted)]) for rank in range(size)
-    ]
     for position, index in enumerate(wanted):
-        state = strategy.inputs[index]
-        parts = [grads[position] for grads in found]
-        if state.kind is Kind.REPLICATED_PARTIAL_GRAD:
-            parts = [torch.zeros_like(leaves[0][index]) if part is None else part for part in parts]
-        summed = state.kind is Kind.REPLICATED_PARTIAL_GRAD
-        whole = expected[position]
-        if summed and whole is None:
-            whole = torch.zeros_like(built.operands[index])
-        _compare(parts, whole, state, f"{title}: gradient of operand {index}", summed, is_gradient=True)
+        parts = {rank: together[at * len(wanted) + position] for at, rank in enumerate(leaves)}
+        what = f"{title}: gradient of operand {index}"
+        _compare(parts, expected[position], inputs[index], what, Kind.REPLICATED_PARTIAL_GRAD, is_gradient=True)

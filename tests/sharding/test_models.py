@@ -9,10 +9,10 @@ import torch
 import transformers
 from fx_class import export_class
 from op_samples import SAMPLES
-from shard_compare import divides
 
 from autopar.graph.model_graph import BlockClass, Op, Ref, TensorInfo
 from autopar.sharding.propagate import class_strategies
+from autopar.sharding.reshard import divides
 from autopar.sharding.rules import has_rule
 from autopar.sharding.rules.creation import creation
 from autopar.sharding.rules.registry import find_rule

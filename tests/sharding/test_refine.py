@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_compare import shard_of
+from rank_programs import shard_of
 
 from autopar.sharding.factors import OpFactors
 from autopar.sharding.refine import refine

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from shard_compare import addends, shard_of, unshard
+from rank_programs import shard_of
+from shard_compare import addends, unshard
 
 from autopar.sharding.reshard import Collective, LocalAction, conversion, divides, local_shape, split_shape
 from autopar.sharding.state import RP, Kind, P, R, State, shard

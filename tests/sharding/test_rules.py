@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from op_samples import SAMPLES, Maker, Pick, draws
-from shard_compare import Sample, build, check, sample_strategies
+from shard_compare import Sample, build, check, check_jointly, sample_joint_strategies, sample_strategies
 
 from autopar.sharding.factors import OpFactors
 from autopar.sharding.lowering import Lowering
@@ -31,6 +33,22 @@ def test_shards_put_together_equal_the_whole(target: str, maker: Maker, number: 
             for strategy in sample_strategies(built, size):
                 torch.manual_seed(size)
                 check(built, strategy, size)
+
+
+@pytest.mark.parametrize(
+    ("target", "maker", "number"), SAMPLES, ids=[f"{i}-{target}" for i, (target, _, _) in enumerate(SAMPLES)]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_shards_of_two_axes_put_together_equal_the_whole(target: str, maker: Maker, number: int) -> None:
+    """A few joint strategies of each sample, those before all that split twice."""
+    chance = random.Random(target)
+    for sizes, drawn in zip(itertools.cycle([(2, 2), (2, 3), (3, 2)]), draws(maker, max(3, number))):
+        built = build(drawn)
+        found = sample_joint_strategies(built, sizes)
+        twice = [choice for choice in found if all(own.factor for own in choice)]
+        for choice in (*chance.sample(twice, min(2, len(twice))), chance.choice(found)):
+            torch.manual_seed(0)
+            check_jointly(built, choice, sizes)
 
 
 def _linear(*, rows: int = 4, bias: bool = True) -> Sample:

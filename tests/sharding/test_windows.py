@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import shard_compare
+import rank_programs
 import torch
 from sampling import Pick
 from shard_compare import Sample, build, check
@@ -94,6 +94,6 @@ def test_the_comparison_finds_a_wrong_halo(monkeypatch: pytest.MonkeyPatch, wron
     built = build(_conv(12, 3, 1, 1))
     chosen = next(s for s in strategies(built.op, built.tensors, 2) if s.lowering == Lowering.SPATIAL_HALO)
     check(built, chosen, 2)
-    monkeypatch.setattr(shard_compare, "halo_of", lambda *given: replace(halo_of(*given), **wrong))
+    monkeypatch.setattr(rank_programs, "halo_of", lambda *given: replace(halo_of(*given), **wrong))
     with pytest.raises((AssertionError, RuntimeError)):
         check(built, chosen, 2)

@@ -12,7 +12,8 @@ def attention(call: Call) -> OpFactors:
     """`b h q d, b g k d, b g k e -> b h q e`; with grouped queries h is (g, r) and r shares a key head.
 
     Under an implied causal mask, a part of the queries needs the mask from its own first row on: a lowering, which
-    knows parts of consecutive rows.
+    knows parts of consecutive rows. The joint split "q+k" cuts keys and values like the queries, and takes them round
+    the ranks: where there is no other mask and no dropout.
     """
     query, key, value = (call.shape(name) for name in ("query", "key", "value"))
     grouped = call.get("enable_gqa", False) is True and len(query) > 2
@@ -40,10 +41,14 @@ def attention(call: Call) -> OpFactors:
     if call.has("attn_mask"):
         operands["attn_mask"] = aligned(call.shape("attn_mask"), scores)
     random = call.get("dropout_p", 0.0) != 0.0
+    plain = not (call.has("attn_mask") or random or uneven) and query[:lead] == key[:lead] == value[:lead]
+    joint = {"q+k": (*q, *k)} if plain and q and k else {}
+    lowerings: dict[str, str] = dict.fromkeys(q, Lowering.CAUSAL_CONTEXT) if causal else {}
     return call.build(
         operands,
         ((*batch, *heads, q, e),),
         rigid=(q,) if causal else (),
-        lowerings=dict.fromkeys(q, Lowering.CAUSAL_CONTEXT) if causal else None,
+        lowerings=lowerings | dict.fromkeys(joint, Lowering.RING_ATTENTION),
+        joint=joint,
         split_lowering=Lowering.AXIS_RANDOM if random else "",
     )
