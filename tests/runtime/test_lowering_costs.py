@@ -28,10 +28,7 @@ SIZE = 3
 _RANKS_PART = {"all_reduce": 1, "all_gather_into_tensor": SIZE, "neighbour_exchange": 1, "all_to_all": SIZE,
                "mirrored_exchange": 1, "ring_shift": 1}
 _NAME = {"all_gather_into_tensor": "all_gather"}
-_TO_ALL = {
-    Lowering.EXPERT_EXCHANGE: "all_to_all", Lowering.CAUSAL_CONTEXT: "mirrored_exchange",
-    Lowering.RING_ATTENTION: "ring_shift",
-}
+_TO_ALL = {Lowering.EXPERT_EXCHANGE: "all_to_all", Lowering.RING_ATTENTION: "ring_shift"}
 _GATE = gate_text(torch.relu, 4, torch.float32)
 
 # (lowering, target, shapes of the operands, what follows them, dim of the first operand that is cut, without gradient)
@@ -103,7 +100,10 @@ class _Listening(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name.startswith("_c10d_functional::") and "wait" not in name:
-            self.heard.append((name.partition("::")[2], args[0].numel() * args[0].element_size()))
+            word = name.partition("::")[2]
+            if word == "all_to_all_single" and args[2] == [0, 1, 0]:
+                word = "mirrored_exchange"  # the middle rank's mirror image is itself
+            self.heard.append((word, args[0].numel() * args[0].element_size()))
         return func(*args, **(kwargs or {}))
 
 
