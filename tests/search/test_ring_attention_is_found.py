@@ -1,4 +1,4 @@
-"""Where heads do not split and the network is slow, the search lets keys and values go round the ranks behind compute."""
+"""Where heads do not split and the network is slow, the search lets keys and values go round behind compute."""
 
 from real_blocks import captured, found
 
