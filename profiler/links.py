@@ -114,6 +114,7 @@ def _points(
     """(size_bytes, median seconds of the slowest rank), until time or memory runs out."""
     points: list[tuple[int, float]] = []
     work = WorkBefore(device, nothing=item.collective == "send_recv")
+    work_s = largest(work.alone_s, device)  # whatever decides how often is the same on all ranks
     size, start = SMALLEST_BYTES, time.perf_counter()
     count = 12  # sizes that are still to come, about
     while size <= largest_bytes:
@@ -124,7 +125,7 @@ def _points(
         if points and (left_s <= 0 or first_s > left_s / 2):
             break
         share_s = max(0.0, left_s) / max(2, count)
-        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s + work.alone_s, 1e-6))))
+        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s + work_s, 1e-6))))
         seen: list[float] = []
         for _ in range(rounds):
             largest(0.0, device)  # all begin together

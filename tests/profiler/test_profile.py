@@ -34,7 +34,7 @@ from autopar.profiler.collect import collect
 from autopar.profiler.fit import fit_link
 from autopar.profiler.local import ProfileInterrupted
 from autopar.profiler.profile import with_ops
-from autopar.profiler.worker import Job, RuntimeCase
+from autopar.profiler.worker import UNIT, Job, RuntimeCase
 
 SIZES = (1024, 4096, 2**18, 2**20, 2**22, 2**24)
 
@@ -205,7 +205,20 @@ def test_op_rates_are_plausible() -> None:
 
 def test_two_processes_are_measured_together() -> None:
     start = time.perf_counter()
-    found = profile_local(2, budget_s=0.5, dtypes=("float32",), device="cpu", num_threads=1, date="today")
+    runtime = [RuntimeCase(name=UNIT, dtype="float32", numel=4096, sharded=sharded) for sharded in (True, False)]
+    runtime.append(RuntimeCase(name="adamw", dtype="float32", numel=4096, sharded=True))
+    found = profile_local(
+        2, budget_s=0.5, dtypes=("float32",), device="cpu", num_threads=1, date="today", runtime=runtime,
+        link_budget_s=0.1, largest_message_bytes=4096,
+    )
+    assert [item.target for item in found.ops.samples] == [
+        "autopar.unit_sharded", "autopar.unit_replicated", "autopar.adamw_sharded"
+    ]
+    assert all(item.forward_s > 0 for item in found.ops.samples)
+    assert [fit.collective for fit in found.fits] == [
+        "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"
+    ]
+    assert all(fit.num_ranks == 2 and fit.points and fit.time_s(1e6) > 0 for fit in found.fits)
     assert time.perf_counter() - start < 60
     assert (found.device, found.num_processes, found.num_threads, found.date) == ("CPU", 2, 1, "today")
     assert found.peak_flops()["float32"] > 1e8
