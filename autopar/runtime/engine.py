@@ -24,6 +24,7 @@ from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
 from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_channels
+from autopar.runtime.gloo import one_worker_thread
 from autopar.runtime.groups import Groups, check_runnable, make_groups
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
@@ -71,7 +72,8 @@ class Trainer:
             self._open_lone_group(timeout)
         self.layout = parameter_layout(graph, plan, (name for name, _ in model.named_modules()))
         tied = tuple(sorted({param.stages for param in self.layout.params if len(param.stages) > 1}))
-        self.groups = make_groups(plan, tied, self.device, timeout, needs_mesh=needs_mesh)
+        with one_worker_thread():
+            self.groups = make_groups(plan, tied, self.device, timeout, needs_mesh=needs_mesh)
         parts = plan.num_micro_batches * plan.stages[0].mesh.dp
         self.terms = loss_terms(graph, captured.graph, num_parts=parts)
         self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes)
@@ -230,7 +232,8 @@ class Trainer:
     def _open_lone_group(self, timeout: timedelta) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined] # torch does not list it as its own
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        with one_worker_thread():
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         self._owns_group = True
         atexit.register(_close_if_alive, weakref.ref(self))
 

@@ -202,10 +202,13 @@ def _end_with_parent() -> None:
 def _run_task(task: bytes, rank: int) -> Any:
     import torch.distributed as dist
 
+    from autopar.runtime.gloo import one_worker_thread
+
     function, args, count, path, timeout_s = pickle.loads(task)
     store = dist.FileStore(path, count)  # type: ignore[attr-defined] # torch does not list it as its own
     # Ranks that wait for a dead one must not outlive the pool's own patience.
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout_s)
-    )
+    with one_worker_thread():
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=timeout_s)
+        )
     return function(*args)
