@@ -24,10 +24,11 @@ from autopar.errors import AutoparError, InputError, PlanMismatchError
 from autopar.graph.capture import Captured, capture
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.dtypes import param_dtype, torch_dtype
-from autopar.plan.file import load_plan, plan_from_json, plan_to_json
+from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.runtime.engine import OptimizerFactory, Trainer
+from autopar.runtime.gloo import one_worker_thread
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate as simulate_plan
 from autopar.simulate.timeline import Timeline
@@ -41,10 +42,16 @@ _OPTIMIZERS = {"AdamW": "adamw", "Adam": "adam", "SGD": "sgd"}
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel(Plan):
-    """A plan together with the model and the cluster that it was made for. Files keep the plan alone."""
+    """A plan together with the model and the cluster that it was made for. Files keep the plan, and its picture."""
 
     graph: ModelGraph = field(repr=False, compare=False)
     cluster: Cluster = field(repr=False, compare=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan file, with the picture that `autopar viz` draws."""
+        from autopar.viz.picture import picture
+
+        save_plan(self, path, picture(self.graph, self.cluster, self, simulate(self)))
 
 
 def plan(
@@ -148,7 +155,8 @@ def _open_job(device: torch.device | str | None, timeout_s: float) -> torch.devi
         torch.cuda.set_device(place)
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        with one_worker_thread():
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         atexit.register(_close_job)
     return place
 

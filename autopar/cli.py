@@ -91,6 +91,8 @@ ExplainOption = Annotated[str | None, typer.Option(
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it to this file.")]
 DemoFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder for plan.json and trace.json.")]
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="The plan's model, as for `plan`.")]
+PictureModel = Annotated[str | None, typer.Option(
+    "--model", metavar="MODEL", help="The plan's model, for a plan that was saved without its picture.")]
 CheckedDtype = Annotated[str | None, typer.Option(
     "--dtype", help="Compare in this dtype; the plan's own if left out, fp32 for a plan in two bytes.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps to compare.")]
@@ -126,6 +128,7 @@ def plan(
     from autopar.search.explain_text import explain_json, explain_table
     from autopar.search.planner import PlanRequest, find_plan
     from autopar.simulate.simulator import simulate as simulate_plan
+    from autopar.viz.picture import picture
 
     check_writable(output)
     simulations = Simulations()
@@ -143,10 +146,11 @@ def plan(
                 offload=offload, mesh=parse_mesh(mesh) if mesh is not None else (),
             )
             found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
-            report = simulate_plan(graph, machine, found).report()
+            timeline = simulate_plan(graph, machine, found)
+            report = timeline.report()
             explained = explain_block(graph, machine, found, explain) if explain is not None else None
         if output is not None:
-            save_plan(found, output)
+            save_plan(found, output, picture(graph, machine, found, timeline))
         reply.value = plan_json(found, report) | {"costs": report["notes"]}
         reply.show(plan_table(found, report))
         if profile is not None:
@@ -235,6 +239,39 @@ def show(path: PlanFile, json_: Json = False) -> None:
         verify_plan(loaded, None)
         reply.value = json.loads(plan_to_json(loaded))
         reply.show(plan_table(loaded))
+
+
+@app.command()
+def viz(
+    path: PlanFile, output: Output = None, model: PictureModel = None, cluster: OptionalCluster = None,
+    seq_len: SeqLen = None, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
+    json_: Json = False,
+) -> None:
+    """Draw a plan as one HTML page that opens from disk: cluster, timeline, memory, layers, bounds."""
+    from autopar.plan.file import load_picture, load_plan
+    from autopar.plan.verify import verify_plan
+    from autopar.simulate.simulator import simulate as simulate_plan
+    from autopar.viz.page import page_html
+    from autopar.viz.picture import picture
+
+    target = output if output is not None else path.with_suffix(".html")
+    check_writable(target)
+    with answer(as_json=json_) as reply:
+        loaded = load_plan(path)
+        drawn = load_picture(path) if model is None else None
+        if model is not None:
+            simulations = Simulations()
+            with progress("simulating", as_json=json_):
+                machine = simulations.cluster(cluster or loaded.cluster_name, profile)
+                graph = simulations.graph(model, seq_len or loaded.seq_len, loaded.dtype, attention)
+                verify_plan(loaded, graph, machine)
+                drawn = picture(graph, machine, loaded, simulate_plan(graph, machine, loaded))
+        if drawn is None:
+            raise InputError(f"{path}: the plan was saved without its picture; give its model with --model MODEL")
+        page = page_html(drawn)
+        write_text(target, page)
+        reply.value = {"page": str(target), "size_bytes": len(page.encode())}
+        reply.show(f"written to {target}: open it in a browser")
 
 
 @app.command()

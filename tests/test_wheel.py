@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_PACKED = {"__pycache__", "page"}  # autopar/viz/page: what autopar/viz/assets is built from
 SHADOWS = ("profiler.py", "cost_models.py", "graph.py", "plan.py", "errors.py", "files.py", "cli.py")
 
 
@@ -19,7 +20,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         (source / name).write_bytes((ROOT / name).read_bytes())
     for name in ("autopar", "cost_models", "profiler"):
         for path in (ROOT / name).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and not {"__pycache__", "node_modules"}.intersection(path.parts):
                 target = source / path.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
@@ -42,7 +43,8 @@ def test_autopar_is_the_only_top_level_name(wheel_names: set[str]) -> None:
 def test_every_source_and_data_file_is_in_the_wheel(wheel_names: set[str]) -> None:
     rooms = [path for path in (ROOT / "autopar").iterdir() if path.is_dir()]
     files = [path for room in rooms for path in room.rglob("*")] + list((ROOT / "autopar").iterdir())
-    wanted = {str(path.relative_to(ROOT)) for path in files if path.is_file() and "__pycache__" not in path.parts}
+    packed = [path for path in files if path.is_file() and not NOT_PACKED.intersection(path.parts)]
+    wanted = {str(path.relative_to(ROOT)) for path in packed}
     assert {"autopar/cost_models/__init__.py", "autopar/profiler/__init__.py", "autopar/py.typed"} <= wanted
     assert wanted - wheel_names == set()
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -144,6 +145,7 @@ class _PlanFile(_Record):
     coverage: _Coverage | None = None
     rewrites: tuple[_Rewrite, ...] = ()
     actions: tuple[str, ...] = ()
+    picture: dict[str, Any] | None = None  # what the plan's page shows; no part of the plan
 
 
 def _checked_states(states: tuple[str, ...]) -> tuple[str, ...]:
@@ -152,8 +154,11 @@ def _checked_states(states: tuple[str, ...]) -> tuple[str, ...]:
     return states
 
 
-def plan_to_json(plan: Plan) -> str:
-    """The plan file's text: the same plan always gives the same text."""
+def plan_to_json(plan: Plan, picture: Mapping[str, Any] | None = None) -> str:
+    """The plan file's text: the same plan always gives the same text.
+
+    `picture` is what `autopar viz` draws (autopar.viz.picture); it goes along at the end, in one line.
+    """
     record = _PlanFile(
         format=FORMAT, version=VERSION, model_name=plan.model_name, model_fingerprint=plan.model_fingerprint,
         cluster_name=plan.cluster_name, cluster_fingerprint=plan.cluster_fingerprint, num_devices=plan.num_devices,
@@ -171,11 +176,23 @@ def plan_to_json(plan: Plan) -> str:
         rewrites=tuple(_Rewrite(kind=item.kind, cls=item.cls, ops=item.ops) for item in plan.rewrites),
         actions=plan.actions,
     )
-    return record.model_dump_json(indent=1) + "\n"
+    text = record.model_dump_json(indent=1, exclude={"picture"})
+    if picture is not None:
+        text = text.removesuffix("\n}") + ',\n "picture": ' + json.dumps(picture, separators=(",", ":")) + "\n}"
+    return text + "\n"
 
 
 def plan_from_json(text: str, *, source: str = "plan") -> Plan:
     """The plan that the text describes; InputError, one line that names `source`, for anything else."""
+    return _plan(_record(text, source))
+
+
+def picture_from_json(text: str, *, source: str = "plan") -> dict[str, Any] | None:
+    """The picture that goes along with the plan, None where there is none; InputError as `plan_from_json`."""
+    return _record(text, source).picture
+
+
+def _record(text: str, source: str) -> _PlanFile:
     try:
         document = json.loads(text)
     except json.JSONDecodeError as error:
@@ -194,29 +211,36 @@ def plan_from_json(text: str, *, source: str = "plan") -> Plan:
             f"use the autopar that wrote it, or {_AGAIN}"
         )
     try:
-        record = _PlanFile.model_validate_json(text)
+        return _PlanFile.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "top level"
         raise InputError(f"{source}: at {where}: {' '.join(first['msg'].split())}; correct it or {_AGAIN}") from None
-    return _plan(record)
 
 
-def save_plan(plan: Plan, path: str | Path) -> None:
+def save_plan(plan: Plan, path: str | Path, picture: Mapping[str, Any] | None = None) -> None:
     """Write the plan file atomically: readers see the old file or the whole new one."""
-    write_text(path, plan_to_json(plan))
+    write_text(path, plan_to_json(plan, picture))
 
 
 def load_plan(path: str | Path) -> Plan:
     """The plan in the file; InputError, one line that names the file, where it cannot be read."""
+    return plan_from_json(_text(path), source=str(path))
+
+
+def load_picture(path: str | Path) -> dict[str, Any] | None:
+    """The picture in the plan file, None where it holds none; InputError as `load_plan`."""
+    return picture_from_json(_text(path), source=str(path))
+
+
+def _text(path: str | Path) -> str:
     source = Path(path)
     try:
-        text = source.read_text(encoding="utf-8")
+        return source.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{source}: not a text file, so not an autopar plan; {_AGAIN}") from None
     except OSError as error:
         raise InputError(f"{source}: cannot read the plan: {error.strerror or error}; check the path") from None
-    return plan_from_json(text, source=str(source))
 
 
 def _stage_record(stage: Stage) -> _Stage:
@@ -300,7 +324,7 @@ def _sharding(choice: _Sharding) -> ClassSharding:
 
 
 def _plan(record: _PlanFile) -> Plan:
-    shared = ("format", "version", "stages", "shardings", "certificate", "baselines", "coverage", "rewrites")
+    shared = ("format", "version", "stages", "shardings", "certificate", "baselines", "coverage", "rewrites", "picture")
     plain = {name: getattr(record, name) for name in _PlanFile.model_fields if name not in shared}
     certificate = record.certificate
     return Plan(

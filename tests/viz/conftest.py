@@ -1,0 +1,40 @@
+"""A planned model and its page, made once by the commands that users type."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autopar.cli import main
+from autopar.plan.file import load_picture
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 4, "hidden_size": 64,
+    "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+    "max_position_embeddings": 128, "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The files of a plan, and what its page shows."""
+
+    model: Path
+    plan: Path
+    page: Path
+    picture: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    folder = tmp_path_factory.mktemp("page")
+    model, plan, page = folder / "config.json", folder / "plan.json", folder / "plan.html"
+    model.write_text(json.dumps(CONFIG))
+    assert main(["plan", str(model), "--cluster", "2x4xH100-80GB", "--global-batch", "32", "--mesh", "pp=2,tp=2",
+                 "-o", str(plan)]) == 0
+    assert main(["viz", str(plan), "-o", str(page)]) == 0
+    picture = load_picture(plan)
+    assert picture is not None
+    return Drawn(model=model, plan=plan, page=page, picture=picture)

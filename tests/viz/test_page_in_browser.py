@@ -1,0 +1,100 @@
+"""The page in a real browser, opened from disk with the network off, clicked through."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from conftest import Drawn
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@dataclass
+class Seen:
+    """A page, and what it asked for and complained of."""
+
+    page: object
+    requests: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def seen(browser, drawn: Drawn, request: pytest.FixtureRequest) -> Iterator[Seen]:
+    context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900}, offline=True)
+    page = context.new_page()
+    found = Seen(page)
+    page.on("request", lambda sent: found.requests.append(sent.url))
+    page.on("pageerror", lambda error: found.errors.append(str(error)))
+    page.on("console", lambda said: found.errors.append(said.text) if said.type == "error" else None)
+    page.goto(drawn.page.as_uri())
+    page.wait_for_selector("main")
+    assert page.locator("html").get_attribute("data-theme") == request.param
+    yield found
+    context.close()
+    assert found.errors == []
+    assert found.requests == [drawn.page.as_uri()]
+
+
+def test_every_part_is_there_and_has_a_table(seen: Seen, drawn: Drawn) -> None:
+    page = seen.page
+    for part in ("breakdown", "cluster", "timeline", "memory", "model", "baselines", "proof"):
+        section = page.locator(f"#{part}")
+        assert section.bounding_box()["height"] > 60
+        section.get_by_role("button", name="table").click()
+        assert section.locator("tbody tr").count() > 0
+    devices = sum(node["count"] * len(node["stages"]) for node in drawn.picture["cluster"]["nodes"])
+    assert page.locator(".device").count() == devices == 8
+    events = sum(len(row["events"]) for row in drawn.picture["timeline"]["rows"])
+    assert page.locator("#timeline tbody tr").count() == events
+
+
+def test_the_timeline_tells_times_zooms_and_follows_a_micro_batch(seen: Seen) -> None:
+    page = seen.page
+    canvas = page.locator("#timeline canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    shown = [canvas.evaluate("c => c.toDataURL()")]
+    at = (box["x"] + 0.5 * box["width"], box["y"] + 30)
+    page.mouse.move(*at)
+    assert "stage 0" in page.locator(".tip").inner_text()
+    page.mouse.wheel(0, -600)
+    shown.append(canvas.evaluate("c => c.toDataURL()"))
+    page.get_by_role("button", name="whole step").click()
+    assert canvas.evaluate("c => c.toDataURL()") == shown[0] != shown[1]
+    for share in range(20, 100, 2):  # somewhere on the row a micro-batch is computed
+        page.mouse.click(box["x"] + share / 100 * box["width"], box["y"] + 30)
+        if "enters at" in page.locator("#timeline").inner_text():
+            return
+    pytest.fail("no click on the first row found a micro-batch")
+
+
+def test_a_module_is_found_by_its_name_and_opens_with_its_split(seen: Seen) -> None:
+    page = seen.page
+    page.get_by_role("searchbox").fill("down_proj")
+    page.locator(".hits button").first.click()
+    assert page.locator(".op.found").count() == 1
+    words = page.locator("#model aside").inner_text()
+    assert "down_proj" in words and "forward" in words and "tp" in words
+    assert page.locator("#model path.comm").count() > 0
+    page.get_by_role("searchbox").fill("no such module")
+    assert "no module of this name" in page.locator(".hits").inner_text()
+
+
+def test_the_theme_can_be_changed(seen: Seen) -> None:
+    html = seen.page.locator("html")
+    before = html.get_attribute("data-theme")
+    seen.page.get_by_role("button", name="light / dark").click()
+    assert html.get_attribute("data-theme") != before

@@ -1,0 +1,69 @@
+"""What the page is given: every device, block, event and byte of the plan, folded but not lost."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from conftest import Drawn
+
+from autopar.plan.file import load_plan, picture_from_json, plan_to_json
+
+LAYERS = 4
+
+
+def test_every_device_is_shown_with_its_stage(drawn: Drawn) -> None:
+    plan, found = load_plan(drawn.plan), {}
+    for node in drawn.picture["cluster"]["nodes"]:
+        per_node = len(node["stages"])
+        for i in range(node["count"]):
+            found.update({node["first_rank"] + i * per_node + j: stages for j, stages in enumerate(node["stages"])})
+    assert found == {rank: [i] for i, stage in enumerate(plan.stages) for rank in stage.devices}
+
+
+def test_nodes_that_do_the_same_are_one_box(drawn: Drawn) -> None:
+    assert [node["count"] for node in drawn.picture["cluster"]["nodes"]] == [1, 1]  # a stage on each
+
+
+def test_blocks_of_all_stages_add_up_to_the_model(drawn: Drawn) -> None:
+    runs = [run for stage in drawn.picture["stages"] for run in stage["blocks"]]
+    assert sum(run["count"] for run in runs) == len(load_plan(drawn.plan).blocks) == LAYERS + 2
+    assert {run["cls"] for run in runs} <= {entry["cls"] for entry in drawn.picture["classes"]}
+
+
+def test_events_lie_inside_the_step_and_do_not_overlap_on_a_rank(drawn: Drawn) -> None:
+    timeline = drawn.picture["timeline"]
+    compute = {i for i, kind in enumerate(timeline["kinds"]) if kind in ("F", "B", "I", "W")}
+    for row in timeline["rows"]:
+        own = [event for event in row["events"] if event[0] in compute]
+        assert own
+        assert all(0 <= start <= end <= timeline["step_time_s"] * (1 + 1e-6) for *_, start, end in row["events"])
+        assert all(one[4] <= other[3] + 1e-6 for one, other in pairwise(own))
+
+
+def test_parts_add_up(drawn: Drawn) -> None:
+    assert sum(drawn.picture["breakdown_s"].values()) == pytest.approx(drawn.picture["numbers"]["step_time_s"])
+    plan = load_plan(drawn.plan)
+    for row, stage in zip(drawn.picture["timeline"]["rows"], plan.stages, strict=True):
+        assert sum(row["memory_gib"].values()) * 2**30 == pytest.approx(stage.peak_memory_bytes)
+
+
+def test_ops_name_makers_that_exist_and_collectives_have_a_place(drawn: Drawn) -> None:
+    for entry in drawn.picture["classes"]:
+        names = {op["name"] for op in entry["ops"]}
+        assert all(set(op["from"]) <= names for op in entry["ops"])
+        assert all(axis["axis"] == "tp" for op in entry["ops"] for axis in op["axes"])
+        assert all(item["size_bytes"] > 0 for item in entry["collectives"])
+    assert any(entry["collectives"] for entry in drawn.picture["classes"])
+
+
+def test_shapes_are_those_of_a_micro_batch(drawn: Drawn) -> None:
+    rows = load_plan(drawn.plan).micro_batch
+    layer = next(entry for entry in drawn.picture["classes"] if "Layer" in entry["cls"])
+    assert {op["shape"][0] for op in layer["ops"] if len(op["shape"]) == 3} == {rows}
+
+
+def test_a_plan_without_a_picture_is_the_same_plan(drawn: Drawn) -> None:
+    plan = load_plan(drawn.plan)
+    bare = plan_to_json(plan)
+    assert picture_from_json(bare) is None
+    assert json.loads(plan_to_json(plan, {"a": [1, {}]})) == json.loads(bare) | {"picture": {"a": [1, {}]}}
