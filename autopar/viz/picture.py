@@ -184,7 +184,7 @@ def _timeline(cluster: Cluster, plan: Plan, timeline: Timeline) -> dict[str, Any
         rows.append({
             **_row(cluster, group),
             "events": [
-                [number[e.kind], e.stage, e.micro_batch, round(e.start_s, _DIGITS), round(e.end_s, _DIGITS)]
+                [number[e.kind], e.stage, e.micro_batch, _rounded(e.start_s), _rounded(e.end_s)]
                 for e in events
             ],
         })
@@ -198,13 +198,13 @@ def _row(cluster: Cluster, group: GroupTimeline) -> dict[str, Any]:
         "types": list(dict.fromkeys(group.types)), "busy_s": group.busy_s,
         "memory_gib": {name: getattr(group.memory, name) / GIB for name in parts},
         "usable_gib": min(cluster.device(rank).usable_memory_bytes for rank in group.ranks) / GIB,
-        "memory_curve": [[round(at, _DIGITS), round(size / GIB, 4)] for at, size in memory_curve(group)],
+        "memory_curve": [[_rounded(at), _rounded(size / GIB)] for at, size in group.memory_steps],
     }
 
 
-def memory_curve(group: GroupTimeline) -> Sequence[tuple[float, float]]:
-    """(seconds, bytes) wherever the allocated bytes of a device of the group change."""
-    return getattr(group, "memory_curve", ())
+def _rounded(value: float) -> float:
+    """The value with as many digits as a drawing can show."""
+    return float(f"{value:.{_DIGITS}g}")
 
 
 def _classes(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> list[dict[str, Any]]:

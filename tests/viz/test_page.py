@@ -41,15 +41,15 @@ def test_a_picture_of_another_version_is_refused(drawn: Drawn) -> None:
 
 
 def test_a_plan_saved_without_its_picture_needs_its_model(
-    drawn: Drawn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drawn: Drawn, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bare, page = tmp_path / "bare.json", tmp_path / "bare.html"
     save_plan(load_plan(drawn.plan), bare)
     assert main(["viz", str(bare), "-o", str(page)]) == 2
-    assert "--model" in capsys.readouterr().err
+    assert "--model" in capfd.readouterr().err
     assert not page.exists()
     assert main(["viz", str(bare), "-o", str(page), "--model", str(drawn.model), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["size_bytes"] == len(page.read_bytes())
+    assert json.loads(capfd.readouterr().out)["size_bytes"] == len(page.read_bytes())
     assert page.read_text() == drawn.page.read_text()
 
 

@@ -51,7 +51,9 @@ def test_ops_name_makers_that_exist_and_collectives_have_a_place(drawn: Drawn) -
     for entry in drawn.picture["classes"]:
         names = {op["name"] for op in entry["ops"]}
         assert all(set(op["from"]) <= names for op in entry["ops"])
-        assert all(axis["axis"] == "tp" for op in entry["ops"] for axis in op["axes"])
+        axes = [name for name, _ in entry["axes"]]
+        assert "tp" in axes
+        assert all([axis["axis"] for axis in op["axes"]] == axes for op in entry["ops"])
         assert all(item["size_bytes"] > 0 for item in entry["collectives"])
     assert any(entry["collectives"] for entry in drawn.picture["classes"])
 
