@@ -8,30 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from autopar.cluster.cluster import DeviceType
+from autopar.cost_models.efficiency import efficiency_of
+from autopar.cost_models.matmul import aligned_share, shape_efficiency
 from autopar.cost_models.op_kinds import CASTS, OpKind, base_name, op_kind
 from autopar.graph.model_graph import Op, refs_in
 
-# Best matrix products measured over shapes, as a share of the dense bfloat16 peak (stas00/ml-engineering, "Maximum
-# Achievable Matmul FLOPS": A100 SXM 267.9 of 312, H100 SXM 794.5 of 989, GH200 821-829 of 989, B200 1745 of 2250,
-# GB200 1822 of 2500, MI300X 758 of 1300). V100: assumed 0.80 (range 0.72-0.88); other devices: assumed 0.80 (range
-# 0.6-0.9). H100-96GB-500W: limited to 500 of 700 W; lasting clocks fall about as the cube root of power, to
-# (5/7)^(1/3) = 0.89 of an H100's (assumed, range 0.8-0.95).
-MATMUL_EFFICIENCY: tuple[tuple[str, float], ...] = (
-    ("H100-96GB-500W", 0.71), ("GH200", 0.83), ("GB200", 0.73), ("H100", 0.80), ("H200", 0.80), ("B200", 0.776),
-    ("MI300X", 0.58), ("V100", 0.80), ("A100", 0.86), ("A800", 0.86), ("CPU", 0.80),
-)
-DEFAULT_MATMUL_EFFICIENCY = 0.80
-# Fused attention, as a share of the same peak at head dim 128, forward and backward. FlashAttention-2 on A100 reaches
-# up to 0.73 and 0.63 (Dao 2023), at training lengths 0.60 and 0.50; the same kernels, which PyTorch ships, reach
-# 0.35-0.40 on H100 (Shah et al. 2024). Blackwell and others: assumed as H100; V100 runs the memory-efficient kernel,
-# assumed 0.35 (range 0.2-0.5).
-ATTENTION_EFFICIENCY: tuple[tuple[str, tuple[float, float]], ...] = (
-    ("A100", (0.60, 0.50)), ("A800", (0.60, 0.50)), ("V100", (0.35, 0.28)), ("CPU", (0.5, 0.4)),
-)
-DEFAULT_ATTENTION_EFFICIENCY = (0.40, 0.33)
 # Attention with a mask given as a tensor runs the memory-efficient kernel, which skips nothing and reaches about 0.6 of
 # the flash kernel's rate (assumed, range 0.4-0.8).
 MASKED_ATTENTION_SLOWDOWN = 0.6
@@ -39,25 +22,24 @@ MASKED_ATTENTION_SLOWDOWN = 0.6
 CONVOLUTION_EFFICIENCY = 0.6
 # Large copies reach 0.90 of HBM's peak on H200 and A100; kernels that also compute a little less (range 0.75-0.92).
 MEMORY_EFFICIENCY = 0.85
-# A tile's start and end cost about as much as 128 steps of the inner dim (assumed, range 64-256), and on average half a
-# wave of tiles idles at the end of a product: half of 132 or 108 multiprocessors, in tiles of 128 x 128.
-INNER_DIM_OVERHEAD = 128
-HALF_WAVE_TILES = 60
-TILE = 128
 # Time between the end of a kernel and the start of the next that waits in the queue, as a share of `kernel_launch_s`:
 # 1.28 us in a replayed graph against 4.2 us from Python on an H100 (assumed for others, range 0.15-0.5).
 GAP_SHARE = 0.3
 
-# What the host needs to issue an op eagerly: Python and the dispatcher in the forward, less for views, C++ in the
-# backward, and a collective of a process group. A block takes at least the sum of these, however fast the device is; a
-# device's queue hides it where kernels are longer (assumed, from common traces of PyTorch 2: 5-20 us an op). Compiled
-# blocks are not bound by it.
-FORWARD_DISPATCH_S = 10e-6
-VIEW_DISPATCH_S = 4e-6
-BACKWARD_DISPATCH_S = 7e-6
-COLLECTIVE_DISPATCH_S = 30e-6
-
-Value = TypeVar("Value")
+# What the reference host needs to issue an op eagerly: the module's Python, the dispatcher and autograd's record, the
+# launch; less for views; autograd's nodes in the backward, which issue one to three kernels each; a collective of a
+# process group with its events. A block takes at least the sum of these, however fast the device is; a device's queue
+# hides it where kernels are longer. Compiled blocks are not bound by it. A layer of a Hugging Face Llama (30 kernels and
+# 40 views) takes about 0.85 ms when it generates on an H100 (25-30 ms for the 32 layers of the 7B model, from common
+# reports), which is 21 and 5 us for each; recording for the backward adds 5 and 3 (assumed, range 0.6-1.5 times).
+FORWARD_DISPATCH_S = 26e-6
+VIEW_DISPATCH_S = 8e-6
+BACKWARD_DISPATCH_S = 40e-6
+VIEW_BACKWARD_DISPATCH_S = 10e-6
+COLLECTIVE_DISPATCH_S = 60e-6
+# Recomputing a block: torch.utils.checkpoint saves and restores the states of the CPU's and the device's random numbers,
+# unpacks its inputs and enters autograd again (assumed, range 0.1-0.3 ms).
+CHECKPOINT_DISPATCH_S = 150e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +73,21 @@ def matmul_efficiency(
 ) -> float:
     """Share of the peak that `batch` products of (m, k) by (k, n) reach: the device's best, less for small dims.
 
-    Dims that do not fill a tile of 128 waste the rest of it; short inner dims pay for a tile's start and end; few tiles
-    leave multiprocessors idle in the last wave. A CPU core has neither such tiles nor waves: it keeps its best.
+    Rows of the operands and of the result, k and n long, should be multiples of 8 in 16 bits. A CPU core has neither
+    tiles nor waves: it keeps its best.
     """
     best = best_matmul_efficiency(device, dtype)
     if _is_cpu(device):
         return best
-    tiles = max(1.0, batch) * math.ceil(m / TILE) * math.ceil(n / TILE)
-    filled = max(1.0, batch) * m * n / (tiles * TILE * TILE)
-    if m < TILE or n < TILE:  # kernels with smaller tiles exist; a tile of at least 64 x 64 is assumed
-        filled = min(1.0, filled * 2)
-    return best * filled * k / (k + INNER_DIM_OVERHEAD) * tiles / (tiles + HALF_WAVE_TILES)
+    aligned = aligned_share(k, n) if dtype in ("bfloat16", "float16") else 1.0
+    return best * aligned * shape_efficiency(efficiency_of(device.name).multiprocessors, m, n, k, batch)
 
 
 def best_matmul_efficiency(device: DeviceType, dtype: str) -> float:
     """The share of `device.peak` that the best-shaped products reach; 1 where the peak was measured."""
     if _is_measured(device, f"peak_flops.{dtype}"):
         return 1.0
-    return _by_prefix(MATMUL_EFFICIENCY, device.name, DEFAULT_MATMUL_EFFICIENCY)
+    return efficiency_of(device.name).matmul
 
 
 def memory_bandwidth(device: DeviceType) -> float:
@@ -162,11 +141,16 @@ def op_time_s(
         # writes the third's.
         products = max(1, round(backward_flops / flops)) if flops else len(grads)
         each = kernel_time_s(device, max(backward_flops / products / rate, (in_bytes + out_bytes) / bandwidth))
-        return OpTime(forward, products * each if grads and backward_flops else 0.0)
+        # The gradient of a bias is a sum over the result's.
+        bias_s = sum(
+            memory_time_s(device, out_bytes + x.size_bytes) for x in grads if len(x.shape) == 1 and len(operands) == 3
+        )
+        return OpTime(forward, products * each + bias_s if grads and backward_flops else 0.0)
     if kind is OpKind.EXPERTS and flops:
         return _experts_time(operands, device, dtype, flops, backward_flops if grads else 0.0)
     if kind is OpKind.ATTENTION:
-        forward_share, backward_share = attention_efficiency(device, operands[0].shape[-1])
+        keys = operands[1].shape[-2] if len(operands) > 1 else operands[0].shape[-2]
+        forward_share, backward_share = attention_efficiency(device, operands[0].shape[-1], keys, is_causal(op))
         peak = device.peak(dtype) * (MASKED_ATTENTION_SLOWDOWN if has_mask(op) else 1.0)
         bandwidth = memory_bandwidth(device)
         return OpTime(
@@ -262,12 +246,33 @@ def dispatch_s(op: Op, device: DeviceType, differentiable: bool) -> OpTime:
     """Seconds that the host needs to issue an op; none on a CPU, which computes where it issues."""
     if _is_cpu(device):
         return FREE
+    host = efficiency_of(device.name).host
     if base_name(op.target) == "linears":  # its backward is in Python too, two products and a view for each
         num = sum(1 for _ in refs_in(op.args[1]))
         calls = 3 if is_joined(op) else num
-        return OpTime(calls * FORWARD_DISPATCH_S, 2 * num * FORWARD_DISPATCH_S if differentiable else 0.0)
-    forward = VIEW_DISPATCH_S if op_kind(op.target) is OpKind.VIEW else FORWARD_DISPATCH_S
-    return OpTime(forward, BACKWARD_DISPATCH_S if differentiable else 0.0)
+        return OpTime(
+            calls * FORWARD_DISPATCH_S * host, num * BACKWARD_DISPATCH_S * host if differentiable else 0.0
+        )
+    is_view = op_kind(op.target) is OpKind.VIEW
+    forward = VIEW_DISPATCH_S if is_view else FORWARD_DISPATCH_S
+    backward = VIEW_BACKWARD_DISPATCH_S if is_view else BACKWARD_DISPATCH_S
+    return OpTime(forward * host, backward * host if differentiable else 0.0)
+
+
+def collective_dispatch_s(device: DeviceType) -> float:
+    """Seconds that the host needs to issue one collective."""
+    return COLLECTIVE_DISPATCH_S * efficiency_of(device.name).host
+
+
+def lowering_dispatch_s(device: DeviceType, num_collectives: int, num_calls: int) -> float:
+    """Seconds that the host needs to issue the collectives and the calls of an op's special program."""
+    calls_s = num_calls * FORWARD_DISPATCH_S * efficiency_of(device.name).host
+    return num_collectives * collective_dispatch_s(device) + calls_s
+
+
+def checkpoint_dispatch_s(device: DeviceType) -> float:
+    """Seconds that the host needs around a recomputed block, beside issuing its ops again."""
+    return CHECKPOINT_DISPATCH_S * efficiency_of(device.name).host
 
 
 def is_free(op: Op, outputs: Sequence[LocalTensor]) -> bool:
@@ -286,11 +291,24 @@ def is_identity_cast(op: Op, operands: Sequence[LocalTensor], outputs: Sequence[
     return given.element_bytes == got.element_bytes and given.requires_grad == got.requires_grad
 
 
-def attention_efficiency(device: DeviceType, head_dim: float) -> tuple[float, float]:
-    """Shares of the peak of fused attention, forward and backward; heads smaller than 128 use the units less."""
+def attention_efficiency(
+    device: DeviceType, head_dim: float, keys: float = math.inf, causal: bool = True
+) -> tuple[float, float]:
+    """Shares of the peak of fused attention, forward and backward.
+
+    Heads smaller than 128 use the units less, and so do short sequences; without a causal mask half as many keys give
+    as much work.
+    """
+    found = efficiency_of(device.name)
     share = min(1.0, 0.6 + 0.4 * head_dim / 128)  # 0.8 at head dim 64, as in FlashAttention-2's figures
-    forward, backward = _by_prefix(ATTENTION_EFFICIENCY, device.name, DEFAULT_ATTENTION_EFFICIENCY)
-    return forward * share, backward * share
+    half = found.attention_half_keys * (1.0 if causal else 0.5)
+    share *= 1.0 if math.isinf(keys) else keys / (keys + half)
+    return found.attention_forward * share, found.attention_backward * share
+
+
+def is_causal(op: Op) -> bool:
+    """Whether an attention op is told that queries see no later keys."""
+    return dict(op.kwargs).get("is_causal", op.args[5] if len(op.args) > 5 else False) is True
 
 
 def has_mask(op: Op) -> bool:
@@ -353,7 +371,3 @@ def _is_cpu(device: DeviceType) -> bool:
 
 def _is_measured(device: DeviceType, field: str) -> bool:
     return dict(device.sources).get(field, "").startswith("measured")
-
-
-def _by_prefix(table: Sequence[tuple[str, Value]], name: str, default: Value) -> Value:
-    return next((value for prefix, value in table if name.startswith(prefix)), default)

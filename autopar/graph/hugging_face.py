@@ -62,6 +62,7 @@ def traceable(model: nn.Module, float_dtype: torch.dtype | None = None) -> Itera
         logger.setLevel(logging.ERROR)
         _plain_masks(stack, model, modules, notes)
         _one_op_for_experts(stack, model, float_dtype, notes)
+        _one_op_for_norms_and_gelu(stack, model, notes)
         yield notes
 
 
@@ -145,6 +146,49 @@ def _one_op_for_experts(
         moe._can_use_grouped_mm = lambda *args: False
         notes.append(f"{', '.join(others)}: not one op, run whole on every rank (a gate with parameters, random "
                      "numbers or more than rows, or a norm after the experts)")
+
+
+def _one_op_for_norms_and_gelu(stack: contextlib.ExitStack, model: nn.Module, notes: list[str]) -> None:
+    """Lets RMS norms and GELUs that are written out in many ops, each of which keeps tensors, trace to PyTorch's one.
+
+    The values are the same but for rounding. Norms are known by their code, which most models copy from Llama's.
+    """
+    from transformers import activations
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    gelus = [getattr(activations, name, None) for name in ("NewGELUActivation", "AccurateGELUActivation")]
+    norm_code = _code_of(LlamaRMSNorm.forward)
+    kinds = dict.fromkeys(type(module) for module in model.modules())
+    found = [kind for kind in kinds if kind in gelus]
+    norms = [kind for kind in kinds if kind.__name__.endswith("RMSNorm") and _code_of(kind.forward) == norm_code]
+    for kind in found:
+        _set(stack, kind, "forward", _tanh_gelu)
+    for kind in norms:
+        _set(stack, kind, "forward", _rms_norm_or(kind.forward))
+    if found or norms:
+        names = ", ".join(kind.__name__ for kind in (*found, *norms))
+        notes.append(f"{names}: run as PyTorch's own op (equal but for rounding)")
+
+
+def _code_of(function: Callable[..., Any]) -> str | None:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return None
+
+
+def _tanh_gelu(module: nn.Module, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (as the module calls it)
+    return nn.functional.gelu(input, approximate="tanh")
+
+
+def _rms_norm_or(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = module.weight
+        if hidden_states.dtype != weight.dtype:  # then the result has the wider dtype
+            return original(module, hidden_states)
+        return nn.functional.rms_norm(hidden_states, weight.shape, weight, module.variance_epsilon)
+
+    return forward
 
 
 def _first_weight(module: Any) -> torch.Tensor:

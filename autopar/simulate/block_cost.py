@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.compute import (
-    COLLECTIVE_DISPATCH_S,
-    FORWARD_DISPATCH_S,
     OpTime,
+    checkpoint_dispatch_s,
+    collective_dispatch_s,
     is_joined,
     kernel_time_s,
+    lowering_dispatch_s,
     memory_bandwidth,
 )
 from autopar.cost_models.op_kinds import OpKind, op_kind
@@ -43,6 +44,7 @@ class BlockCost:
     saved_bytes: float
     boundary_bytes: float
     transient_bytes: float
+    recompute_s: float  # what running the forward's compute again takes, with the host's part in it
     selective_saved_bytes: float
     selective_recompute_s: float
     selective_recompute_tp_s: float
@@ -203,7 +205,9 @@ class _Summation:
             for name in fused.kept_inputs():
                 if name not in cls.params and name not in cls.buffers:
                     saved.setdefault((name, self.storage[name]), costs.local(name, self.state[name]).size_bytes)
+        again = forward
         if not self.compile and not costs.device.name.startswith("CPU"):
+            again = max(forward, self.host[0] + checkpoint_dispatch_s(costs.device) - self.comm[0])
             forward = max(forward, self.host[0] - self.comm[0])
             backward = max(backward, self.host[1] - self.comm[1])
         saved_bytes = sum(saved.values()) + extra
@@ -216,7 +220,7 @@ class _Summation:
                 costs.local(name, self.state[name]).size_bytes
                 for name in cls.inputs if costs.whole(name).requires_grad
             ),
-            transient_bytes=transient,
+            transient_bytes=transient, recompute_s=again,
             selective_saved_bytes=sum(size for key, size in saved.items() if key not in dropped - kept_anyway)
             + selective_extra,
             selective_recompute_s=recompute, selective_recompute_tp_s=again_tp,
@@ -238,8 +242,8 @@ class _Summation:
         self.comm[1] += time.backward_s
         for axis, found in self.costs.lowerings(op, strategy):
             self.charges += self.of_lowering(op, strategy, axis, found)
-            self.host[0] += COLLECTIVE_DISPATCH_S * len(found.forward) + FORWARD_DISPATCH_S * found.forward_calls
-            self.host[1] += COLLECTIVE_DISPATCH_S * len(found.backward) + FORWARD_DISPATCH_S * found.backward_calls
+            self.host[0] += lowering_dispatch_s(self.costs.device, len(found.forward), found.forward_calls)
+            self.host[1] += lowering_dispatch_s(self.costs.device, len(found.backward), found.backward_calls)
         return time
 
     def places(self, word: str) -> tuple[Placement, ...]:
@@ -268,8 +272,8 @@ class _Summation:
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
         self.charges += self.of_conversion(name, current, wanted, made)
-        self.host[0] += COLLECTIVE_DISPATCH_S * sum(step.forward is not None for _, _, step in made)
-        self.host[1] += COLLECTIVE_DISPATCH_S * sum(step.backward is not None for _, _, step in made)
+        self.host[0] += collective_dispatch_s(self.costs.device) * sum(step.forward is not None for _, _, step in made)
+        self.host[1] += collective_dispatch_s(self.costs.device) * sum(step.backward is not None for _, _, step in made)
         moves = any(_moves(step) for _, _, step in made)
         storage = f"{name}|{placement_text(wanted)}" if moves else self.storage[name]
         self.converted[name, wanted] = storage

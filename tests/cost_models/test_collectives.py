@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +10,9 @@ from autopar.cluster.cluster import GroupShape, Link
 from autopar.cost_models.collectives import (
     LAUNCH_S,
     NETWORK_EFFICIENCY,
+    NETWORK_FILL_S,
     NETWORK_LAUNCH_S,
-    NETWORK_RAMP_S,
+    NETWORK_SETTLE_S,
     collective_time_s,
     send_recv_time_s,
 )
@@ -48,8 +47,31 @@ def test_ring_inside_a_node() -> None:
 
 def test_two_nodes_are_bound_by_the_network() -> None:
     full = GIB / 2 / (50e9 * NETWORK_EFFICIENCY)
-    expected = LAUNCH_S + NETWORK_LAUNCH_S + 6 * 1e-6 + 2 * 5e-6 + full + math.sqrt(full * NETWORK_RAMP_S)
+    fill = NETWORK_FILL_S * full / (full + NETWORK_SETTLE_S)
+    expected = LAUNCH_S + NETWORK_LAUNCH_S + 6 * 1e-6 + 2 * 5e-6 + full + fill
     assert collective_time_s(Collective.ALL_GATHER, GIB, group(8, 2)) == pytest.approx(expected)
+
+
+def on_nvlink(size: int, name: str, bandwidth: float) -> GroupShape:
+    link = Link(name=name, latency_s=1.9e-6, bandwidth_bytes_per_s=bandwidth, source="vendor")
+    return GroupShape(size=size, num_nodes=1, per_node=size, link=link, network=NETWORK)
+
+
+def test_a_ring_fills_its_pipeline_step_by_step() -> None:
+    """16 MiB on 4 A100: 2 (n - 1) / n of it at 0.76 of 300 GB/s, six steps of 5 us and 25 us, and a tree's latency."""
+    full = 2 * 2**24 * 3 / 4 / (300e9 * 0.76)
+    fill = (25e-6 + 6 * 5e-6) * full / (full + 5e-6)
+    expected = LAUNCH_S + 2 * 2 * 1.9e-6 + full + fill
+    assert collective_time_s(Collective.ALL_REDUCE, 2**24, on_nvlink(4, "NVLink3", 300e9)) == pytest.approx(expected)
+
+
+def test_switches_reduce_on_more_than_four_devices() -> None:
+    """8 H100 with NVLS: 1.3 of the ring's 0.8 of 450 GB/s, 75 us of filling."""
+    full = 2 * 2**26 * 7 / 8 / (450e9 * 0.8 * 1.3)
+    expected = LAUNCH_S + 2 * 3 * 1.9e-6 + full + 75e-6 * full / (full + 25e-6)
+    assert collective_time_s(Collective.ALL_REDUCE, 2**26, on_nvlink(8, "NVLink4", 450e9)) == pytest.approx(expected)
+    four, eight = (collective_time_s(Collective.ALL_REDUCE, GIB, on_nvlink(n, "NVLink4", 450e9)) for n in (4, 8))
+    assert eight < four
 
 
 def test_groups_on_a_node_share_its_network() -> None:

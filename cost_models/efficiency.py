@@ -1,0 +1,39 @@
+"""What a device's kernels reach of its peaks: hardware/efficiency.yaml as values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PATH = Path(__file__).parent / "hardware" / "efficiency.yaml"
+KINDS = ("vendor", "measured", "assumed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """One device's entry of the table; the file says what each field means."""
+
+    multiprocessors: int
+    matmul: float
+    attention_forward: float
+    attention_backward: float
+    attention_half_keys: float
+    host: float
+
+
+@cache
+def efficiency_of(name: str) -> Efficiency:
+    """The entry of the device with this name; that of unknown devices where the table has none."""
+    entry = next(row for prefix, row in table()["devices"].items() if name.startswith(prefix))
+    return Efficiency(**{field.name: entry[field.name]["value"] for field in fields(Efficiency)})
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The file's content: `sources`, and `devices` in order, the one that any name begins with last."""
+    content: dict[str, Any] = yaml.safe_load(PATH.read_text(encoding="utf-8"))
+    return content
