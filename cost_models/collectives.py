@@ -5,9 +5,9 @@ time = launch + hops * latency + t + fill * t / (t + settle), with t = bytes / r
 *Bytes* are those of the bandwidth-optimal algorithms (rings and pairwise exchange; Thakur et al. 2005), counted for the
 busiest device inside a node and for the busiest node on the network; the two levels work at the same time, so that the
 slower of the two counts. *Hops* are a ring's, or twice a tree's depth for an all-reduce where that is less, as NCCL
-chooses. *Fill*: a long message passes in chunks, and the first of them goes through all hops alone; chunks grow with the
-message, so that the whole of it counts from a few times `settle` on. Constants below were calibrated on published collective curves alone (`tests/benchmarks/bench_collectives.py`
-compares), never on training steps.
+chooses. *Fill*: a long message passes in chunks, and the first of them goes through all hops alone; chunks grow with
+the message, so that all of the fill counts from a few times `settle` on. Constants below were calibrated on published
+collective curves alone (`tests/benchmarks/bench_collectives.py` compares), never on training steps.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SMALL_RING_SHARE = {2: 0.87, 3: 0.93}
 # NVLink switches that add (NVLS: 4 with more than 4 devices, 5 likewise): 473-480 on H200 where a ring reaches 366,
 # 838 on B200 for 682.
 NVLS_SPEEDUP = {"NVLink4": 1.30, "NVLink5": 1.23}
-# An all-to-all against a ring at the same rate: 153 of 300 GB/s on 2 devices, 199 on 4, 195 on 8 (Galvatron's profile of
-# A100-class devices), where rings reach 240.
+# An all-to-all against a ring at the same rate: 153 of 300 GB/s on 2 devices, 199 on 4, 195 on 8 (Galvatron's profile
+# of A100-class devices), where rings reach 240.
 ALL_TO_ALL_SHARE = 0.8
 # Launch of a collective's kernel and its synchronization, beside its hops: 13 us for 8 bytes among 8 H100, of which
 # 6 tree hops of 1.9 us; assumed for other devices (range 2-10 us).

@@ -29,16 +29,16 @@ GAP_SHARE = 0.3
 # What the reference host needs to issue an op eagerly: the module's Python, the dispatcher and autograd's record, the
 # launch; less for views; autograd's nodes in the backward, which issue one to three kernels each; a collective of a
 # process group with its events. A block takes at least the sum of these, however fast the device is; a device's queue
-# hides it where kernels are longer. Compiled blocks are not bound by it. A layer of a Hugging Face Llama (30 kernels and
-# 40 views) takes about 0.85 ms when it generates on an H100 (25-30 ms for the 32 layers of the 7B model, from common
-# reports), which is 21 and 5 us for each; recording for the backward adds 5 and 3 (assumed, range 0.6-1.5 times).
+# hides it where kernels are longer. Compiled blocks are not bound by it. A layer of a Hugging Face Llama (30 kernels
+# and 40 views) takes about 0.85 ms when it generates on an H100 (25-30 ms for the 32 layers of the 7B model, from
+# common reports), which is 21 and 5 us for each; recording for the backward adds 5 and 3 (assumed, range 0.6-1.5).
 FORWARD_DISPATCH_S = 26e-6
 VIEW_DISPATCH_S = 8e-6
 BACKWARD_DISPATCH_S = 40e-6
 VIEW_BACKWARD_DISPATCH_S = 10e-6
 COLLECTIVE_DISPATCH_S = 60e-6
-# Recomputing a block: torch.utils.checkpoint saves and restores the states of the CPU's and the device's random numbers,
-# unpacks its inputs and enters autograd again (assumed, range 0.1-0.3 ms).
+# Recomputing a block: torch.utils.checkpoint saves and restores the states of the CPU's and the device's random
+# numbers, unpacks its inputs and enters autograd again (assumed, range 0.1-0.3 ms).
 CHECKPOINT_DISPATCH_S = 150e-6
 
 

@@ -20,8 +20,8 @@ INNER_DIM_OVERHEAD = 128
 SPLITS = (1, 2, 4)
 # Loads of tensor cores are 16 bytes wide: rows that do not begin at multiples of 8 elements need narrower ones.
 # NVIDIA's guide asks for multiples of 8; padding GPT-2's vocabulary of 50257 to 50304 is known to save a quarter of a
-# small model's step (nanoGPT), of which the head is about a fifth: 0.4 of the rate (assumed, range 0.25-0.6), with steps
-# between for 2 and 4.
+# small model's step (nanoGPT), of which the head is about a fifth: 0.4 of the rate (assumed, range 0.25-0.6), with
+# steps between for 2 and 4.
 ALIGNED_SHARE = {1: 0.4, 2: 0.6, 4: 0.85}
 
 
