@@ -306,11 +306,6 @@ def attention_efficiency(
     return found.attention_forward * share, found.attention_backward * share
 
 
-def is_causal(op: Op) -> bool:
-    """Whether an attention op is told that queries see no later keys."""
-    return dict(op.kwargs).get("is_causal", op.args[5] if len(op.args) > 5 else False) is True
-
-
 def has_mask(op: Op) -> bool:
     """Whether an attention op is given a mask tensor. (A causal flag shows in its FLOPs, which are half.)"""
     return dict(op.kwargs).get("attn_mask", op.args[3] if len(op.args) > 3 else None) is not None
