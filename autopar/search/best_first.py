@@ -230,7 +230,7 @@ class Engine:
 
         Where nothing makes a stage fit, its layers keep everything.
         """
-        plan = self._plan(c, cuts)
+        plan = self.plan_of(c, cuts)
         stages = tuple(
             stage if options is None else stage.with_variants([option.variant for option in options])
             for index, stage in enumerate(plan.stages)
@@ -263,7 +263,8 @@ class Engine:
         m = c.num_micro_batches
         return cheapest(options, room, (float(m - in_flight + 1), float(m)))
 
-    def _plan(self, c: Candidate, cuts: Cuts) -> Plan:
+    def plan_of(self, c: Candidate, cuts: Cuts) -> Plan:
+        """The candidate as a plan whose layers keep everything."""
         choice = self.chooser.choose(
             c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
         )

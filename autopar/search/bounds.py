@@ -222,29 +222,12 @@ class Bounds:
         kinds = self._layout.kinds(c)
         tables = self._tables(c, kinds)
         m = c.num_micro_batches
-        works = {kind: range_sums(table.forward_s + table.backward_s) for kind, table in tables.items()}
         made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
-            if (kind, in_flight) in made:
-                continue
-            table, work = tables[kind], works[kind]
-            load = range_sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
-            if bool(np.all(self._room(c, kind, in_flight)[1] | ~np.isfinite(load))):
-                made[kind, in_flight] = load, load, work
-                continue
-            # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-            added = self._added(c, kind, in_flight, (1.0 if in_flight == 1 else 0.0, 1.0))
-            added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
-            plain = range_sums((m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s)
-            later = np.maximum(load + table.hidden_share * added, plain + added)
-            added = self._added(c, kind, in_flight, (1.0, 1.0))
-            plain = range_sums(table.plain_forward_s + table.plain_backward_s)
-            first = np.maximum(work + table.hidden_share * added, plain + added)
-            finite = np.isfinite(first)
-            more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
-            made[kind, in_flight] = later, np.where(finite, later + more, np.inf), first
-        every = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)]
+            if (kind, in_flight) not in made:
+                made[kind, in_flight] = self.stage_loads(c, kind, in_flight, tables[kind])
+        every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
         found = _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
             first=[first for _, _, first in every],
@@ -253,10 +236,34 @@ class Bounds:
                 for stage, kind in enumerate(kinds)
             ],
             once=self._once(c, tables[kinds[0]]),
-            chain_s=float(works[kinds[0]][0, -1]) if len(tables) == 1 else None,
+            chain_s=float(range_sums(alike.forward_s + alike.backward_s)[0, -1]) if len(tables) == 1 else None,
         )
         self._last = (c, found)
         return found
+
+    def stage_loads(
+        self, c: Candidate, kind: StageKind, in_flight: int, table: StageTable
+    ) -> tuple[Table, Table, Table]:
+        """For all ranges: what micro-batches after the first take, that with what variants add to the first, the first.
+
+        Infinite where a range does not fit into memory with so many micro-batches in flight.
+        """
+        m = c.num_micro_batches
+        work = range_sums(table.forward_s + table.backward_s)
+        load = range_sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
+        if bool(np.all(self._room(c, kind, in_flight)[1] | ~np.isfinite(load))):
+            return load, load, work
+        # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
+        added = self._added(c, kind, in_flight, (1.0 if in_flight == 1 else 0.0, 1.0))
+        added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
+        plain = range_sums((m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s)
+        later = np.maximum(load + table.hidden_share * added, plain + added)
+        added = self._added(c, kind, in_flight, (1.0, 1.0))
+        plain = range_sums(table.plain_forward_s + table.plain_backward_s)
+        first = np.maximum(work + table.hidden_share * added, plain + added)
+        finite = np.isfinite(first)
+        more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
+        return later, np.where(finite, later + more, np.inf), first
 
     def _own(self, table: StageTable, later: Table, first: Table, in_flight: int) -> Table:
         """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""

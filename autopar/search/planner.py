@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.search.mixed import MixedOutcome, search_mixed
 from autopar.search.need import smallest_need
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
@@ -74,7 +76,14 @@ def find_plan(
     if context.cut_short:
         outcome = replace(outcome, complete=False, timed_out=True)
     best = outcome.best
-    if best is None:
+    mixed = search_mixed(engine, cluster, best.step_time_s if best else math.inf, deadline, progress)
+    if mixed.num_searched:
+        outcome = replace(
+            outcome, lower_bound_s=min(outcome.lower_bound_s, mixed.lower_bound_s),
+            complete=outcome.complete and mixed.complete, timed_out=outcome.timed_out or not mixed.complete,
+            num_simulated=outcome.num_simulated + mixed.num_simulated,
+        )
+    if best is None and mixed.best is None:
         if outcome.timed_out:
             raise InfeasibleError(
                 f"the time limit of {request.max_search_seconds:g} s came before any plan was found; give "
@@ -86,16 +95,22 @@ def find_plan(
     searched_s = time.monotonic() - began
     offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
+    if mixed.best is not None:
+        step_s, plan = mixed.best.step_time_s, mixed.best.plan
+        memory = tuple(zip(mixed.best.peak_bytes, mixed.best.limit_bytes, strict=True))
+    else:
+        assert best is not None, "one of them was found"
+        step_s, plan = best.step_time_s, engine.plan(best.candidate, best.cuts)
+        memory = tuple(zip(best.peak_bytes, best.limit_bytes, strict=True))
     certificate = Certificate(
-        upper_bound_s=best.step_time_s, lower_bound_s=outcome.lower_bound_s,
+        upper_bound_s=step_s, lower_bound_s=outcome.lower_bound_s,
         searched=f"{len(space) + context.num_searched} settings of pp, tp, sequence parallelism, dp, ZeRO"
-                 f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}, each over all cuts of "
-                 f"{len(graph.blocks)} blocks and all counts of layers that recompute{' or offload' * offload}"
-                 f"{_early(engine, outcome)}",
+                 f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}{_mixed_words(mixed)}, "
+                 f"each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"
+                 f"{' or offload' * offload}{_early(engine, outcome)}",
         not_searched=NOT_SEARCHED if offload else (*NOT_SEARCHED, "offload to host memory"),
         search_seconds=searched_s, stopped_early=not outcome.complete,
     )
-    plan = engine.plan(best.candidate, best.cuts)
     notes = plan.notes
     if one_part := engine.chooser.needs_whole_batch:
         notes = (*notes, f"searched without data axes and micro-batches: {one_part}")
@@ -106,7 +121,7 @@ def find_plan(
         notes=notes,
         stages=tuple(
             replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
-            for stage, peak, limit in zip(plan.stages, best.peak_bytes, best.limit_bytes, strict=True)
+            for stage, (peak, limit) in zip(plan.stages, memory, strict=True)
         ),
     )
     verify_plan(plan, graph, cluster)
@@ -115,6 +130,10 @@ def find_plan(
 
 def _context_words(context: ContextOutcome) -> str:
     return f", {context.num_searched} of them with a context axis" if context.num_searched else ""
+
+
+def _mixed_words(mixed: MixedOutcome) -> str:
+    return f", and {mixed.num_searched} of groups of devices as stages of their own mesh" if mixed.num_searched else ""
 
 
 def _early(engine: Engine, outcome: Outcome) -> str:

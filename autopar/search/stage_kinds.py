@@ -46,6 +46,7 @@ class StageLayout:
     def __init__(self, cluster: Cluster, dtype: str) -> None:
         self._cluster, self._dtype = cluster, dtype
         self._kinds: dict[tuple[int, ...], StageKind] = {}
+        self._on_ranks: dict[tuple[int, int, int, int, tuple[int, ...]], StageKind] = {}
         self._of_candidate: dict[tuple[int, ...], tuple[StageKind, ...]] = {}
         self._pairs: dict[tuple[int, int], list[list[tuple[GroupShape, int]]]] = {}
         self._equal: dict[tuple[object, ...], StageKind] = {}
@@ -94,6 +95,12 @@ class StageLayout:
         if key not in self._kinds:
             self._kinds[key] = self._make(c, tuple(range(first, first + size)))
         return self._kinds[key]
+
+    def kind_of(self, c: Candidate, ranks: tuple[int, ...]) -> StageKind:
+        """The kind of a stage with the candidate's mesh on these ranks."""
+        if (key := (c.tp, c.cp, c.dp_shard, c.dp_replicate, ranks)) not in self._on_ranks:
+            self._on_ranks[key] = self._make(c, ranks)
+        return self._on_ranks[key]
 
     def _make(self, c: Candidate, ranks: tuple[int, ...]) -> StageKind:
         cluster, tp = self._cluster, c.tp

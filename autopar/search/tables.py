@@ -112,10 +112,13 @@ class LayerStrategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranges:
-    """For all ranges of layers [first, last): seconds of a micro-batch, and once a step; infinite where not allowed."""
+    """For all ranges of layers [first, last): seconds that add up over stages, and those of which the largest counts.
+
+    Infinite where a range is not allowed.
+    """
 
     time_s: Table
-    once_s: Table
+    load_s: Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +139,7 @@ class StageTables:
     links: tuple[tuple[str, str, Link], ...] = ()
     inside: tuple[tuple[str, Link], ...] = ()
     max_stages: int | None = None
+    in_runs: bool = False  # use all devices, those of one pool by stages that follow one another
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -222,7 +226,9 @@ class StageTables:
                     continue  # a longer one may fit no better, but static bytes are the caller's
                 time_s[i, j] = sum(sum(_time(option)) for option in options)
         once = range_sums(np.array(own.once_s)) if own.once_s else np.zeros((n + 1, n + 1))
-        return Ranges(time_s=time_s, once_s=np.where(np.isfinite(time_s), once, np.inf))
+        fits = np.isfinite(time_s)
+        loads = (self.num_micro_batches - 1) * np.where(fits, time_s, 0.0) + once
+        return Ranges(time_s=time_s, load_s=np.where(fits, loads, np.inf))
 
     def options(self, strategy: int, in_flight: int, first: int, last: int) -> tuple[Option, ...] | None:
         """The option of each layer of a stage, of least time that fits; None where none does."""
