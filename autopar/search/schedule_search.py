@@ -1,0 +1,377 @@
+"""search_schedule: an order of actions for given stages that is shorter than the named schedules, with its bound.
+
+Tried are 1F1B with deeper warm-ups for slow links, zero bubble, list scheduling (each rank at every moment the most
+urgent action that can begin), and on few micro-batches the exact order by CP-SAT, whose repeating part is then repeated
+for the others. What is shortest when it is executed exactly wins. Memory is held on every rank in each of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+from autopar.errors import InputError
+from autopar.plan.actions import Action, ActionKind, ActionLists, B, F, I, W, check_actions
+from autopar.search.cpsat import Shop, SolverFailedError, Task, solve_shop
+from autopar.simulate.events import StageTimes, execute
+from autopar.simulate.schedules import latency_aware_warmup, one_f_one_b, zero_bubble
+
+log = logging.getLogger(__name__)
+MAX_SHOP = 170  # tasks that CP-SAT is given
+WORK_LIMIT = 2.0  # its deterministic seconds
+Offer = Callable[[ActionLists, str], float]  # takes lists and their name, gives their step time
+TICKS = 2000  # the longest action in whole ticks, where times are no whole numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundSchedule:
+    """Action lists, one a rank, and what they take; `name` says how they were found."""
+
+    lists: ActionLists
+    step_s: float
+    lower_bound_s: float
+    name: str
+
+    @property
+    def gap(self) -> float:
+        return self.step_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else math.inf
+
+
+def search_schedule(
+    stages: Sequence[StageTimes], num_micro_batches: int, most_held: Sequence[int], *, split_backward: bool = False,
+    start_s: Sequence[float] | None = None, end_s: Sequence[float] | None = None, exact: bool = True,
+) -> FoundSchedule:
+    """The shortest schedule found for one stage a rank. Deterministic.
+
+    `most_held[r]`: micro-batches whose activations fit on rank r at once, at least 1. `split_backward` allows gradients
+    of weights after those of inputs (activations are held until then). `start_s` and `end_s`: what each rank does
+    before its first and after its last action. `exact` asks CP-SAT too.
+    """
+    p, m = len(stages), num_micro_batches
+    if len(most_held) != p or min(most_held) < 1:
+        raise InputError(f"{p} stages need a limit of at least 1 micro-batch each, not {list(most_held)}")
+    caps = [min(held, m) for held in most_held]
+    ends = list(end_s) if end_s is not None else [0.0] * p
+    best: list[FoundSchedule] = []
+    lower = lower_bound_s(stages, m, start_s=start_s, end_s=ends)
+
+    def offer(lists: ActionLists, name: str) -> float:
+        run = execute(lists, stages, start_s=start_s)
+        step = max(own + end for own, end in zip(run.rank_end_s, ends, strict=True))
+        if not best or step < best[0].step_s * (1 - 1e-12):
+            best[:] = [FoundSchedule(lists=lists, step_s=step, lower_bound_s=min(step, lower), name=name)]
+        return step
+
+    for lists, name in _named(stages, m, caps, split_backward=split_backward):
+        offer(lists, name)
+    rules = (False, True) if split_backward else (False,)
+    for split, own in product(rules, _cap_choices(caps)):
+        offer(list_schedule(stages, m, own, split_backward=split), "list schedule")
+    _adjust_warmup(stages, m, caps, offer)
+    if exact and best[0].step_s > lower * (1 + 1e-9):
+        few = _small_count(p, m, caps, split_backward=split_backward)
+        if few:
+            small = _exact(stages, few, caps, split_backward=split_backward)
+            whole = small if few == m else repeated(small, few, m)
+            if whole is not None and _holds(whole, caps):
+                offer(whole, f"CP-SAT on {few} micro-batches" + ("" if few == m else ", repeated"))
+    return best[0]
+
+
+def lower_bound_s(
+    stages: Sequence[StageTimes], num_micro_batches: int, *, start_s: Sequence[float] | None = None,
+    end_s: Sequence[float] | None = None,
+) -> float:
+    """No order of actions is shorter: each rank waits for its first input, works, and what it did last goes back.
+
+    With a backward in one part, micro-batches return through all earlier stages after a rank's last action; a split one
+    may leave weights for the end, so that only the work after the first input counts.
+    """
+    m, found = num_micro_batches, 0.0
+    arrives = 0.0
+    for r, stage in enumerate(stages):
+        before = max(arrives, start_s[r] if start_s is not None else 0.0)
+        found = max(found, before + m * _work(stage) + (end_s[r] if end_s is not None else 0.0))
+        for send in (stage.send_forward_s, stage.send_backward_s):
+            found = max(found, m * send)
+        arrives = before + stage.forward_s + stage.send_forward_s
+    return found
+
+
+def _work(stage: StageTimes) -> float:
+    split = stage.input_backward_s + stage.weight_backward_s
+    return stage.forward_s + (min(stage.backward_s, split) if split else stage.backward_s)
+
+
+def _named(
+    stages: Sequence[StageTimes], m: int, caps: Sequence[int], *, split_backward: bool
+) -> Iterator[tuple[ActionLists, str]]:
+    """The named schedules that the limits allow; 1F1B with a shallower warm-up where they are tight."""
+    p = len(stages)
+    plain = tuple(min(p - r, cap) - 1 for r, cap in enumerate(caps))
+    yield one_f_one_b(p, m, _falling(plain)), "1f1b"
+    deeper = latency_aware_warmup(
+        [stage.forward_s + stage.backward_s for stage in stages], _link_s(stages), most_held=caps
+    )
+    yield one_f_one_b(p, m, deeper), "1f1b, warmed up by latency"
+    if split_backward and all(cap >= min(p - r, m) for r, cap in enumerate(caps)):
+        lists = zero_bubble(p, m)
+        if _holds(lists, caps):
+            yield lists, "zb"
+
+
+def _link_s(stages: Sequence[StageTimes]) -> list[float]:
+    """Seconds from each rank to the next one way, the mean of both."""
+    return [(one.send_forward_s + other.send_backward_s) / 2 for one, other in pairwise(stages)]
+
+
+def _falling(depths: Sequence[int]) -> tuple[int, ...]:
+    """No rank warms up deeper than the one before."""
+    found: list[int] = []
+    for depth in depths:
+        found.append(min(depth, found[-1]) if found else depth)
+    return tuple(found)
+
+
+def _cap_choices(caps: Sequence[int]) -> list[tuple[int, ...]]:
+    """Limits in flight to list-schedule with: those of memory, and tighter ones."""
+    p = len(caps)
+    wanted = [[p - r + more for r in range(p)] for more in range(2 * p + 1)]
+    wanted.append([math.ceil(1.5 * (p - r)) for r in range(p)])
+    wanted.append([2 * (p - r) for r in range(p)])
+    return list(dict.fromkeys([tuple(caps), *(tuple(map(min, caps, own)) for own in wanted)]))
+
+
+def _adjust_warmup(stages: Sequence[StageTimes], m: int, caps: Sequence[int], offer: Offer) -> None:
+    """Moves the depth of one rank at a time by one, while that helps."""
+    p = len(stages)
+    depths = latency_aware_warmup(
+        [stage.forward_s + stage.backward_s for stage in stages], _link_s(stages), most_held=caps
+    )
+    least = offer(one_f_one_b(p, m, depths), "1f1b, warm-up adjusted")
+    improved = True
+    while improved:
+        improved = False
+        for r, change in product(range(p), (1, -1)):
+            other = tuple(depth + change if i == r else depth for i, depth in enumerate(depths))
+            if not 0 <= other[r] < caps[r] or _falling(other) != other:
+                continue
+            step = offer(one_f_one_b(p, m, other), "1f1b, warm-up adjusted")
+            if step < least * (1 - 1e-12):
+                least, depths, improved = step, other, True
+
+
+def list_schedule(
+    stages: Sequence[StageTimes], num_micro_batches: int, caps: Sequence[int], *, split_backward: bool = False
+) -> ActionLists:
+    """Each rank takes what can begin first; of that backwards before forwards before gradients of weights.
+
+    No rank holds more than `caps[r]` micro-batches.
+    """
+    p, m = len(stages), num_micro_batches
+    backward = I if split_backward else B
+    seconds = [
+        {F: s.forward_s, B: s.backward_s, I: s.input_backward_s, W: s.weight_backward_s} for s in stages
+    ]
+    clock, held = [0.0] * p, [0] * p
+    # When the input of the next forward, backward is there; and how many of each were done.
+    inputs: list[list[float]] = [[0.0] * m if r == 0 else [] for r in range(p)]
+    gradients: list[list[float]] = [[] for _ in range(p)]
+    done = [{F: 0, backward: 0, W: 0} for _ in range(p)]
+    links = [[0.0] * p, [0.0] * p]
+    lists: list[list[Action]] = [[] for _ in range(p)]
+    for _ in range(p * m * (3 if split_backward else 2)):
+        best: tuple[float, int, int, ActionKind] | None = None
+        for r in range(p):
+            own = done[r]
+            options = []
+            if own[backward] < len(gradients[r]):
+                options.append((max(clock[r], gradients[r][own[backward]]), 0, r, backward))
+            if own[F] < len(inputs[r]) and held[r] < caps[r]:
+                options.append((max(clock[r], inputs[r][own[F]]), 1, r, F))
+            if split_backward and own[W] < own[I]:
+                options.append((clock[r], 2, r, W))
+            for option in options:
+                if best is None or option[:3] < best[:3]:
+                    best = option
+        assert best is not None, "the oldest micro-batch can always go on"
+        start, _, r, kind = best
+        number = done[r][kind]
+        done[r][kind] += 1
+        clock[r] = end = start + seconds[r][kind]
+        lists[r].append(Action(kind, r, number))
+        if kind is F:
+            held[r] += 1
+            if r + 1 < p:
+                links[0][r] = max(links[0][r], end) + stages[r].send_forward_s
+                inputs[r + 1].append(links[0][r])
+            else:
+                gradients[r].append(end)
+        elif kind is backward and r:
+            links[1][r] = max(links[1][r], end) + stages[r].send_backward_s
+            gradients[r - 1].append(links[1][r])
+        if kind in (B, W):
+            held[r] -= 1
+    return tuple(map(tuple, lists))
+
+
+def _holds(lists: ActionLists, caps: Sequence[int]) -> bool:
+    for actions, cap in zip(lists, caps, strict=True):
+        held = 0
+        for action in actions:
+            held += (action.kind is F) - (action.kind in (B, W))
+            if held > cap:
+                return False
+    return True
+
+
+def _small_count(p: int, m: int, caps: Sequence[int], *, split_backward: bool) -> int:
+    """How many micro-batches CP-SAT is given: all, or so many that a part can repeat; 0 where those are too many."""
+    each = p * (3 if split_backward else 2) + 2 * (p - 1)
+    if m * each <= MAX_SHOP:
+        return m
+    few = min(m, max(caps) + p)
+    return few if few * each <= 2 * MAX_SHOP and few > p else 0
+
+
+def _exact(
+    stages: Sequence[StageTimes], m: int, caps: Sequence[int], *, split_backward: bool
+) -> ActionLists:
+    """The best order for m micro-batches that CP-SAT finds, from the best list schedule on."""
+    p = len(stages)
+    choices = [list_schedule(stages, m, own, split_backward=split_backward) for own in _cap_choices(caps)]
+    hint = min(choices, key=lambda lists: execute(lists, stages).end_s)
+    shop, actions = _shop(stages, m, caps, hint, split_backward=split_backward)
+    try:
+        answer = solve_shop(shop)
+    except SolverFailedError as error:
+        log.warning("a schedule was not searched exactly: %s", error)
+        return hint
+    if not answer.starts:
+        return hint
+    order = sorted((start, i) for i, (start, own) in enumerate(zip(answer.starts, actions, strict=True)) if own)
+    lists: list[list[Action]] = [[] for _ in range(p)]
+    for _, i in order:
+        own = actions[i]
+        assert own is not None
+        lists[own.stage].append(own)
+    found = tuple(map(tuple, lists))
+    return found if execute(found, stages).end_s <= execute(hint, stages).end_s else hint
+
+
+def _shop(
+    stages: Sequence[StageTimes], m: int, caps: Sequence[int], hint: ActionLists, *, split_backward: bool
+) -> tuple[Shop, list[Action | None]]:
+    """The problem in whole ticks, and the action of each of its tasks (None for messages). Links are machines too."""
+    p = len(stages)
+    tick = _tick(stages)
+    kinds = (F, I, W) if split_backward else (F, B)
+    seconds = [{F: s.forward_s, B: s.backward_s, I: s.input_backward_s, W: s.weight_backward_s} for s in stages]
+    index: dict[tuple[str, int, int], int] = {}
+    for name in (*map(str, kinds), "up", "down"):
+        for r in range(p):
+            for i in range(m):
+                if (name == "up" and (r + 1 == p or not stages[r].send_forward_s)) or (
+                    name == "down" and (r == 0 or not stages[r].send_backward_s)
+                ):
+                    continue
+                index[name, r, i] = len(index)
+    starts = {
+        action: round(start / tick) for actions, own in zip(hint, execute(hint, stages).starts, strict=True)
+        for action, start in zip(actions, own, strict=True)
+    }
+    tasks: list[Task] = []
+    actions: list[Action | None] = []
+    hints: list[int] = []
+    back = str(kinds[1])
+    for name, r, i in index:
+        previous = [index[name, r, i - 1]] if i else []
+        if name == "up":
+            tasks.append(Task(machine=p + r, duration=_ticks(stages[r].send_forward_s, tick),
+                              after=(index["F", r, i], *previous)))
+            actions.append(None)
+            hints.append(starts[Action(F, r, i)] + _ticks(stages[r].forward_s, tick))
+            continue
+        if name == "down":
+            tasks.append(Task(machine=2 * p + r, duration=_ticks(stages[r].send_backward_s, tick),
+                              after=(index[back, r, i], *previous)))
+            actions.append(None)
+            hints.append(starts[Action(kinds[1], r, i)] + _ticks(seconds[r][kinds[1]], tick))
+            continue
+        kind = ActionKind(name)
+        after = previous  # micro-batches in order, which loses nothing: they are alike
+        if kind is F and r:
+            after = [*after, index.get(("up", r - 1, i), index["F", r - 1, i])]
+        elif kind is W:
+            after = [*after, index["I", r, i]]
+        elif kind is not F:
+            later = index.get(("down", r + 1, i), index[back, r + 1, i]) if r + 1 < p else index["F", r, i]
+            after = [*after, later, index["F", r, i]]
+        change = 1 if kind is F else -1 if kind in (B, W) else 0
+        tasks.append(Task(machine=r, duration=_ticks(seconds[r][kind], tick), after=tuple(after), store=r,
+                          change=change))
+        actions.append(Action(kind, r, i))
+        hints.append(starts[Action(kind, r, i)])
+    horizon = sum(task.duration for task in tasks)
+    longest = max(start + task.duration for start, task in zip(hints, tasks, strict=True))
+    lower = math.floor(lower_bound_s(stages, m) / tick * (1 - 1e-3))
+    return Shop(
+        tasks=tuple(tasks), limits=tuple(caps), hint=tuple(hints), horizon=min(horizon, 2 * longest), lower=lower,
+        work_limit=WORK_LIMIT,
+    ), actions
+
+
+def _tick(stages: Sequence[StageTimes]) -> float:
+    """One where all times are whole numbers, else a part of the longest action."""
+    times = [
+        time for s in stages for time in (s.forward_s, s.backward_s, s.input_backward_s, s.weight_backward_s,
+                                          s.send_forward_s, s.send_backward_s)
+    ]
+    if all(time == round(time) for time in times):
+        return 1.0
+    return max(times) / TICKS
+
+
+def _ticks(time_s: float, tick: float) -> int:
+    return round(time_s / tick)
+
+
+def repeated(lists: ActionLists, few: int, many: int) -> ActionLists | None:
+    """The lists of `few` micro-batches with their repeating part repeated for `many`; None where none has one.
+
+    On each rank what runs from one forward to the next in the middle has one action of each kind: that is repeated,
+    with every micro-batch counted on.
+    """
+    found = []
+    for actions in lists:
+        at = [i for i, action in enumerate(actions) if action.kind is F]
+        kinds = {action.kind for action in actions}
+        middle = sorted(range(few - 1), key=lambda c: abs(2 * c - few))
+        for c in middle:
+            part = actions[at[c] : at[c + 1]]
+            if sorted(action.kind for action in part) == sorted(kinds) and _settled(actions, at[c], part):
+                break
+        else:
+            return None
+        grown = list(actions[: at[c + 1]])
+        for more in range(1, many - few + 1):
+            grown += [Action(action.kind, action.stage, action.micro_batch + more) for action in part]
+        grown += [
+            Action(action.kind, action.stage, action.micro_batch + many - few) for action in actions[at[c + 1] :]
+        ]
+        found.append(tuple(grown))
+    made = tuple(found)
+    try:
+        check_actions(made, len(lists), many)
+    except InputError:
+        return None
+    return made
+
+
+def _settled(actions: Sequence[Action], start: int, part: Sequence[Action]) -> bool:
+    """Whether the part goes on in order: before it came all earlier micro-batches of each kind, and no later ones."""
+    before = {action.kind: action.micro_batch for action in actions[:start]}
+    return all(before.get(action.kind, -1) == action.micro_batch - 1 for action in part)
