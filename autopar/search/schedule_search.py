@@ -42,13 +42,13 @@ class FoundSchedule:
 
 def search_schedule(
     stages: Sequence[StageTimes], num_micro_batches: int, most_held: Sequence[int], *, split_backward: bool = False,
-    start_s: Sequence[float] | None = None, end_s: Sequence[float] | None = None, exact: bool = True,
+    end_s: Sequence[float] | None = None, exact: bool = True,
 ) -> FoundSchedule:
     """The shortest schedule found for one stage a rank. Deterministic.
 
     `most_held[r]`: micro-batches whose activations fit on rank r at once, at least 1. `split_backward` allows gradients
-    of weights after those of inputs (activations are held until then). `start_s` and `end_s`: what each rank does
-    before its first and after its last action. `exact` asks CP-SAT too.
+    of weights after those of inputs (activations are held until then). `end_s`: what each rank does after all its
+    actions. `exact` asks CP-SAT too.
     """
     p, m = len(stages), num_micro_batches
     if len(most_held) != p or min(most_held) < 1:
@@ -56,10 +56,10 @@ def search_schedule(
     caps = [min(held, m) for held in most_held]
     ends = list(end_s) if end_s is not None else [0.0] * p
     best: list[FoundSchedule] = []
-    lower = lower_bound_s(stages, m, start_s=start_s, end_s=ends)
+    lower = lower_bound_s(stages, m, end_s=ends)
 
     def offer(lists: ActionLists, name: str) -> float:
-        run = execute(lists, stages, start_s=start_s)
+        run = execute(lists, stages)
         step = max(own + end for own, end in zip(run.rank_end_s, ends, strict=True))
         if not best or step < best[0].step_s * (1 - 1e-12):
             best[:] = [FoundSchedule(lists=lists, step_s=step, lower_bound_s=min(step, lower), name=name)]
@@ -82,8 +82,7 @@ def search_schedule(
 
 
 def lower_bound_s(
-    stages: Sequence[StageTimes], num_micro_batches: int, *, start_s: Sequence[float] | None = None,
-    end_s: Sequence[float] | None = None,
+    stages: Sequence[StageTimes], num_micro_batches: int, *, end_s: Sequence[float] | None = None
 ) -> float:
     """No order of actions is shorter: each rank waits for its first input, works, and what it did last goes back.
 
@@ -93,7 +92,7 @@ def lower_bound_s(
     m, found = num_micro_batches, 0.0
     arrives = 0.0
     for r, stage in enumerate(stages):
-        before = max(arrives, start_s[r] if start_s is not None else 0.0)
+        before = max(arrives, stage.gather_s)
         found = max(found, before + m * _work(stage) + (end_s[r] if end_s is not None else 0.0))
         for send in (stage.send_forward_s, stage.send_backward_s):
             found = max(found, m * send)
@@ -176,7 +175,7 @@ def list_schedule(
     seconds = [
         {F: s.forward_s, B: s.backward_s, I: s.input_backward_s, W: s.weight_backward_s} for s in stages
     ]
-    clock, held = [0.0] * p, [0] * p
+    clock, held = [stage.gather_s for stage in stages], [0] * p
     # When the input of the next forward, backward is there; and how many of each were done.
     inputs: list[list[float]] = [[0.0] * m if r == 0 else [] for r in range(p)]
     gradients: list[list[float]] = [[] for _ in range(p)]
