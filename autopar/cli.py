@@ -62,6 +62,8 @@ MeshOption = Annotated[str | None, typer.Option(
 Compile = Annotated[bool, typer.Option("--compile", help="The model runs under torch.compile.")]
 OffloadOption = Annotated[bool, typer.Option(
     "--offload/--no-offload", help="Let activations and optimizer state rest in host memory where that pays.")]
+UnlikeStages = Annotated[bool, typer.Option(
+    "--unlike-stages", help="On a cluster of unlike nodes, let stages have meshes and ZeRO levels of their own.")]
 OffloadActivations = Annotated[bool, typer.Option(
     "--offload-activations", help="Keep what every layer saves for its backward in host memory.")]
 OffloadOptimizer = Annotated[bool, typer.Option(
@@ -116,7 +118,7 @@ def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    offload: OffloadOption = True, mesh: MeshOption = None, explain: ExplainOption = None,
+    offload: OffloadOption = True, unlike_stages: UnlikeStages = False, mesh: MeshOption = None, explain: ExplainOption = None,
     output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""
@@ -143,7 +145,7 @@ def plan(
                 global_batch=global_batch, seq_len=graph.sequence_length, dtype=name,
                 param_dtype=param_dtype(name), optimizer=optimizer,
                 micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
-                offload=offload, mesh=parse_mesh(mesh) if mesh is not None else (),
+                offload=offload, unlike_stages=unlike_stages, mesh=parse_mesh(mesh) if mesh is not None else (),
             )
             found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
             timeline = simulate_plan(graph, machine, found)

@@ -73,7 +73,7 @@ def search_mixed(
     """
     outcome = MixedOutcome()
     request = engine.request
-    if cluster.is_uniform or request.mesh or engine.chooser.needs_whole_batch:
+    if not request.unlike_stages or cluster.is_uniform or request.mesh or engine.chooser.needs_whole_batch:
         return outcome
     pools = ClusterPools(cluster)
     queue: list[tuple[float, int, MixedCosts]] = []

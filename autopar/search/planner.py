@@ -28,8 +28,13 @@ OFFLOAD_NOTE = (
     "copies to host memory are counted at 0.8 of the host link's rate and were not measured: plan without offload "
     "(--no-offload) to do without them"
 )
+ALIKE = "stages with different meshes or ZeRO levels"
+IN_RUNS = (
+    "stages of their own mesh across device types, apart from others of their type, more than 8 in a row, without "
+    "sequence parallelism where it can be, with the optimizer offloaded, or with other sizes than parts of a node and "
+    "nodes doubled up"
+)
 NOT_SEARCHED = (
-    "stages with different meshes or ZeRO levels",
     "interleaved, zero-bubble and other schedules than 1F1B",
     f"a context axis where an estimate promised less than {PROMISE:.0%}, or beyond the {MAX_SHARDINGS} best estimates",
     "expert parallelism on an axis of its own",
@@ -108,7 +113,10 @@ def find_plan(
                  f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}{_mixed_words(mixed)}, "
                  f"each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"
                  f"{' or offload' * offload}{_early(engine, outcome)}",
-        not_searched=NOT_SEARCHED if offload else (*NOT_SEARCHED, "offload to host memory"),
+        not_searched=(
+            *((IN_RUNS,) if mixed.num_searched else (ALIKE,)), *NOT_SEARCHED,
+            *(() if offload else ("offload to host memory",)),
+        ),
         search_seconds=searched_s, stopped_early=not outcome.complete,
     )
     notes = plan.notes
