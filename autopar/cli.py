@@ -118,8 +118,8 @@ def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    offload: OffloadOption = True, unlike_stages: UnlikeStages = False, mesh: MeshOption = None, explain: ExplainOption = None,
-    output: Output = None, json_: Json = False,
+    offload: OffloadOption = True, unlike_stages: UnlikeStages = False, mesh: MeshOption = None,
+    explain: ExplainOption = None, output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""
     from autopar.plan.file import save_plan

@@ -23,8 +23,8 @@ def unlike_nodes() -> Cluster:
     ))
 
 
-def test_stages_of_unlike_nodes_have_their_own_meshes() -> None:
-    machine, request = unlike_nodes(), PlanRequest(global_batch=16, micro_batch=None)
+def test_stages_of_unlike_nodes_are_legal_and_no_slower() -> None:
+    machine, request = unlike_nodes(), PlanRequest(global_batch=16)
     alike = find_plan(GRAPH, machine, request)
     plan = find_plan(GRAPH, machine, replace(request, unlike_stages=True))
     verify_plan(plan, GRAPH, machine)
@@ -34,7 +34,6 @@ def test_stages_of_unlike_nodes_have_their_own_meshes() -> None:
     assert plan.certificate.upper_bound_s == timeline.step_time_s
     assert plan.certificate.lower_bound_s <= timeline.step_time_s <= alike.certificate.upper_bound_s
     assert sorted(rank for stage in plan.stages for rank in stage.devices) == [0, 1, 2]
-    assert len({stage.mesh for stage in plan.stages}) == 2
     assert not any("different meshes" in words for words in plan.certificate.not_searched)
     assert any("different meshes" in words for words in alike.certificate.not_searched)
 
