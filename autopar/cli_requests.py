@@ -124,14 +124,16 @@ class Simulations:
         self._clusters = Cache(256)
         self._choosers = Cache(32)  # keep what they chose for one model on one cluster
 
-    def graph(self, model: str, seq_len: int | None, dtype: str, attention: str) -> ModelGraph:
+    def graph(
+        self, model: str, seq_len: int | None, dtype: str, attention: str, *, fuse: bool = False
+    ) -> ModelGraph:
         """The captured model that a text names."""
         def make() -> ModelGraph:
             from autopar.graph.source import capture_source, load_source
 
-            return capture_source(load_source(model, seq_len=seq_len, dtype=dtype, attention=attention))
+            return capture_source(load_source(model, seq_len=seq_len, dtype=dtype, attention=attention), fuse=fuse)
 
-        return self._graphs.get((model, seq_len, dtype, attention), make)
+        return self._graphs.get((model, seq_len, dtype, attention, fuse), make)
 
     def cluster(self, text: str, profile: str | Path | None = None) -> Cluster:
         """The cluster of a text, with the rates of a profile file where one is given."""
@@ -153,7 +155,8 @@ class Simulations:
 
         dtype = torch_dtype(request.dtype)
         cluster = self.cluster(request.cluster, request.profile)
-        graph = self.graph(request.model, request.seq_len, dtype, request.attention)
+        # Degrees ask what a training system makes of them; a plan, what this trainer runs.
+        graph = self.graph(request.model, request.seq_len, dtype, request.attention, fuse=request.plan is None)
         plan = self._plan(request, graph, cluster, dtype)
         return plan, simulate(graph, cluster, plan)
 

@@ -172,6 +172,9 @@ def op_time_s(
     if base_name(op.target) == "cross_entropy_loss":
         # log_softmax is kept; its gradient is filled with zeros and set, then read with it to give the input's.
         return OpTime(forward, memory_time_s(device, 3 * extra_bytes + grad_in_bytes))
+    if base_name(op.target) == "cross_entropy":
+        # What is kept is exponentiated, scaled in place, and read to give the input's gradient.
+        return OpTime(forward, memory_time_s(device, 5 * extra_bytes + grad_in_bytes))
     if base_name(op.target) in ("add", "sub") and not saved_bytes:
         # The gradient passes unchanged to operands of the output's size, and is summed for smaller ones.
         out_numel = max((output.numel for output in outputs), default=0.0)

@@ -71,6 +71,12 @@ def static_bytes(
     )
 
 
+# What the caching allocator keeps beyond the peak of what is allocated, as a share of what comes and goes (activations
+# and buffers): blocks of other sizes than are asked for. Assumed, range 0.1 to 0.3; it decides nothing: whether a plan
+# fits is asked of the allocated peak.
+RESERVE_SHARE = 0.25
+
+
 # What pinned copies reach of the host link's rate: 24 to 26 of 31.5 GB/s on PCIe 4, 50 to 55 of 63 on PCIe 5, one
 # device copying one way (assumed from reports of CUDA's bandwidthTest, range 0.7-0.87; not measured here). Devices that
 # share a PCIe switch's way to the host get less when they copy at once.

@@ -31,11 +31,11 @@ _BY_KIND: dict[OpKind, str] = {
         tril triu square reciprocal erf hardtanh hardswish hardsigmoid leaky_relu elu celu selu mish softplus logsigmoid
         maximum minimum isnan isinf copy fill floor ceil round trunc sign remainder fmod floor_divide float bfloat16
         half float_power atan2 addcmul addcdiv lerp feature_dropout alpha_dropout relu6 glu threshold rand_like
-        bernoulli nan_to_num cat stack pad constant_pad_nd roll flip""",
+        bernoulli nan_to_num gated cat stack pad constant_pad_nd roll flip""",
     OpKind.REDUCTION: """sum mean amax amin max min var var_mean std softmax log_softmax _softmax _log_softmax
         layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm
-        native_batch_norm _native_batch_norm_legit cudnn_batch_norm instance_norm cross_entropy_loss nll_loss
-        nll_loss_nd nll_loss2d nll_loss_forward mse_loss l1_loss smooth_l1_loss binary_cross_entropy
+        native_batch_norm _native_batch_norm_legit cudnn_batch_norm instance_norm cross_entropy cross_entropy_loss
+        nll_loss nll_loss_nd nll_loss2d nll_loss_forward mse_loss l1_loss smooth_l1_loss binary_cross_entropy
         binary_cross_entropy_with_logits kl_div norm linalg_vector_norm logsumexp prod all any argmax argmin cumsum
         cumprod count_nonzero""",
     OpKind.MATMUL: "linear linears matmul mm bmm addmm addbmm baddbmm einsum dot mv outer _grouped_mm grouped_mm",

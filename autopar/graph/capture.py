@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
 from autopar.graph.fake import fake_like, faked, new_fake_mode, outside_other_modes, traced_under
+from autopar.graph.fuse import fused_class
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
@@ -42,25 +43,28 @@ class Captured:
 
 
 def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...], *, loss_fn: LossFn | None = None,
-            tag_rows: bool = False, name: str = "", dtype: str | None = None) -> Captured:
+            tag_rows: bool = False, name: str = "", dtype: str | None = None, fuse: bool = False) -> Captured:
     """The ModelGraph of one training forward of `model` on `example_batch`, with its loss.
 
     `example_batch` is a dict of keyword arguments or a tuple of positional ones. The loss is `loss_fn(output, batch)`
     if given, else the model's scalar output or its `.loss`. Model and batch may be real, fake or on the meta device;
     the model is left as it was. `tag_rows` replaces the batch size by a prime that divides no other size, so that the
     graph can be scaled to any number of rows. `dtype` ("bfloat16") captures the model as if its floating-point
-    parameters and inputs were of that dtype, as mixed precision runs it (buffers keep theirs).
+    parameters and inputs were of that dtype, as mixed precision runs it (buffers keep theirs). `fuse` makes
+    one op of each chain of elementwise ops that one kernel does (`autopar.graph.fuse`).
     Raises CaptureError with the module and line that cannot be captured.
     """
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise InputError(f"unknown dtype {dtype!r}")
     float_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     with outside_other_modes():
-        return _capture(model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype)
+        return _capture(
+            model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype, fuse
+        )
 
 
 def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: bool, name: str,
-             float_dtype: torch.dtype | None) -> Captured:
+             float_dtype: torch.dtype | None, fuse: bool) -> Captured:
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
     build = _Builder(model, mode)
@@ -85,7 +89,9 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
         name=name, rows=rows, rows_are_tagged=tag_rows,
         inputs=tuple(_info(key, fake) for key, fake in zip(batch.names, fakes, strict=True)),
         params=params,
-        buffers=(), aliases=build.aliases, classes=chain.classes, blocks=chain.blocks, shared=chain.shared,
+        buffers=(), aliases=build.aliases,
+        classes=tuple(map(fused_class, chain.classes)) if fuse else chain.classes,
+        blocks=chain.blocks, shared=chain.shared,
         loss=chain.loss, settings=batch.settings, notes=tuple(notes),
     )
     return _finish(graph, build.constant_values)

@@ -24,7 +24,7 @@ _REDUCTION_AT = {
     "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "binary_cross_entropy": 3,
     "binary_cross_entropy_with_logits": 4, "kl_div": 2,
 }
-_OVER_TARGETS = ("cross_entropy_loss", "nll_loss", "nll_loss_nd")
+_OVER_TARGETS = ("cross_entropy_loss", "cross_entropy", "nll_loss", "nll_loss_nd")
 _MEAN, _SUM = 1, 2  # torch's numbers of the reductions
 _ADVICE = "make the loss a mean or a sum over the rows, or train with one micro-batch on one data rank"
 

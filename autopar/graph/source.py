@@ -91,11 +91,14 @@ def load_source(spec: str, *, seq_len: int | None = None, dtype: str = "float32"
     return ModelSource(name=name or spec, build=partial(_build_config, spec, values, seq_len, dtype, attention))
 
 
-def capture_source(source: ModelSource) -> ModelGraph:
-    """The source's graph with tagged rows, captured without any weight: what the planner works on."""
+def capture_source(source: ModelSource, *, fuse: bool = False) -> ModelGraph:
+    """The source's graph with tagged rows, captured without any weight: what the planner works on.
+
+    `fuse`: with norms, activations and losses as the kernels that training systems have for them.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         module, batch, loss_fn = source.build()
-    return capture(module, batch, loss_fn=loss_fn, tag_rows=True, name=source.name).graph
+    return capture(module, batch, loss_fn=loss_fn, tag_rows=True, name=source.name, fuse=fuse).graph
 
 
 def _read_json(path: Path) -> dict[str, Any]:

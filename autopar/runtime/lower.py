@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import autopar.graph.kernels  # noqa: F401  # registers its ops
 from autopar.graph.model_graph import Arg, BlockClass, Literal, Op, Ref
 from autopar.runtime.collectives import Axis, converter
 from autopar.runtime.loss import Term, ignored_index

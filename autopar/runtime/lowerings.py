@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.graph.kernels import logits_gradient  # its module registers autopar::cross_entropy
 from autopar.runtime.causal import attend_from
 from autopar.runtime.collectives import Axis, all_reduce, exchange_mirrored
 from autopar.runtime.expert_exchange import expert_exchange, own_experts
@@ -21,6 +22,7 @@ Program = Callable[..., Any]
 
 _embedding = torch.ops.aten.embedding.default
 _cross_entropy = torch.ops.aten.cross_entropy_loss.default
+_wide_cross_entropy = torch.ops.autopar.cross_entropy.default
 MEAN, SUM = 1, 2  # aten's numbers for the reduction of a loss
 
 
@@ -52,7 +54,7 @@ def vocab_parallel_embedding_bag(
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Loss of each row from logits (rows, local vocabulary); the softmax is kept, the gradient is made in place."""
+    """Loss of each row from logits (rows, local vocabulary); the softmax is kept."""
 
     @staticmethod
     def forward(
@@ -64,7 +66,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             own = min(max(num_classes - axis.rank * own, 0), own)
         top = wide[..., :own].amax(dim=-1) if own else torch.full_like(wide[..., 0], -torch.inf)
         top = all_reduce(axis, top, "max")
-        shifted = wide - top.unsqueeze(-1)
+        shifted = wide - top.unsqueeze(-1) if wide is logits else wide.sub_(top.unsqueeze(-1))
         shifted[..., own:] = -torch.inf
         local = target - axis.rank * logits.shape[-1]
         ignored = target == ignore_index
@@ -83,16 +85,18 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         probabilities, local, absent, ignored = ctx.saved_tensors
         scale = grads[0].masked_fill(ignored, 0.0).unsqueeze(-1)
-        grad = probabilities * scale
-        grad.scatter_add_(-1, local.unsqueeze(-1), -scale.masked_fill(absent.unsqueeze(-1), 0.0))
-        return grad.to(ctx.dtype), None, None, None, None
+        picked = scale.masked_fill(absent.unsqueeze(-1), 0.0)
+        grad = logits_gradient(probabilities, local.unsqueeze(-1), scale, picked, ctx.dtype)
+        return grad, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
     axis: Axis, logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
-    ignore_index: int = -100, label_smoothing: float = 0.0, *, num_classes: int = 0,
+    ignore_index: int = -100, label_smoothing: float = 0.0, *, num_classes: int = 0, stays_wide: bool = False,
 ) -> Tensor:
     """Cross-entropy of logits (rows, vocabulary / n): the same value on every rank, a whole gradient for the loss.
+
+    `stays_wide`: a loss of narrow logits is float32, as `autopar::cross_entropy` gives it, and not in their dtype.
 
     `num_classes` is the size of a vocabulary that n does not divide: classes from there on are padding, and never win.
     The rows' losses are summed in float32 at least; class weights and label smoothing are not split.
@@ -104,9 +108,10 @@ def vocab_parallel_cross_entropy(
     losses: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits, target, axis, ignore_index, num_classes
     )
+    dtype = losses.dtype if stays_wide else logits.dtype
     if reduction == MEAN:
-        return (losses.sum() / (target != ignore_index).sum()).to(logits.dtype)
-    return losses.sum().to(logits.dtype) if reduction == SUM else losses.to(logits.dtype)
+        return (losses.sum() / (target != ignore_index).sum()).to(dtype)
+    return losses.sum().to(dtype) if reduction == SUM else losses.to(dtype)
 
 
 def bias_on_first_rank(axis: Axis, op: Program, bias_position: int, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +186,8 @@ def special_program(
         case Lowering.VOCAB_PARALLEL_EMBEDDING_BAG:
             return partial(vocab_parallel_embedding_bag, axis, op)
         case Lowering.VOCAB_PARALLEL_CROSS_ENTROPY:
-            return partial(vocab_parallel_cross_entropy, axis, num_classes=num_classes)
+            stays_wide = op is _wide_cross_entropy
+            return partial(vocab_parallel_cross_entropy, axis, num_classes=num_classes, stays_wide=stays_wide)
         case Lowering.BIAS_ON_FIRST_RANK:
             return partial(bias_on_first_rank, axis, op, bias_position)
         case Lowering.SCALED_MEAN:

@@ -8,6 +8,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost_models.memory import HOST_LINK_EFFICIENCY, check_optimizer
 from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
+from autopar.graph.kernels import KERNELS
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.plan.plan import Plan
 from autopar.simulate.measured_share import measured_share
@@ -97,6 +98,8 @@ def model_notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, .
     notes = []
     if any(stage.mesh.ep > 1 for stage in plan.stages):
         notes.append("ep not modelled: every rank counts all experts and no all-to-all; such a plan cannot run")
+    if any(op.target in KERNELS for cls in graph.classes for op in cls.ops):
+        notes.append("norms, gated activations and the loss are counted as the kernels that training systems have")
     unknown = sorted({op.target for cls in graph.classes for op in cls.ops if not is_known(op.target)})
     if unknown:
         notes.append(f"ops without a cost rule, counted by their bytes alone: {', '.join(unknown)}")

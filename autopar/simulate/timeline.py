@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
+from autopar.cost_models.memory import RESERVE_SHARE
 from autopar.errors import InputError
 
 GIB = 2**30
@@ -39,6 +40,11 @@ class MemoryBytes:
     @property
     def total(self) -> float:
         return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers
+
+    @property
+    def reserved(self) -> float:
+        """What the caching allocator has taken from the device at the peak: `total` is what is allocated of it."""
+        return self.total + RESERVE_SHARE * (self.activations + self.buffers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +125,8 @@ class Timeline:
             memory = {field.name: getattr(group.memory, field.name) / GIB for field in fields(MemoryBytes)}
             peak = group.memory.total / GIB
             devices += [
-                {"rank": rank, "type": kind, "stage": group.stage, "peak_memory_gib": peak, "memory_gib": memory}
+                {"rank": rank, "type": kind, "stage": group.stage, "peak_memory_gib": peak,
+                 "reserved_memory_gib": group.memory.reserved / GIB, "memory_gib": memory}
                 for rank, kind in zip(group.ranks, group.types, strict=True)
             ]
         devices.sort(key=lambda device: int(device["rank"]))

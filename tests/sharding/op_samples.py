@@ -3,6 +3,7 @@
 # Each of these files adds its samples as it is imported.
 import experts_samples  # noqa: F401
 import image_samples  # noqa: F401
+import kernels_samples  # noqa: F401
 import layer_samples  # noqa: F401
 import linears_samples  # noqa: F401
 import network_samples  # noqa: F401

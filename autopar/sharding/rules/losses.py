@@ -17,7 +17,11 @@ def _classes_first(call: Call) -> tuple[Dims, Dims, Dims]:
     return ((*rows[:1], c, *rows[1:]) if len(x) > 1 else (c,)), rows, (c,)
 
 
-@rule("aten.cross_entropy_loss", signature="self target weight reduction ignore_index label_smoothing")
+@rule(
+    "aten.cross_entropy_loss",
+    "autopar.cross_entropy",
+    signature="self target weight reduction ignore_index label_smoothing",
+)
 def cross_entropy(call: Call) -> OpFactors:
     """Rows split: a sum, or a mean as sum over global count. The classes split where the target holds class numbers."""
     dims, rows, (c,) = _classes_first(call)

@@ -73,6 +73,12 @@ def multiplication(call: Call) -> OpFactors:
     return _pointwise(call, linear=tuple((i,) for i in range(len(call.op.operands))), keeps_padding=True)
 
 
+@rule("autopar.gated", signature="gate up activation")
+def gated(call: Call) -> OpFactors:
+    """Linear in what the gate is multiplied with."""
+    return _pointwise(call, linear=((1,),))
+
+
 @rule(*_targets("div divide"), signature="self other")
 def division(call: Call) -> OpFactors:
     linear = call.is_tensor("self") and not call.has("rounding_mode")
