@@ -19,7 +19,7 @@ from autopar.search.bounds import Bounds, Cuts
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.degrees import even_cuts, stage_devices
 from autopar.search.shardings import ShardingChooser
-from autopar.search.stage_kinds import StageLayout
+from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.search.variants import Option, Room, cheapest, layer_options
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import simulate
@@ -234,16 +234,19 @@ class Engine:
         stages = tuple(
             stage if options is None else stage.with_variants([option.variant for option in options])
             for index, stage in enumerate(plan.stages)
-            for options in [self._options(c, plan, index)]
+            for options in [self.options(c, self.layout.kinds(c)[index], plan, index)]
         )
         return replace(plan, stages=stages)
 
-    def _options(self, c: Candidate, plan: Plan, index: int) -> tuple[Option, ...] | None:
-        """What the layers of a stage do so that it fits, of least added time; None where they can keep everything."""
-        stage, kind = plan.stages[index], self.layout.kinds(c)[index]
+    def options(self, c: Candidate, kind: StageKind, plan: Plan, index: int) -> tuple[Option, ...] | None:
+        """What the layers of a stage do so that it fits, of least added time.
+
+        None where they can keep everything, and where nothing makes it fit.
+        """
+        stage = plan.stages[index]
         cost = stage_cost(rewritten(self.graph, plan.rewrites), self.cluster, plan, index)
         left = kind.memory_limit_bytes - cost.static.total
-        in_flight = min(c.pp - index, c.num_micro_batches)
+        in_flight = min(plan.num_stages - index, c.num_micro_batches)
         if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.optimizer_step_bytes) <= left:
             return None
         blocks = self.graph.blocks[stage.first : stage.last]

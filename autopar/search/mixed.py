@@ -20,11 +20,8 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, divisors
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
 from autopar.search.stage_dp import FoundStages, find_stages
-from autopar.search.variants import Room, cheapest, layer_options
 from autopar.sharding.rewrite import Rewrite
-from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import simulate
-from autopar.simulate.stage_cost import is_layer, stage_cost
 
 log = logging.getLogger(__name__)
 MAX_SOLVES = 60  # for one number of micro-batches
@@ -185,8 +182,6 @@ def _simulated(
 
 def _make(engine: Engine, cluster: Cluster, costs: MixedCosts, parts: tuple[Part, ...]) -> MixedFound | None:
     plan = mixed_plan(engine, costs, parts)
-    if plan is None:
-        return None
     try:
         timeline = simulate(engine.graph, cluster, plan)
     except AutoparError as error:
@@ -204,8 +199,8 @@ def _make(engine: Engine, cluster: Cluster, costs: MixedCosts, parts: tuple[Part
     )
 
 
-def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan | None:
-    """The parts as a plan whose layers recompute or offload so that they fit; None where a stage cannot fit."""
+def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan:
+    """The parts as a plan whose layers recompute or offload so that they fit, where that is enough."""
     first = parts[0].setting.candidate
     # The plan's own shardings are those of the first stage that has a tensor axis; other stages hold theirs.
     lead = next((part.setting.candidate for part in parts if part.setting.candidate.tp > 1), first)
@@ -227,41 +222,14 @@ def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan
     )
     fitted = []
     for index, part in enumerate(parts):
-        stage = _fitted(engine, plan, index, part, min(len(parts) - index, costs.num_micro_batches))
-        if stage is None:
-            return None
-        fitted.append(stage)
+        options = engine.options(part.setting.candidate, part.setting.kind, plan, index)
+        stage = plan.stages[index]
+        fitted.append(stage if options is None else stage.with_variants([option.variant for option in options]))
     return replace(plan, stages=tuple(fitted))
 
 
 def _sharding_key(c: Candidate) -> tuple[int, bool, bool]:
     return c.tp, c.sequence_parallel, c.split_weights
-
-
-def _fitted(engine: Engine, plan: Plan, index: int, part: Part, in_flight: int) -> Stage | None:
-    """The stage with variants of its layers of least added time that fit; None where none do."""
-    stage, kind, graph = plan.stages[index], part.setting.kind, engine.graph
-    cost = stage_cost(rewritten(graph, plan.rewrites), engine.cluster, plan, index)
-    left = kind.memory_limit_bytes - cost.static.total
-    if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.optimizer_step_bytes) <= left:
-        return stage
-    if cost.optimizer_step_bytes > left:
-        return None
-    found = engine.bounds.block_costs(part.setting.candidate, kind)
-    blocks = graph.blocks[stage.first : stage.last]
-    layers = [found[block.cls] for block in blocks if is_layer(block)]
-    others = [found[block.cls] for block in blocks if not is_layer(block)]
-    room = Room(
-        budget_bytes=left - in_flight * sum(other.saved_bytes for other in others), in_flight=in_flight,
-        extra_bytes=max((other.transient_bytes for other in others), default=0.0),
-        entry_bytes=max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0,
-        host_bytes=(kind.device.host_memory_bytes or math.inf) - cost.host_state_bytes,
-    )
-    number = sum(map(is_layer, graph.blocks))
-    options = [layer_options(layer, kind.device, number, offload=engine.request.offload) for layer in layers]
-    m = plan.num_micro_batches
-    chosen = cheapest(options, room, (float(m - in_flight + 1), float(m)))
-    return None if chosen is None else stage.with_variants([option.variant for option in chosen])
 
 
 def _improve(
