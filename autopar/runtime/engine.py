@@ -23,6 +23,7 @@ from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
+from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage
 from autopar.runtime.gloo import one_worker_thread
@@ -147,6 +148,13 @@ class Trainer:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         return total.to(getattr(torch, self.terms.cls.tensor[self._loss_name()].dtype))
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """The norm of all gradients of the model; they are scaled down to `max_norm` where it is larger.
+
+        Between `forward_backward` and `optimizer_step`, on all ranks.
+        """
+        return clip_gradients(self, max_norm)
 
     def save(self, directory: str | Path) -> None:
         """Write parameters, buffers and optimizer state as full tensors under the model's own names."""
