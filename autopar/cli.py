@@ -16,13 +16,24 @@ from typing import Annotated, Any
 
 import typer
 
-from autopar.cli_output import Answer, answer, check_writable, only_answers, print_json, progress, report_table
-from autopar.cli_profile import INTERRUPTED, profile
+from autopar.cli_output import (
+    Answer,
+    Interrupted,
+    answer,
+    check_writable,
+    only_answers,
+    print_json,
+    progress,
+    report_table,
+)
+from autopar.cli_profile import profile
 from autopar.cli_requests import SimulateRequest, Simulations
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import SHORT_NAMES, param_dtype, torch_dtype
 from autopar.plan.plan import Recompute, Schedule
+
+INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, help="Plans, checks and runs the parallel training of PyTorch models.",
                   pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -341,6 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(words or ["--help"], standalone_mode=False, prog_name="autopar")
     except AutoparError as error:
         return _fail(str(error), error.exit_code, words, infeasible=isinstance(error, InfeasibleError))
+    except Interrupted:
+        typer.echo("autopar: interrupted", err=True)
+        return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED, words)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does

@@ -18,6 +18,10 @@ from autopar.errors import InputError
 PIPED_WIDTH = 120  # columns of a table where no terminal says its own
 
 
+class Interrupted(Exception):  # noqa: N818 - it is no error: the command has said what it kept
+    """The user stopped the command, which has answered with what it had."""
+
+
 class Answer:
     """What a command found out: `value` is printed under --json, what was given to `show` otherwise."""
 

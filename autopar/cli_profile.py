@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from autopar.cli_output import Answer, answer, check_writable
+from autopar.cli_output import Answer, Interrupted, answer, check_writable
 from autopar.errors import InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import SHORT_NAMES, torch_dtype
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from autopar.profiler import Profile
     from autopar.profiler.op_cases import OpCase
 
-INTERRUPTED = 130
 LINK_BUDGET_S = 4.0  # of each collective over each kind of group
 
 News = Callable[[int, int, str], None]
@@ -108,7 +107,7 @@ def profile(
         if measured is not None:  # rank 0 speaks for a job
             _tell(reply, merge_profiles(*earlier, measured), output, stopped)
     if stopped:
-        raise typer.Exit(INTERRUPTED)
+        raise Interrupted
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

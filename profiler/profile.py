@@ -98,7 +98,7 @@ def merge_profiles(first: Profile, *others: Profile) -> Profile:
         for field, what in (("device", "device"), ("machine", "machine"), ("torch_version", "version of torch"),
                             ("num_processes", "number of processes"), ("num_threads", "number of threads")):
             mine, theirs = getattr(first, field), getattr(other, field)
-            if mine != theirs:
+            if mine != theirs and (field != "num_threads" or first.device == "CPU"):
                 raise InputError(f"profiles of another {what} cannot be merged: {mine!r} and {theirs!r}")
         samples = {sample_key(sample): sample for sample in (*first.ops.samples, *other.ops.samples)}
         fits = {
