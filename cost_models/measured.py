@@ -27,6 +27,9 @@ MAX_ERROR = 0.25  # of a family's leave-one-out median: beyond it the efficiency
 MIN_SAMPLES = 4  # of a family: fewer cannot be checked
 MAX_DISTANCE = 3.0  # in octaves, to the nearest sample, over all features together
 NUM_NEAREST = 6
+# Elements below which the runtime's own work takes what it takes for so many: all of it is the host's.
+SMALLEST_PASS = 256
+SMALLEST_UNIT = 4096
 _INTEGERS = {"int64", "int32", "int16", "int8", "uint8", "bool"}
 
 Key = tuple[object, ...]
@@ -206,7 +209,7 @@ def measured_pass_s(device: DeviceType, name: str, numel: float, dtype: str) -> 
     table = op_table(device)
     if table is None or numel <= 0:
         return 0.0 if table is not None else None
-    tensor = LocalTensor((float(numel),), DTYPE_BYTES[dtype], False)
+    tensor = LocalTensor((max(float(numel), SMALLEST_PASS),), DTYPE_BYTES[dtype], False)
     found = table.look_up(f"autopar.{name}", "", [tensor], [], dtype)
     return None if found is None else found.time.forward_s
 
@@ -221,7 +224,7 @@ def measured_unit_s(device: DeviceType, numel: float, num_ranks: int, *, sharded
         return None
     if numel <= 0:
         return FREE
-    tensor = LocalTensor((float(numel),), 4, False)
+    tensor = LocalTensor((max(float(numel), SMALLEST_UNIT),), 4, False)
     name = f"autopar.unit_{'sharded' if sharded else 'replicated'}"
     found = table.look_up(name, str(num_ranks), [tensor], [], "float32")
     return None if found is None else found.time

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autopar.cluster.measured import OpSample, OpTensor
+from autopar.cost_models.measured import SMALLEST_PASS
 from autopar.graph.interpret import run_op
 from autopar.profiler.clock import Clock, Work
 from autopar.profiler.op_cases import OpCase, Operand, size_bytes
@@ -148,7 +149,7 @@ def _make(item: Operand, device: torch.device, generator: torch.Generator | None
 
 # -- what the runtime does besides ops, by the number of elements
 
-ELEMENTS = tuple(4**power for power in range(4, 13))  # 256 to 16 Mi
+ELEMENTS = tuple(SMALLEST_PASS * 4**power for power in range(9))  # to 16 Mi
 
 
 def time_runtime(

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from autopar.cluster.measured import OpSample, OpTensor
+from autopar.cost_models.measured import SMALLEST_UNIT
 from autopar.profiler.clock import Clock
 from autopar.profiler.links import SHORTEST_S, WorkBefore
 from autopar.profiler.op_timing import Timed, time_passes
@@ -22,7 +23,7 @@ from autopar.profiler.op_timing import Timed, time_passes
 NUM_UNITS = 4
 PARAMS_OF_UNIT = 8
 NUM_PASSES = 7
-UNIT_ELEMENTS = tuple(4**power for power in range(6, 12))  # 4 Ki to 4 Mi
+UNIT_ELEMENTS = tuple(SMALLEST_UNIT * 4**power for power in range(6))  # to 4 Mi
 
 
 class _Use(torch.autograd.Function):

@@ -121,6 +121,7 @@ def test_pieces_of_the_runtimes_work() -> None:
     assert measured_pass_s(own, "adamw", 50_000, "float32") == pytest.approx(6e-5)
     assert measured_pass_s(own, "adamw", 0, "float32") == 0
     assert measured_pass_s(own, "sgd", 50_000, "float32") is None
+    assert measured_pass_s(own, "adamw", 1, "float32") == measured_pass_s(own, "adamw", 256, "float32")
     unit = measured_unit_s(own, 100_000, 2, sharded=True)
     assert unit is not None
     assert (unit.forward_s, unit.backward_s) == pytest.approx((1.1e-4, 1.2e-4))
