@@ -13,7 +13,7 @@ from autopar.sharding.state import RP, Kind, P, State, shard
 
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "c_attn", "c_fc")
 ROW = ("o_proj", "down_proj", "c_proj")
-NORMS = ("rsqrt", "layer_norm")
+NORMS = ("rsqrt", "layer_norm", "rms_norm")
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
