@@ -21,6 +21,7 @@ from autopar.cli_output import (
     Interrupted,
     answer,
     check_writable,
+    dry_run_table,
     only_answers,
     print_json,
     progress,
@@ -95,6 +96,8 @@ RecomputeOption = Annotated[Recompute, typer.Option("--recompute", help="Activat
 ScheduleOption = Annotated[Schedule | None, typer.Option("--schedule", help="The pipeline's schedule.")]
 SequenceParallel = Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence between blocks.")]
 Trace = Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write the step as a Chrome trace.")]
+DryRunOption = Annotated[bool, typer.Option(
+    "--dry-run", help="Run each distinct rank's program on fake tensors: communication, shapes, memory.")]
 Requests = Annotated[Path | None, typer.Option(
     "--requests", metavar="FILE", help="Many at once: one JSON object a line, with these options as keys.")]
 To = Annotated[Target, typer.Option("--to", help="The system to write settings for.")]
@@ -193,7 +196,7 @@ def simulate(
     recompute: RecomputeOption = Recompute.NONE, schedule: ScheduleOption = None,
     sequence_parallel: SequenceParallel = False, offload_activations: OffloadActivations = False,
     offload_optimizer: OffloadOptimizer = False, compile_: Compile = False, profile: ProfileOption = None,
-    trace: Trace = None, requests: Requests = None, json_: Json = False,
+    trace: Trace = None, dry_run: DryRunOption = False, requests: Requests = None, json_: Json = False,
 ) -> None:
     """Predict time and memory of one training step, of a plan file or of degrees that you choose."""
     if requests is not None:
@@ -222,6 +225,17 @@ def simulate(
 
             write_text(trace, json.dumps(chrome_trace(timeline)))
             reply.show(f"trace written to {trace}: open it in ui.perfetto.dev or chrome://tracing")
+        if dry_run:
+            from autopar.runtime.dry_run import dry_run_of
+
+            with progress("dry run", as_json=json_) as news:
+                ran = dry_run_of(request.model, simulated, timeline, seq_len=seq_len, dtype=torch_dtype(dtype),
+                                 attention=str(attention), progress=news)
+            reply.value["dry_run"] = ran.report()
+            reply.show(dry_run_table(reply.value["dry_run"]), *(f"note: {note}" for note in ran.notes))
+    if dry_run and (problems := reply.value["dry_run"]["problems"]):
+        typer.echo(f"autopar: the dry run fails: {problems[0]}", err=True)
+        raise typer.Exit(1)
 
 
 def _simulate_requests(path: Path, *, as_json: bool) -> None:

@@ -123,3 +123,23 @@ def report_table(report: dict[str, Any]) -> Table:
         table.add_row(f"memory, stage {stage}", f"{device['peak_memory_gib']:.2f} GiB ({parts})")
     table.add_row("fits", "yes" if report["feasible"] else f"no: {report['infeasible_reason']}")
     return table
+
+
+def dry_run_table(report: dict[str, Any]) -> Table:
+    """What the programs of a dry run did, and the memory of each beside the prediction, in MiB."""
+    passed = "passed" if report["passed"] else f"{len(report['problems'])} checks failed"
+    table = Table(
+        title=f"Dry run: {report['num_programs']} programs for {report['num_ranks']} ranks, "
+        f"{report['num_collectives']} collectives and {report['num_messages']} messages in a step: {passed}",
+        title_justify="left",
+    )
+    kinds = list(dict.fromkeys(row["kind"] for row in report["memory"]))
+    for heading in ("rank", "stage", "ranks", *(f"{kind}: program / predicted" for kind in kinds)):
+        table.add_column(heading, justify="right")
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for row in report["memory"]:
+        rows.setdefault(row["rank"], []).append(row)
+    for rank, found in rows.items():
+        sizes = [f"{row['program_bytes'] / 2**20:,.1f} / {row['predicted_bytes'] / 2**20:,.1f}" for row in found]
+        table.add_row(str(rank), str(found[0]["stage"]), str(found[0]["num_ranks"]), *sizes)
+    return table

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -29,8 +28,13 @@ def one_worker_thread() -> Iterator[None]:
     if not dist.is_gloo_available():
         yield
         return
-    with _lock, patch.object(distributed_c10d, "ProcessGroupGloo", _one_worker(distributed_c10d.ProcessGroupGloo)):
-        yield
+    with _lock:
+        original = distributed_c10d.ProcessGroupGloo
+        distributed_c10d.ProcessGroupGloo = _one_worker(original)
+        try:
+            yield
+        finally:
+            distributed_c10d.ProcessGroupGloo = original
 
 
 def _one_worker(original: Any) -> type:

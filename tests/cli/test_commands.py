@@ -171,3 +171,12 @@ def test_plan_explains_a_layer(autopar, llama: Path) -> None:
     wrong = autopar(*words, "--explain", "layer 7")
     assert wrong.code == 2
     assert "no block 'layer 7' to explain" in wrong.err
+
+
+def test_a_dry_run_of_a_plan(autopar, llama: Path, plan_file: Path) -> None:
+    words = ("simulate", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--plan", plan_file, "--dry-run")
+    value = autopar(*words, "--json").value["dry_run"]
+    assert (value["passed"], value["problems"], value["num_ranks"]) == (True, [], 4)
+    assert {row["kind"] for row in value["memory"]} == {
+        "parameters", "optimizer", "activations", "gradients and buffers", "peak"
+    }

@@ -1,0 +1,211 @@
+"""One rank of a job that does not exist: fake tensors, a fake process group, and a record of what the rank does.
+
+The one file that touches torch's fake process group and its stand-ins for collectives (private; the same in torch 2.11
+and 2.13).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextlib.contextmanager
+def fake_job(rank: int, world_size: int) -> Iterator[None]:
+    """While inside, this process is `rank` of a job of `world_size`, whose collectives return at once with any values.
+
+    A process group must not be there yet.
+    """
+    import torch.distributed._tools.fake_collectives  # noqa: F401 # registers how collectives change shapes
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "a dry run needs a process without a process group"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def fake_mode() -> FakeTensorMode:
+    """The mode in which a dry run makes all its tensors."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One communication of a rank: a collective over `ranks`, or a message to or from `peer`, one of them."""
+
+    op: str  # all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send, recv, ...
+    group: str
+    ranks: tuple[int, ...]
+    size_bytes: int  # of the operand that both ends must have alike: the larger of input and output
+    peer: int | None = None
+    during: str = ""  # the pipeline action
+
+    def __str__(self) -> str:
+        whom = f"with rank {self.peer}" if self.peer is not None else f"over ranks {_short(self.ranks)}"
+        return f"{self.op} of {self.size_bytes} bytes {whom}" + (f" in {self.during}" if self.during else "")
+
+
+def _short(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 8 else f"{ranks[0]}, {ranks[1]} .. {ranks[-1]}"
+
+
+class Kind(StrEnum):
+    """What a live tensor is for."""
+
+    PARAMETER = "parameters"  # shards at rest and what is gathered of them
+    OPTIMIZER = "optimizer"
+    ACTIVATION = "activations"  # kept by autograd for the backward
+    OTHER = "gradients and buffers"
+
+
+_WORDS = {
+    "allreduce_": "all_reduce", "broadcast_": "broadcast", "_allgather_base_": "all_gather", "allgather_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter", "all_gather_into_tensor": "all_gather", "recv_": "recv",
+    "reduce_scatter_tensor": "reduce_scatter", "alltoall_base_": "all_to_all", "all_to_all_single": "all_to_all",
+}
+_MESSAGES = ("send", "recv")
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every communication, and the bytes of all tensors that are alive, by what they are for.
+
+    `peak_bytes` is the most at one moment, `at_peak` of what it was made; `most` is each kind's own maximum.
+    Tensors that were there before it was entered are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self.during = ""
+        self.live: Counter[Kind] = Counter()
+        self.most: Counter[Kind] = Counter()
+        self.peak_bytes = 0
+        self.at_peak: Counter[Kind] = Counter()
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Kind]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._communicated(func, args)
+        found = pytree.tree_leaves(result)
+        if func.namespace == "fsdp":  # it writes what it gathers into tensors that it is given
+            gathers = "split_with_sizes_copy" in str(func)
+            for leaf in pytree.tree_leaves((args, kwargs)) + found:
+                if isinstance(leaf, Tensor):
+                    self.label(leaf, Kind.PARAMETER if gathers else Kind.OTHER, again=False)
+        for leaf in found:
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def __enter__(self) -> Any:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor)
+        self._hooks.__enter__()
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._see(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._hooks.__exit__(*exception)
+
+    def forget_peak(self) -> None:
+        """Count peaks from here on."""
+        self.peak_bytes, self.most, self.at_peak = 0, Counter(), Counter()
+        self._peak()
+
+    def label(self, tensor: Tensor, kind: Kind, *, again: bool = True) -> None:
+        """Say what a tensor's memory is for; `again`: even if that was said already."""
+        storage = tensor.untyped_storage()
+        self._see(storage)
+        known = self._known.get(storage._cdata)
+        if known is not None and (again or known[2] is Kind.OTHER) and known[2] is not kind:
+            reference, size, before = known
+            self.live[before] -= size
+            self.live[kind] += size
+            self._known[storage._cdata] = reference, size, kind
+            self._peak()
+
+    def _saved(self, tensor: Tensor) -> Tensor:
+        self.label(tensor, Kind.ACTIVATION, again=False)
+        return tensor.detach()  # an output that kept itself would never die
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        known = self._known.get(key)
+        if known is not None:
+            reference, before, kind = known
+            if before == size:
+                return
+            self.live[kind] += size - before
+            self._known[key] = reference, size, kind
+        else:
+            def died(_: Any) -> None:
+                _, last, kind = self._known.pop(key)
+                self.live[kind] -= last
+
+            self._known[key] = weakref.ref(storage, died), size, Kind.OTHER
+            self.live[Kind.OTHER] += size
+        self._peak()
+
+    def _peak(self) -> None:
+        for kind, size in self.live.items():
+            if size > self.most[kind]:
+                self.most[kind] = size
+        total = sum(self.live.values())
+        if total > self.peak_bytes:
+            self.peak_bytes, self.at_peak = total, Counter(self.live)
+
+    def _communicated(self, func: Any, args: tuple[Any, ...]) -> None:
+        name = func._schema.name.split("::")[1]
+        if name in ("wait_tensor", "barrier"):
+            return
+        op = _WORDS.get(name, name)
+        boxed = next((arg for arg in args if isinstance(arg, torch.ScriptObject) and hasattr(arg, "_type")), None)
+        group = _group_name(boxed) if boxed is not None else [arg for arg in args if isinstance(arg, str)][-1]
+        ranks = tuple(dist.get_process_group_ranks(_resolve(group)))
+        sizes = [
+            leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)
+        ]
+        peer = ranks[int(args[2])] if op in _MESSAGES else None
+        size = max(sizes, default=0)
+        if func.namespace == "_c10d_functional" and op == "all_gather":
+            size *= len(ranks)
+        self.calls.append(Call(op=op, group=group, ranks=ranks, size_bytes=size, peer=peer, during=self.during))
+
+
+def _group_name(boxed: Any) -> str:
+    from torch._C._distributed_c10d import ProcessGroup
+
+    name: str = ProcessGroup.unbox(boxed).group_name
+    return name
+
+
+def _resolve(name: str) -> Any:
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]

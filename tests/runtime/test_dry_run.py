@@ -1,0 +1,140 @@
+"""Dry runs: which ranks fold, which communication cannot work, what a recorder counts; and programs of whole plans."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from runtime_models import llama as small_llama
+from torch import nn
+
+from autopar.cluster.parse import parse_cluster
+from autopar.graph.capture import Captured, capture
+from autopar.plan.plan import Plan
+from autopar.runtime.dry_run import MemoryRow, communication_problems, distinct_ranks, dry_run, memory_problems
+from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.simulate.simulator import simulate
+
+
+def reduce_(size: int, *ranks: int, op: str = "all_reduce") -> Call:
+    return Call(op=op, group=str(ranks), ranks=ranks, size_bytes=size)
+
+
+def send(peer: int, size: int = 8) -> Call:
+    return Call(op="send", group="p2p", ranks=(0, 1), size_bytes=size, peer=peer, during="0F0")
+
+
+def recv(peer: int, size: int = 8) -> Call:
+    return Call(op="recv", group="p2p", ranks=(0, 1), size_bytes=size, peer=peer, during="1F0")
+
+
+@pytest.mark.parametrize(("calls", "problem"), [
+    ({0: [reduce_(8, 0, 1), send(1)], 1: [reduce_(8, 0, 1), recv(0)]}, None),
+    ({0: [reduce_(8, 0, 1, 2)], 1: [reduce_(8, 0, 1, 2)]}, None),  # rank 2 does as another one
+    ({0: [send(1), recv(1)], 1: [send(0), recv(0)]}, None),
+    ({0: [reduce_(8, 0, 1)], 1: [reduce_(16, 0, 1)]}, "rank 0 comes to all_reduce of 8 bytes .* and rank 1 to .* 16"),
+    ({0: [reduce_(8, 0, 1)], 1: [reduce_(8, 0, 1, op="all_gather")]}, "rank 1 to all_gather"),
+    ({0: [reduce_(8, 0, 1)], 1: []}, "deadlock: rank 0 waits at all_reduce of 8 bytes over ranks 0, 1"),
+    ({0: [reduce_(8, 0, 1), reduce_(8, 0, 1, 2)], 1: [reduce_(8, 0, 1, 2), reduce_(8, 0, 1)]}, "deadlock"),
+    ({0: [recv(1), send(1)], 1: [recv(0), send(0)]}, "deadlock: rank 0 waits at recv .* rank 1 waits at recv"),
+    ({0: [send(1)], 1: [recv(0, size=4)]}, "rank 1 expects a recv of 4 bytes .* gets 8"),
+    ({0: [send(1)], 1: []}, "rank 1 never receives the send of 8 bytes"),
+])
+def test_communication(calls: dict[int, list[Call]], problem: str | None) -> None:
+    found = communication_problems(calls)
+    if problem is None:
+        assert found == []
+    else:
+        import re
+
+        assert len(found) == 1
+        assert re.search(problem, found[0]), found
+
+
+def test_more_memory_than_predicted() -> None:
+    def row(found: float) -> MemoryRow:
+        return MemoryRow(
+            rank=3, stage=0, num_ranks=1, kind="peak", program_bytes=found * 2**20, predicted_bytes=100 * 2**20
+        )
+
+    assert memory_problems([row(113), row(20)]) == []
+    (problem,) = memory_problems([row(115)])
+    assert problem == "rank 3 holds 115.0 MiB at its peak, and 100.0 were predicted"
+
+
+def test_a_recorder_counts_what_lives_and_what_is_saved() -> None:
+    with fake_mode(), Recorder() as recorder:
+        weight = torch.empty(1000, requires_grad=True)
+        recorder.label(weight, Kind.PARAMETER)
+        (weight.exp() + 1).sum().backward()
+        assert recorder.live[Kind.PARAMETER] == 4000
+        assert recorder.most[Kind.ACTIVATION] == 4000  # exp keeps its result
+        assert recorder.live[Kind.ACTIVATION] == 0
+        recorder.forget_peak()
+        held = torch.empty(10)
+        assert recorder.peak_bytes == 4000 + 4000 + 40  # and the gradient
+        held.untyped_storage().resize_(0)
+        assert sum(recorder.live.values()) == 8000
+
+
+def test_a_fake_job_leaves_nothing_behind() -> None:
+    with fake_job(3, 8):
+        assert (dist.get_rank(), dist.get_world_size()) == (3, 8)
+    assert not dist.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[nn.Module, Captured]:
+    with fake_mode():
+        model, batch, _ = small_llama(tied=False)
+    return model, capture(model, batch, tag_rows=True)
+
+
+def planned(captured: Captured, num_devices: int, **degrees: object) -> tuple[Plan, object]:
+    cluster = parse_cluster(f"{num_devices}xH100-80GB")
+    plan = plan_from_degrees(captured.graph, cluster, Degrees(
+        dtype="float32", param_dtype="float32", seq_len=captured.graph.sequence_length, **degrees,  # type: ignore[arg-type]
+    ))
+    return plan, simulate(captured.graph, cluster, plan)
+
+
+def test_ranks_that_do_the_same_fold(llama: tuple[nn.Module, Captured]) -> None:
+    plan, _ = planned(llama[1], 32, global_batch=16, pp=2, tp=2, dp_shard=8, zero=2, micro_batch=1)
+    folded = distinct_ranks(plan)
+    assert [ranks[0] for ranks in folded] == [0, 1, 16, 17]
+    assert sorted(rank for ranks in folded for rank in ranks) == list(range(32))
+    stage = dataclasses.replace(plan.stages[1], rows=(2, 1, 1, 1, 1, 1, 1, 0))
+    unlike = dataclasses.replace(plan, stages=(plan.stages[0], stage))
+    assert len(distinct_ranks(unlike)) == 32
+
+
+def test_the_programs_of_a_plan(llama: tuple[nn.Module, Captured]) -> None:
+    plan, timeline = planned(llama[1], 8, global_batch=8, pp=2, tp=2, dp_shard=2, zero=3, micro_batch=2)
+    ran = dry_run(*llama, plan, timeline)  # type: ignore[arg-type]
+    assert ran.problems == ()
+    assert (ran.num_programs, ran.num_ranks, ran.num_messages) == (4, 8, 4 * 2)
+    assert ran.num_collectives > 0
+    rows = {(row.rank, row.kind): row for row in ran.memory}
+    assert {row.num_ranks for row in ran.memory} == {2}
+    for rank in (0, 4):
+        optimizer = rows[rank, "optimizer"]
+        assert optimizer.program_bytes == pytest.approx(optimizer.predicted_bytes, rel=0.02)
+
+
+def test_a_program_that_leaves_a_collective_out_is_found(
+    llama: tuple[nn.Module, Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autopar.runtime import collectives
+    from autopar.runtime import dry_run as module
+
+    plan, timeline = planned(llama[1], 2, global_batch=2, tp=2, micro_batch=2)
+    reduce = collectives.all_reduce
+    monkeypatch.setattr(
+        "autopar.runtime.collectives.all_reduce", lambda axis, x, op="sum": x if axis.rank else reduce(axis, x, op)
+    )
+    ran = module.dry_run(*llama, plan, timeline)  # type: ignore[arg-type]
+    assert ran.problems
+    assert "rank 0" in ran.problems[0]
