@@ -28,13 +28,14 @@ def one_worker_thread() -> Iterator[None]:
     if not dist.is_gloo_available():
         yield
         return
+    module: Any = distributed_c10d
     with _lock:
-        original = distributed_c10d.ProcessGroupGloo
-        distributed_c10d.ProcessGroupGloo = _one_worker(original)
+        original = module.ProcessGroupGloo
+        module.ProcessGroupGloo = _one_worker(original)
         try:
             yield
         finally:
-            distributed_c10d.ProcessGroupGloo = original
+            module.ProcessGroupGloo = original
 
 
 def _one_worker(original: Any) -> type:
