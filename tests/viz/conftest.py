@@ -1,11 +1,9 @@
 """A planned model and its page, made once by the commands that users type."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
+from drawn_page import Drawn
 
 from autopar.cli import main
 from autopar.plan.file import load_picture
@@ -15,16 +13,6 @@ CONFIG = {
     "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
     "max_position_embeddings": 128, "tie_word_embeddings": False,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """The files of a plan, and what its page shows."""
-
-    model: Path
-    plan: Path
-    page: Path
-    picture: dict[str, Any]
 
 
 @pytest.fixture(scope="session")

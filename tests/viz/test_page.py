@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Drawn
+from drawn_page import Drawn
 
 from autopar.cli import main
 from autopar.errors import InputError

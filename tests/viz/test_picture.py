@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from conftest import Drawn
+from drawn_page import Drawn
 
 from autopar.plan.file import load_plan, picture_from_json, plan_to_json
 
