@@ -10,14 +10,15 @@ from torch import Tensor
 
 from autopar.errors import InputError
 from autopar.graph.model_graph import ModelGraph, TensorInfo
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Stage
 
 
 class BatchReader:
-    """Checks a global batch and gives a replica its micro-batches.
+    """Checks a global batch and gives a data rank its micro-batches. `graph` is the model as it was captured.
 
-    A tensor has the batch in its first dim if the captured one had the micro-batch's rows there; another tensor goes
-    whole to every replica. Replica d's micro-batch i gets the rows from (d * num_micro_batches + i) * micro_batch on.
+    A tensor has the batch in its first dim if the captured one had its rows there; another tensor goes
+    whole to every replica. Micro-batches follow one another in the batch; each is shared out among the data ranks of a
+    stage in their order.
     Values that are no tensors must be those of the capture, and may be left out.
     """
 
@@ -25,7 +26,7 @@ class BatchReader:
         self.inputs, self.settings, self.plan, self.rows = graph.inputs, dict(graph.settings), plan, graph.rows
 
     def micro_batches(
-        self, batch: Mapping[str, Any] | Sequence[Any], data_rank: int, device: torch.device
+        self, batch: Mapping[str, Any] | Sequence[Any], stage: Stage, data_rank: int, device: torch.device
     ) -> list[dict[str, Tensor]]:
         """One dict of local tensors for each micro-batch of a replica; InputError for a batch of another form."""
         named = dict(batch) if isinstance(batch, Mapping) else {str(i): value for i, value in enumerate(batch)}
@@ -39,13 +40,15 @@ class BatchReader:
             if given != self.settings[name]:
                 captured = self.settings[name]
                 raise InputError(f"the batch has {given} as {name!r}; the model was captured with {captured}")
+        rows = self.plan.rows_of(stage)
+        start = sum(rows[:data_rank])
         found: list[dict[str, Tensor]] = [{} for _ in range(self.plan.num_micro_batches)]
         for info in self.inputs:
             value = self._in_dtype(info, named[info.name])
             split = self._is_split(info, value)
             for i, part in enumerate(found):
-                first = (data_rank * self.plan.num_micro_batches + i) * self.plan.micro_batch
-                part[info.name] = (value[first : first + self.plan.micro_batch] if split else value).to(device)
+                first = i * self.plan.micro_batch_rows + start
+                part[info.name] = (value[first : first + rows[data_rank]] if split else value).to(device)
         return found
 
     def _is_split(self, info: TensorInfo, value: Tensor) -> bool:

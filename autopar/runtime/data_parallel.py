@@ -42,13 +42,24 @@ def shard_stage(
                 module.set_force_sum_reduction_for_comms(True)
 
 
-def prepare_backward(stage: nn.Module, zero: int, *, is_last: bool) -> None:
-    """Set what the next backward does with parameters and gradients; `is_last`: it ends the step."""
+def prepare_backward(stage: nn.Module, zero: int, *, is_last: bool, defers: bool = False) -> None:
+    """Set what the next backward does with parameters and gradients; `is_last`: it ends the step.
+
+    `defers`: it leaves whole gradients, which `finish_gradients` reduces later.
+    """
     if isinstance(stage, FSDPModule):
         stage.set_is_last_backward(is_last)
-        stage.set_requires_gradient_sync(is_last or zero >= 2)
+        stage.set_requires_gradient_sync(not defers and (is_last or zero >= 2))
         stage.set_requires_all_reduce(is_last)  # among replicas of the shards, once a step at every level
-        stage.set_reshard_after_backward(is_last or zero == 3)
+        stage.set_reshard_after_backward(not defers and (is_last or zero == 3))
+
+
+def finish_gradients(stage: nn.Module, zero: int, *, is_last: bool) -> None:
+    """Reduce the gradients that a backward outside FSDP2's hooks, or one that deferred this, left whole."""
+    if isinstance(stage, FSDPModule):
+        prepare_backward(stage, zero, is_last=is_last)
+        state = fully_shard.state(stage)  # type: ignore[attr-defined]
+        state._root_post_backward_final_callback()  # as torch.distributed.pipelining does
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -18,23 +18,26 @@ from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.capture import Captured
 from autopar.graph.model_graph import ModelGraph
 from autopar.graph.rows import at_rows
+from autopar.plan.actions import Action, ActionKind, ActionLists, check_actions, with_communication
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.data_parallel import local_tensor, shard_stage
-from autopar.runtime.executor import Channel, Executor, LocalStage, Wire, check_channels
+from autopar.runtime.executor import Channel, Executor, LocalStage
 from autopar.runtime.gloo import one_worker_thread
-from autopar.runtime.groups import Groups, check_runnable, make_groups
+from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh, place_of
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.optimizer_offload import OffloadedState
+from autopar.runtime.regions import crossings
+from autopar.runtime.split_backward import unsplit_reason
 from autopar.runtime.stage import StageBuilder, needed_ops
-from autopar.sharding.joint import placed_shape
+from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP
-from autopar.simulate.schedules import Action, plan_actions
+from autopar.simulate.schedules import plan_actions
 
 log = logging.getLogger(__name__)
 
@@ -59,26 +62,27 @@ class Trainer:
         parameters to all ranks first.
         The global random generator is seeded: alike on the ranks of a tensor axis, differently elsewhere.
         """
-        graph = at_rows(captured.graph, plan.micro_batch)
         self.plan, self.device = plan, torch.device(device)
         timeout = timedelta(seconds=timeout_s)
         world = dist.get_world_size() if dist.is_initialized() else 1
         check_runnable(plan, world)
-        verify_plan(plan, graph)
-        self.graph = graph = rewritten(graph, plan.rewrites)
+        verify_plan(plan, captured.graph)
+        place = place_of(plan, dist.get_rank() if dist.is_initialized() else 0)
+        self.rows = plan.rows_of(plan.stages[place.stages[0]])[place.data_rank]
+        self.graph = graph = rewritten(at_rows(captured.graph, self.rows), plan.rewrites)
+        self.tagged = tagged = rewritten(captured.graph, plan.rewrites)
+        lists = with_communication(plan_actions(plan), plan.num_stages)
+        check_actions(lists, plan.num_stages, plan.num_micro_batches)
         self._owns_group = False
-        mixed = plan.dtype != plan.param_dtype
-        needs_mesh = mixed or plan.stages[0].mesh.dp * plan.stages[0].mesh.cp > 1
-        if needs_mesh and not dist.is_initialized():
+        if not dist.is_initialized() and any(needs_data_mesh(plan, stage) for stage in plan.stages):
             self._open_lone_group(timeout)
         self.layout = parameter_layout(graph, plan, (name for name, _ in model.named_modules()))
-        tied = tuple(sorted({param.stages for param in self.layout.params if len(param.stages) > 1}))
+        self.ties = ties_of(self.layout, plan)
         with one_worker_thread():
-            self.groups = make_groups(plan, tied, self.device, timeout, needs_mesh=needs_mesh)
-        parts = plan.num_micro_batches * plan.stages[0].mesh.dp
-        self.terms = loss_terms(graph, captured.graph, num_parts=parts)
-        self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes)
-        self.batch = BatchReader(graph, plan)
+            self.groups = make_groups(plan, self.ties.by_lane, self.ties.whole, self.device, timeout)
+        self.terms = loss_terms(graph, tagged, num_parts=plan.num_micro_batches * plan.stages[-1].mesh.dp)
+        self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(lists))
+        self.batch = BatchReader(captured.graph, plan)
         self._seed()
         persistent = frozenset(model.state_dict(keep_vars=True))
         sent = same_weights and world > 1
@@ -87,9 +91,11 @@ class Trainer:
             name: self._from_first(value) if sent and name in persistent else value.detach().to(self.device)
             for name, value in captured.constants.items()
         }
-        builder = StageBuilder(graph, plan, self.layout, self.terms, self.groups.axes, self.device)
+        builder = StageBuilder(graph, tagged, plan, self.layout, self.terms, self.groups.axes, self.device)
+        splitting = {a.stage for actions in lists for a in actions if a.kind is ActionKind.INPUT_BACKWARD}
         self.stages = tuple(
-            self._local_stage(index, builder, params, constants, persistent) for index in self.groups.place.stages
+            self._local_stage(index, builder, params[index], constants, persistent, splits=index in splitting)
+            for index in place.stages
         )
         del params
         known = {name for param in self.layout.params for name in param.names} | {info.name for info in graph.buffers}
@@ -97,8 +103,6 @@ class Trainer:
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
         }
         self.modules = {stage.index: stage.module for stage in self.stages}
-        lists = plan_actions(plan)
-        check_channels(lists, plan.num_stages, plan.num_micro_batches)
         mine = [action for actions in lists for action in actions if action.stage in self.modules]
         self.executor = Executor(self.stages, mine, self.device)
         self._count = self._count_function(builder, constants)
@@ -135,10 +139,11 @@ class Trainer:
     def forward_backward(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
         """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        rows = self.batch.micro_batches(batch, self.groups.place.data_rank, self.device)
+        place = self.groups.place
+        rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
         total = self.executor.run(rows, self._factors(rows), observe)
         self._reduce_gradients()
-        if self.groups.place.tensor_rank != 0 or self.groups.place.context_rank != 0:
+        if place.tensor_rank != 0 or place.context_rank != 0:
             total = torch.zeros_like(total)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
@@ -197,8 +202,8 @@ class Trainer:
             units.setdefault((stage, param.unit), []).append(parameter)
         return list(units.values())
 
-    def _local_parameters(self, model: nn.Module, *, sent: bool) -> dict[str, nn.Parameter]:
-        """This rank's parts of the model's parameters, on its device; `sent`: as rank 0 has them.
+    def _local_parameters(self, model: nn.Module, *, sent: bool) -> dict[int, dict[str, nn.Parameter]]:
+        """This rank's parts of the model's parameters, by stage, on its device; `sent`: as rank 0 has them.
 
         One full parameter at a time is on the device.
         """
@@ -208,17 +213,19 @@ class Trainer:
                 raise PlanMismatchError(f"the model has no parameter {info.name} of shape {list(info.shape)}")
             if own[info.name].is_meta:
                 raise InputError(f"parameter {info.name} has no data (meta device); give the model its weights first")
-        found: dict[str, nn.Parameter] = {}
+        found: dict[int, dict[str, nn.Parameter]] = {index: {} for index in self.groups.place.stages}
+        state = {(index, param.name): param.state for index in found for param in self.layout.of_stage(index)}
         for param in self.layout.params:
             value = own[param.name]
-            needed = not set(param.stages).isdisjoint(self.groups.place.stages)
-            if not sent and not needed:
+            needing = [index for index in param.stages if index in found]
+            if not sent and not needing:
                 continue
             full = self._from_first(value) if sent else value.detach().to(self.device)
-            if needed:
-                dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
-                part = local_part(full, param.state, self.groups.tensor_axis).to(dtype, copy=not sent)
-                found[param.name] = nn.Parameter(part, requires_grad=value.requires_grad)
+            dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
+            for index in needing:
+                part = local_part(full, state[index, param.name], self.groups.tensor_axis)
+                part = part.to(dtype, copy=not sent or index != needing[0])
+                found[index][param.name] = nn.Parameter(part, requires_grad=value.requires_grad)
         return found
 
     def _from_first(self, value: Tensor) -> Tensor:
@@ -247,10 +254,11 @@ class Trainer:
 
     def _local_stage(
         self, index: int, builder: StageBuilder, params: Mapping[str, nn.Parameter], constants: Mapping[str, Tensor],
-        persistent: frozenset[str],
+        persistent: frozenset[str], *, splits: bool,
     ) -> LocalStage:
         plan, graph, stage = self.plan, self.graph, self.plan.stages[index]
         module = builder.stage(index, params, constants, persistent)
+        unsplit = splits and bool(unsplit_reason(graph, plan, stage))
         if self.groups.data_mesh is not None:
             shard_stage(
                 module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
@@ -260,17 +268,23 @@ class Trainer:
         last = index == plan.num_stages - 1
         return LocalStage(
             index=index, module=module, zero=stage.zero, inputs=wanted,
-            before=self._channel(index - 1, index - 1) if index else None,
-            after=None if last else self._channel(index, index + 1),
+            before=self._channel(index - 1) if index else None, after=None if last else self._channel(index),
             loss=graph.loss if graph.loss in module._autopar_leaving else None,
+            whole_backward=unsplit, splits=splits and not unsplit,
         )
 
-    def _channel(self, boundary: int, neighbour: int) -> Channel:
-        groups: Groups = self.groups
+    def _channel(self, boundary: int) -> Channel:
+        rank = dist.get_rank() if dist.is_initialized() else 0
         return Channel(
-            peer=self.plan.stages[neighbour].devices[groups.place.lane], activations=groups.forward[boundary],
-            gradients=groups.backward[boundary], wires=boundary_wires(self.graph, self.plan, boundary),
+            crossings=crossings(self.tagged, self.plan, boundary, rank),
+            activations=self.groups.forward.get(boundary), gradients=self.groups.backward.get(boundary),
         )
+
+    def _unsplit(self, lists: ActionLists) -> list[str]:
+        """What of the schedule's split backwards runs whole, and why."""
+        stages = sorted({a.stage for actions in lists for a in actions if a.kind is ActionKind.INPUT_BACKWARD})
+        reasons = {index: unsplit_reason(self.graph, self.plan, self.plan.stages[index]) for index in stages}
+        return [f"the backward of stage {index} runs whole: {why}" for index, why in reasons.items() if why]
 
     # -- the loss and the gradients
 
@@ -319,7 +333,7 @@ class Trainer:
 
     def _factors(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What each counted or shared term of the loss is multiplied with in this step."""
-        share = 1.0 / (self.plan.num_micro_batches * self.plan.stages[0].mesh.dp)
+        share = self.rows / self.plan.global_batch
         dtype_of = {op.name: getattr(torch, self.terms.cls.tensor[op.outputs[0]].dtype) for op in self.terms.ops}
         factors = {
             name: torch.tensor(share, dtype=dtype_of[name], device=self.device)
@@ -336,41 +350,27 @@ class Trainer:
     def _reduce_gradients(self) -> None:
         """Sum what the backward left partial: over the tensor axis, and over stages that share a parameter."""
         partial_grads: list[Tensor] = []
-        tied: dict[tuple[int, ...], list[Tensor]] = {}
-        for stage in self.stages:
-            own = dict(stage.module.named_parameters(remove_duplicate=False))
-            for param in self.layout.of_stage(stage.index):
-                parameter = own[param.name]
-                summed_over_axis = self.groups.tensor is not None and param.state == RP
-                if not parameter.requires_grad or not (summed_over_axis or param.stages in self.groups.tied):
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                gradient = local_tensor(parameter.grad)
-                if summed_over_axis:
-                    partial_grads.append(gradient)
-                if param.stages in self.groups.tied:
-                    tied.setdefault(param.stages, []).append(gradient)
+        copies: dict[str, list[Copy]] = {}
+        for stage, param, parameter in checkpoint.own_parameters(self):
+            summed_over_axis = self.groups.tensor is not None and param.state == RP
+            is_tied = len(param.stages) > 1
+            if not parameter.requires_grad or not (summed_over_axis or is_tied):
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if summed_over_axis:
+                partial_grads.append(local_tensor(parameter.grad))
+            if is_tied:
+                copies.setdefault(param.name, []).append(Copy(stage, param, parameter))
         if self.groups.tensor is not None:
-            _sum_in_place(partial_grads, self.groups.tensor)
-        for stages in sorted(tied):
-            _sum_in_place(tied[stages], self.groups.tied[stages])
+            sum_in_place(partial_grads, self.groups.tensor)
+        sum_tied(self.ties, copies, self.groups)
 
 
 def _close_if_alive(reference: weakref.ref[Trainer]) -> None:
     trainer = reference()
     if trainer is not None:
         trainer.close()
-
-
-def _sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """All-reduce tensors in one message for each dtype."""
-    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
-        same = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.flatten() for tensor in same])
-        dist.all_reduce(flat, group=group)
-        for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def _batch_names(graph: ModelGraph, plan: Plan, index: int) -> tuple[str, ...]:
@@ -380,23 +380,3 @@ def _batch_names(graph: ModelGraph, plan: Plan, index: int) -> tuple[str, ...]:
     if needed.intersection(graph.shared.outputs):
         needed.update(graph.shared.inputs)
     return tuple(info.name for info in graph.inputs if info.name in needed)
-
-
-def boundary_wires(graph: ModelGraph, plan: Plan, boundary: int) -> tuple[Wire, ...]:
-    """The tensors that pass from stage `boundary` to the next, as they look on one rank."""
-    stage = plan.stages[boundary]
-    wires = []
-    for name in graph.boundary(stage.last):
-        block = next(block for block in graph.blocks if name in block.outputs)
-        position = block.outputs.index(name)
-        cls = graph.block_class[block.cls]
-        info = cls.tensor[cls.outputs[position]]
-        place = tuple(own.outputs[position] for own in plan.class_shardings(block.cls, stage))
-        sizes = [size for _, size in stage.mesh.inner]
-        wires.append(
-            Wire(
-                name=name, shape=placed_shape(info.shape, place, sizes), dtype=getattr(torch, info.dtype),
-                requires_grad=info.requires_grad,
-            )
-        )
-    return tuple(wires)

@@ -1,43 +1,43 @@
-"""Runs a rank's list of pipeline actions: forwards and backwards of its stages, with sends and receives between."""
+"""Runs a rank's list of pipeline actions: computations of its stages, with sends and receives between."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from autopar.errors import InputError
-from autopar.runtime.data_parallel import prepare_backward
+from autopar.plan.actions import COMPUTE, Action, ActionKind
+from autopar.runtime.data_parallel import finish_gradients, prepare_backward
+from autopar.runtime.regions import Crossing, Piece
+from autopar.runtime.split_backward import Pending, backward_input, backward_weight
 from autopar.runtime.stage import StageModule
-from autopar.simulate.schedules import Action, ActionKind, ActionLists, check_actions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wire:
-    """A tensor that passes a stage boundary: its local shape, and whether a gradient comes back."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Channel:
-    """Both directions between this rank and one rank of a neighbour stage, each on its own process group."""
+    """A boundary as this rank sees it from one side; each direction has a process group of its own.
 
-    peer: int
-    activations: dist.ProcessGroup
-    gradients: dist.ProcessGroup
-    wires: tuple[Wire, ...]
+    The groups are None where the same rank is on both sides.
+    """
+
+    crossings: tuple[Crossing, ...]
+    activations: dist.ProcessGroup | None
+    gradients: dist.ProcessGroup | None
+
+    @property
+    def is_local(self) -> bool:
+        return self.activations is None
 
 
 @dataclass(slots=True, kw_only=True)
 class LocalStage:
-    """One of this rank's stages. `before` and `after` are None at the ends of the pipeline."""
+    """One of this rank's stages. `before` and `after` are None at the ends of the pipeline.
+
+    `whole_backward`: its I computes all gradients, and its W nothing; `splits`: its I and W share the backward.
+    """
 
     index: int
     module: StageModule
@@ -46,42 +46,64 @@ class LocalStage:
     before: Channel | None
     after: Channel | None
     loss: str | None  # the name of the loss where this stage computes it
+    whole_backward: bool = False
+    splits: bool = False
+
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters that are trained, as they are now: FSDP2 puts gathered ones in the place of its shards."""
+        return [param for param in self.module.parameters() if param.requires_grad]
 
 
 @dataclass(slots=True)
 class _InFlight:
     received: dict[str, Tensor]
     produced: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    pending: Pending | None = None
 
 
-def check_channels(lists: ActionLists, num_stages: int, num_micro_batches: int) -> None:
-    """InputError for lists that would deadlock or mix up micro-batches.
+@dataclass(slots=True)
+class _Arriving:
+    """Tensors on their way to this rank."""
 
-    Each direction of each boundary is a channel of its own that delivers in order: both ends must take the
-    micro-batches in one order, and with every receive blocking something must always be able to run.
-    """
-    check_actions(lists, num_stages, num_micro_batches)
-    flat = [action for actions in lists for action in actions]
-    for kind, word in ((ActionKind.FORWARD, "forward"), (ActionKind.BACKWARD, "backward")):
-        order = [[a.micro_batch for a in flat if a.stage == stage and a.kind is kind] for stage in range(num_stages)]
-        for stage in range(num_stages - 1):
-            if order[stage] != order[stage + 1]:
-                raise InputError(
-                    f"the schedule takes {word} micro-batches in the order {order[stage]} on stage {stage} and "
-                    f"{order[stage + 1]} on stage {stage + 1}; a channel delivers in one order"
-                )
+    values: dict[str, Tensor]
+    works: list[tuple[dist.Work, Tensor, Tensor | None, Piece]]  # what is received, and where it goes if elsewhere
+
+    def wait(self) -> dict[str, Tensor]:
+        for work, received, target, piece in self.works:
+            work.wait()
+            if target is not None:
+                part = target[piece.part]
+                part.add_(received) if piece.adds else part.copy_(received)
+        return self.values
+
+
+_Key = tuple[ActionKind, int, int]
+FORWARD, BACKWARD, INPUT, WEIGHT = (
+    ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.INPUT_BACKWARD, ActionKind.WEIGHT_BACKWARD
+)
 
 
 class Executor:
-    """Runs one step's actions over this rank's stages."""
+    """Runs one step's actions over this rank's stages.
+
+    `actions` are those of `autopar.plan.actions`, checked, with sends and receives where other ranks are concerned.
+    """
 
     def __init__(self, stages: Sequence[LocalStage], actions: Sequence[Action], device: torch.device) -> None:
-        assert all(action.kind in (ActionKind.FORWARD, ActionKind.BACKWARD) for action in actions)
         self.stages = {stage.index: stage for stage in stages}
         self.actions = tuple(actions)
         self.device = device
-        self._last_backward = {action.stage: action for action in actions if action.kind is ActionKind.BACKWARD}
+        # What ends the step's gradients of a stage: its last weight gradients, or the reduction that the list asks for.
+        self._ending: dict[int, Action] = {}
+        for a in actions:
+            whole = a.kind is WEIGHT and self.stages[a.stage].whole_backward
+            asked = a.kind is ActionKind.REDUCE and self.stages[a.stage].zero < 2  # others reduce at every backward
+            if asked or (a.kind in (BACKWARD, INPUT, WEIGHT) and not whole):
+                self._ending[a.stage] = a
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
+        self._arriving: dict[_Key, _Arriving] = {}
+        self._leaving: dict[_Key, dict[str, Tensor]] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
 
     def run(
@@ -90,24 +112,40 @@ class Executor:
     ) -> Tensor:
         """The sum of the losses that this rank computed over its micro-batches, as float64 (0 on other stages).
 
-        Gradients are added to the parameters. `observe` is called before each action.
+        Gradients are added to the parameters. `observe` is called before each computation.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for action in self.actions:
-            if observe is not None:
+            if observe is not None and action.kind in COMPUTE:
                 observe(action)
-            stage = self.stages[action.stage]
-            if action.kind is ActionKind.FORWARD:
-                loss = self._forward(stage, action.micro_batch, batches[action.micro_batch], factors)
-                if loss is not None:
-                    total += loss
-            else:
-                self._backward(stage, action.micro_batch, is_last=self._last_backward[stage.index] == action)
+            stage, i = self.stages[action.stage], action.micro_batch
+            match action.kind:
+                case ActionKind.FORWARD:
+                    loss = self._forward(stage, i, batches[i], factors)
+                    if loss is not None:
+                        total += loss
+                case ActionKind.BACKWARD | ActionKind.INPUT_BACKWARD | ActionKind.WEIGHT_BACKWARD:
+                    self._backward(stage, action)
+                case ActionKind.RECEIVE_FORWARD:
+                    self._receive(action, stage.before, gradients=False)
+                case ActionKind.RECEIVE_BACKWARD:
+                    self._receive(action, stage.after, gradients=True)
+                case ActionKind.SEND_FORWARD:
+                    self._send(action, stage.after, gradients=False)
+                case ActionKind.SEND_BACKWARD:
+                    self._send(action, stage.before, gradients=True)
+                case ActionKind.REDUCE:
+                    if self._ending[stage.index] == action:
+                        finish_gradients(stage.module, stage.zero, is_last=True)
+                case ActionKind.UNSHARD | ActionKind.RESHARD:
+                    pass  # FSDP2 gathers and drops by itself
         for work, _ in self._sending:
             work.wait()
         self._sending.clear()
-        assert not self._in_flight, "a micro-batch had no backward"
+        assert not (self._in_flight or self._arriving or self._leaving), "actions left something undone"
         return total
+
+    # -- computations
 
     def _forward(
         self, stage: LocalStage, micro_batch: int, batch: Mapping[str, Tensor], factors: Mapping[str, Tensor]
@@ -115,49 +153,125 @@ class Executor:
         values = {name: batch[name] for name in stage.inputs}
         received: dict[str, Tensor] = {}
         if stage.before is not None:
-            received = self._receive(stage.before.wires, stage.before, stage.before.activations)
-            for wire in stage.before.wires:
-                received[wire.name].requires_grad_(wire.requires_grad)
+            received = self._arrived(stage.before, ActionKind.RECEIVE_FORWARD, stage.index, micro_batch)
+            for crossing in stage.before.crossings:
+                received[crossing.name].requires_grad_(crossing.requires_grad)
         produced = stage.module({**values, **received}, factors)
+        if stage.splits:  # torch's split backward detaches its roots in place, which views do not bear
+            produced = {name: value if value._base is None else value.clone() for name, value in produced.items()}
         if stage.after is not None:
             both = {**received, **produced}
-            self._send([both[wire.name].detach() for wire in stage.after.wires], stage.after, stage.after.activations)
+            leaving = {crossing.name: both[crossing.name].detach() for crossing in stage.after.crossings}
+            self._leave(stage.after, ActionKind.SEND_FORWARD, stage.index, micro_batch, leaving)
         self._in_flight[stage.index, micro_batch] = _InFlight(received, produced)
         return produced[stage.loss].detach() if stage.loss is not None else None
 
-    def _backward(self, stage: LocalStage, micro_batch: int, *, is_last: bool) -> None:
-        kept = self._in_flight.pop((stage.index, micro_batch))
+    def _backward(self, stage: LocalStage, action: Action) -> None:
+        key = stage.index, action.micro_batch
+        ends = self._ending[stage.index] == action
+        if action.kind is WEIGHT:
+            if not stage.whole_backward:
+                self._weight_backward(stage, self._in_flight.pop(key), ends=ends)
+            return
+        kept = self._in_flight[key]
+        kept.gradients = self._gradients(stage, action.micro_batch, kept)
+        differentiable = [value for value in kept.received.values() if value.requires_grad]
+        if action.kind is BACKWARD or stage.whole_backward:
+            del self._in_flight[key]
+            prepare_backward(stage.module, stage.zero, is_last=ends)
+            roots = [name for name, value in kept.produced.items() if value.requires_grad]
+            torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
+        elif differentiable:
+            prepare_backward(stage.module, stage.zero, is_last=False, defers=True)
+            roots = [name for name, value in kept.produced.items() if value.requires_grad]
+            kept.pending = backward_input(
+                [kept.produced[n] for n in roots], [kept.gradients[n] for n in roots], differentiable, stage.weights()
+            )
+        if stage.before is not None:
+            self._leave(
+                stage.before, ActionKind.SEND_BACKWARD, stage.index, action.micro_batch,
+                self._input_gradients(stage.before, kept),
+            )
+        if kept.pending is not None:  # nothing but what W needs is kept
+            kept.received, kept.produced, kept.gradients = {}, {}, {}
+
+    def _weight_backward(self, stage: LocalStage, kept: _InFlight, *, ends: bool) -> None:
+        if kept.pending is not None:
+            backward_weight(stage.weights(), kept.pending)
+        else:  # a stage whose inputs need no gradient
+            prepare_backward(stage.module, stage.zero, is_last=False, defers=True)
+            roots = [name for name, value in kept.produced.items() if value.requires_grad]
+            torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
+        if ends or stage.zero >= 2:
+            finish_gradients(stage.module, stage.zero, is_last=ends)
+
+    def _gradients(self, stage: LocalStage, micro_batch: int, kept: _InFlight) -> dict[str, Tensor]:
+        """The gradients of what the stage produced."""
         gradients: dict[str, Tensor] = {}
         if stage.after is not None:
-            wires = [wire for wire in stage.after.wires if wire.requires_grad]
-            gradients = self._receive(wires, stage.after, stage.after.gradients)
-        roots = [name for name, value in kept.produced.items() if value.requires_grad]
+            gradients = self._arrived(stage.after, ActionKind.RECEIVE_BACKWARD, stage.index, micro_batch)
         if stage.loss is not None:
             gradients[stage.loss] = torch.ones_like(kept.produced[stage.loss])
-        prepare_backward(stage.module, stage.zero, is_last=is_last)
-        torch.autograd.backward([kept.produced[name] for name in roots], [gradients[name] for name in roots])
-        if stage.before is not None:
-            back = []
-            for wire in stage.before.wires:
-                if wire.requires_grad:
-                    grad = kept.received[wire.name].grad
-                    passed = gradients.get(wire.name)  # the tensor also went on to the next stage
-                    parts = [part for part in (grad, passed) if part is not None]
-                    back.append(sum(parts[1:], parts[0]) if parts else torch.zeros_like(kept.received[wire.name]))
-            self._send(back, stage.before, stage.before.gradients)
+        return gradients
 
-    def _receive(self, wires: Sequence[Wire], channel: Channel, group: dist.ProcessGroup) -> dict[str, Tensor]:
-        found = {wire.name: torch.empty(wire.shape, dtype=wire.dtype, device=self.device) for wire in wires}
-        works = [dist.irecv(value, channel.peer, group=group) for value in found.values()]
-        for work in works:
-            assert work is not None
-            work.wait()
+    def _input_gradients(self, before: Channel, kept: _InFlight) -> dict[str, Tensor]:
+        found = {}
+        for crossing in before.crossings:
+            if crossing.requires_grad:
+                received = kept.received[crossing.name]
+                passed = kept.gradients.get(crossing.name)  # the tensor also went on to the next stage
+                parts = [part for part in (received.grad, passed) if part is not None]
+                found[crossing.name] = sum(parts[1:], parts[0]) if parts else torch.zeros_like(received)
         return found
 
-    def _send(self, values: Sequence[Tensor], channel: Channel, group: dist.ProcessGroup) -> None:
+    # -- what passes between stages
+
+    def _arrived(self, channel: Channel, kind: ActionKind, stage: int, micro_batch: int) -> dict[str, Tensor]:
+        if channel.is_local:
+            sent, neighbour = (
+                (ActionKind.SEND_FORWARD, stage - 1) if kind is ActionKind.RECEIVE_FORWARD
+                else (ActionKind.SEND_BACKWARD, stage + 1)
+            )
+            return self._leaving.pop((sent, neighbour, micro_batch))
+        return self._arriving.pop((kind, stage, micro_batch)).wait()
+
+    def _leave(
+        self, channel: Channel, kind: ActionKind, stage: int, micro_batch: int, values: dict[str, Tensor]
+    ) -> None:
+        if channel.is_local and kind is ActionKind.SEND_FORWARD:  # a leaf of the next stage's own
+            values = {name: value.detach() for name, value in values.items()}
+        self._leaving[kind, stage, micro_batch] = values
+
+    def _receive(self, action: Action, channel: Channel | None, *, gradients: bool) -> None:
+        """Post the receives of one micro-batch; the computation that needs it waits for them."""
+        assert channel is not None
+        values: dict[str, Tensor] = {}
+        works: list[tuple[dist.Work, Tensor, Tensor | None, Piece]] = []
+        group = channel.gradients if gradients else channel.activations
+        for crossing in channel.crossings:
+            if gradients and not crossing.requires_grad:
+                continue
+            dtype = getattr(torch, crossing.dtype)
+            pieces = crossing.gradients if gradients else crossing.activations
+            is_whole = len(pieces) == 1 and pieces[0].shape == crossing.shape
+            made = torch.empty if is_whole or (not any(piece.adds for piece in pieces) and pieces) else torch.zeros
+            values[crossing.name] = made(crossing.shape, dtype=dtype, device=self.device)
+            for piece in pieces:
+                whole = values[crossing.name]
+                received = whole if is_whole else torch.empty(piece.shape, dtype=dtype, device=self.device)
+                work = dist.irecv(received, piece.peer, group=group)
+                assert work is not None
+                works.append((work, received, None if is_whole else whole, piece))
+        self._arriving[action.kind, action.stage, action.micro_batch] = _Arriving(values, works)
+
+    def _send(self, action: Action, channel: Channel | None, *, gradients: bool) -> None:
+        assert channel is not None
+        values = self._leaving.pop((action.kind, action.stage, action.micro_batch))
+        group = channel.gradients if gradients else channel.activations
         self._sending = [(work, value) for work, value in self._sending if not work.is_completed()]
-        for value in values:
-            kept = value.contiguous()
-            work = dist.isend(kept, channel.peer, group=group)
-            assert work is not None
-            self._sending.append((work, kept))
+        for crossing in channel.crossings:
+            for piece in crossing.gradients if gradients else crossing.activations:
+                part = values[crossing.name][piece.part].contiguous()
+                work = dist.isend(part, piece.peer, group=group)
+                assert work is not None
+                self._sending.append((work, part))

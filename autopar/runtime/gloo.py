@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -28,14 +29,8 @@ def one_worker_thread() -> Iterator[None]:
     if not dist.is_gloo_available():
         yield
         return
-    module: Any = distributed_c10d
-    with _lock:
-        original = module.ProcessGroupGloo
-        module.ProcessGroupGloo = _one_worker(original)
-        try:
-            yield
-        finally:
-            module.ProcessGroupGloo = original
+    with _lock, patch.object(distributed_c10d, "ProcessGroupGloo", _one_worker(distributed_c10d.ProcessGroupGloo)):
+        yield
 
 
 def _one_worker(original: Any) -> type:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.fake import outside_other_modes
-from autopar.plan.plan import Plan, Schedule
+from autopar.plan.plan import Plan, Stage
 from autopar.runtime.collectives import Axis
 
 
@@ -32,8 +34,9 @@ class Groups:
 
     `axes` are the axes inside the stage, outermost first; `tensor_axis` is the one of them called "tp". `data` holds
     the ranks that have other rows; `data_mesh` all those that have other tokens, which share the shards of parameters.
-    `tied` maps a set of stages to the group of the ranks that hold the same part of the parameters which they share.
-    `forward[i]` and `backward[i]` carry what passes between stages i and i + 1.
+    `tied` maps a set of stages to the group of the ranks that hold the same part of the parameters which they share,
+    `tied_whole` to all ranks of stages that hold them in unlike parts.
+    `forward[i]` and `backward[i]` carry what passes between stages i and i + 1; on one device nothing need be carried.
     """
 
     place: Place
@@ -43,6 +46,7 @@ class Groups:
     data: dist.ProcessGroup | None
     data_mesh: DeviceMesh | None  # ("dp_replicate", "dp_shard")
     tied: dict[tuple[int, ...], dist.ProcessGroup]
+    tied_whole: dict[tuple[int, ...], dist.ProcessGroup]
     forward: dict[int, dist.ProcessGroup]
     backward: dict[int, dist.ProcessGroup]
 
@@ -54,16 +58,19 @@ def check_runnable(plan: Plan, world_size: int) -> None:
             f"the plan is for {plan.num_devices} devices, and the job has {world_size} processes; "
             f"start it with torchrun --nproc-per-node {plan.num_devices}, or plan again"
         )
-    meshes = {stage.mesh for stage in plan.stages}
-    if len(meshes) > 1:
-        raise InputError("the plan's stages have different meshes, which can be simulated, not yet run; plan with one")
-    for mesh in meshes:
-        if mesh.ep > 1:
-            raise InputError(f"the plan has ep {mesh.ep}, which can be simulated, not yet run")
-    if plan.schedule not in (Schedule.GPIPE, Schedule.ONE_F_ONE_B):
-        raise InputError(f"schedule {plan.schedule} can be simulated, not yet run; plan with 1f1b or gpipe")
+    for stage in plan.stages:
+        if stage.mesh.ep > 1:
+            raise InputError(f"the plan has ep {stage.mesh.ep}, which can be simulated, not yet run")
+    for one, other in pairwise(plan.stages):
+        if one.devices == other.devices and one.shardings != other.shardings:
+            raise InputError("two neighbour stages on the same devices split ops differently; make them one stage")
     if plan.dtype == "float16":
         raise InputError("training in float16 needs loss scaling, which is not there; plan with bfloat16")
+
+
+def needs_data_mesh(plan: Plan, stage: Stage) -> bool:
+    """Whether FSDP2 runs the stage: it has data ranks, or computes in another dtype than its parameters'."""
+    return plan.dtype != plan.param_dtype or stage.mesh.dp * stage.mesh.cp > 1
 
 
 def place_of(plan: Plan, rank: int) -> Place:
@@ -81,10 +88,14 @@ def place_of(plan: Plan, rank: int) -> Place:
 
 @outside_other_modes()  # a dry run's fake mode: ranks are numbers that must be read
 def make_groups(
-    plan: Plan, tied_stages: tuple[tuple[int, ...], ...], device: torch.device, timeout: timedelta, *,
-    needs_mesh: bool,
+    plan: Plan, tied_stages: Collection[tuple[int, ...]], tied_whole: Collection[tuple[int, ...]],
+    device: torch.device, timeout: timedelta,
 ) -> Groups:
-    """All groups of the plan; `tied_stages` are the sets of stages that share parameters."""
+    """All groups of the plan.
+
+    `tied_stages` are the sets of stages that share parameters and hold the same parts of them lane by lane,
+    `tied_whole` those that share parameters in unlike parts.
+    """
     rank = dist.get_rank() if dist.is_initialized() else 0
     place = place_of(plan, rank)
     mine: dict[str, dist.ProcessGroup] = {}
@@ -96,7 +107,7 @@ def make_groups(
         seen.add(stage.devices)
         mesh = stage.mesh
         grid = torch.tensor(stage.devices, dtype=torch.int).view(mesh.dp, mesh.cp, mesh.tp)
-        if needs_mesh:
+        if needs_data_mesh(plan, stage):
             names = ("dp_replicate", "dp_shard", "tp")
             copies, shards = (mesh.dp * mesh.cp, 1) if stage.zero == 0 else (mesh.dp_replicate, mesh.dp_shard * mesh.cp)
             device_mesh = DeviceMesh(device.type, grid.view(copies, shards, mesh.tp), mesh_dim_names=names)
@@ -113,18 +124,26 @@ def make_groups(
                     if rank in ranks:
                         mine[axis] = group
     tied = {}
-    for stages in tied_stages:
+    for stages in sorted(tied_stages):
         for ranks in zip(*(plan.stages[index].devices for index in stages), strict=True):
             distinct = sorted(set(ranks))
             if len(distinct) > 1:
                 group = dist.new_group(distinct, timeout=timeout)
                 if rank in distinct:
                     tied[stages] = group
+    whole = {}
+    for stages in sorted(tied_whole):
+        ranks = sorted({member for index in stages for member in plan.stages[index].devices})
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, timeout=timeout)
+            if rank in ranks:
+                whole[stages] = group
     forward, backward = {}, {}
-    for index in range(plan.num_stages - 1):
-        ranks = sorted({*plan.stages[index].devices, *plan.stages[index + 1].devices})
-        forward[index] = dist.new_group(ranks, timeout=timeout)
-        backward[index] = dist.new_group(ranks, timeout=timeout)
+    for index, (stage, following) in enumerate(pairwise(plan.stages)):
+        if stage.devices != following.devices:
+            ranks = sorted({*stage.devices, *following.devices})
+            forward[index] = dist.new_group(ranks, timeout=timeout)
+            backward[index] = dist.new_group(ranks, timeout=timeout)
     axes = {
         name: Axis(
             group_name=mine[name].group_name, size=dist.get_world_size(mine[name]), rank=dist.get_rank(mine[name]),
@@ -133,5 +152,5 @@ def make_groups(
     }
     return Groups(
         place=place, axes=tuple(axes.values()), tensor_axis=axes.get("tp"), tensor=mine.get("tp"),
-        data=mine.get("data"), data_mesh=data_mesh, tied=tied, forward=forward, backward=backward,
+        data=mine.get("data"), data_mesh=data_mesh, tied=tied, tied_whole=whole, forward=forward, backward=backward,
     )

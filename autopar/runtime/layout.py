@@ -17,8 +17,9 @@ from autopar.sharding.state import RP, Kind, R, State
 class ParamLayout:
     """A parameter as it is stored.
 
-    `names` are its own FQN and those of its ties; `state` is its state on the tensor axis; `stages` are the stages
-    whose blocks use it; `unit` is the name of the block that it is gathered with ("" for the root of its stage).
+    `names` are its own FQN and those of its ties; `state` is its state on the tensor axis of one stage; `stages` are
+    the stages whose blocks use it, each of which has a copy; `unit` is the name of the block that it is gathered with
+    ("" for the root of its stage).
     """
 
     names: tuple[str, ...]
@@ -33,28 +34,33 @@ class ParamLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
+    """`params` lists every parameter, as its first stage holds it."""
+
     params: tuple[ParamLayout, ...]
+    stages: tuple[tuple[ParamLayout, ...], ...]
     units: tuple[str, ...]  # blocks that are gathered and recomputed as one, in the order of the chain
     notes: tuple[str, ...] = ()
 
     def of_stage(self, stage: int) -> tuple[ParamLayout, ...]:
-        return tuple(param for param in self.params if stage in param.stages)
+        """The parameters that a stage holds, as it holds them."""
+        return self.stages[stage]
 
 
 def parameter_layout(graph: ModelGraph, plan: Plan, module_names: Iterable[str]) -> Layout:
     """The layout of every parameter of the model under a plan.
 
-    A parameter that several blocks want in different states is stored whole on every rank of the tensor axis, with a
-    gradient that is summed over it once a step. A parameter that no block uses stays with the first stage.
+    A parameter that several blocks of a stage want in different states is stored whole on every rank of the tensor
+    axis, with a gradient that is summed over it once a step. A parameter that no block uses stays with the first stage.
     """
     stage_of = [index for index, stage in enumerate(plan.stages) for _ in range(stage.first, stage.last)]
-    wanted: dict[str, list[State]] = {}
+    wanted: dict[tuple[str, int], list[State]] = {}
     users: dict[str, list[int]] = {}
     for position, block in enumerate(graph.blocks):
-        sharding = plan.sharding.get(block.cls) if plan.stages[stage_of[position]].mesh.tp > 1 else None
-        states = sharding.params if sharding else (R,) * len(block.params)
+        stage = plan.stages[stage_of[position]]
+        on_tensor_axis = [choice for choice in plan.class_shardings(block.cls, stage) if choice.axis == "tp"]
+        states = on_tensor_axis[0].params if on_tensor_axis else (R,) * len(block.params)
         for name, state in zip(block.params, states, strict=True):
-            wanted.setdefault(name, []).append(state)
+            wanted.setdefault((name, stage_of[position]), []).append(state)
             users.setdefault(name, []).append(position)
     ties: dict[str, list[str]] = {}
     for alias, name in graph.aliases:
@@ -63,23 +69,27 @@ def parameter_layout(graph: ModelGraph, plan: Plan, module_names: Iterable[str])
     unit_of = _units(graph, frozenset(module_names), names, users)
     notes = []
     params = []
+    by_stage: list[list[ParamLayout]] = [[] for _ in plan.stages]
     for info in graph.params:
-        found = wanted.get(info.name, [R])
-        if len(set(found)) > 1:
-            notes.append(
-                f"parameter {info.name} is wanted as {' and '.join(sorted({str(state) for state in found}))}; "
-                "every rank of the tensor axis keeps it whole"
-            )
-        params.append(
-            ParamLayout(
-                names=names[info.name], state=found[0] if len(set(found)) == 1 else RP,
-                stages=tuple(sorted({stage_of[user] for user in users.get(info.name, [0])})),
+        stages = tuple(sorted({stage_of[user] for user in users.get(info.name, [0])}))
+        copies = []
+        for index in stages:
+            found = wanted.get((info.name, index), [R])
+            if len(set(found)) > 1:
+                notes.append(
+                    f"parameter {info.name} is wanted as {' and '.join(sorted({str(state) for state in found}))}; "
+                    "every rank of the tensor axis keeps it whole"
+                )
+            copies.append(ParamLayout(
+                names=names[info.name], state=found[0] if len(set(found)) == 1 else RP, stages=stages,
                 unit=unit_of.get(info.name, ""),
-            )
-        )
+            ))
+            by_stage[index].append(copies[-1])
+        params.append(copies[0])
     units = set(unit_of.values())
     return Layout(
-        params=tuple(params), units=tuple(block.name for block in graph.blocks if block.name in units),
+        params=tuple(params), stages=tuple(map(tuple, by_stage)),
+        units=tuple(block.name for block in graph.blocks if block.name in units),
         notes=tuple(notes),
     )
 

@@ -78,11 +78,16 @@ def relative_error(found: Tensor, expected: Tensor, *, least_scale: float = 0.0)
 
 def summary(plan: Plan) -> str:
     """The plan in one line: "pp 2 x dp 1x2 (zero 3) x tp 2, 4 micro-batches of 1, 1f1b, recompute full"."""
-    stage = plan.stages[0]
-    mesh = stage.mesh
     sequence = " with sequence parallelism" if plan.sequence_parallel else ""
+    shapes = []
+    for stage in plan.stages:
+        mesh, rows = stage.mesh, f" rows {'+'.join(map(str, stage.rows))}" if stage.rows else ""
+        shapes.append(
+            f"dp {mesh.dp_replicate}x{mesh.dp_shard} (zero {stage.zero}) x tp {mesh.tp}"
+            f"{f' x cp {mesh.cp}' if mesh.cp > 1 else ''}{rows}"
+        )
     return (
-        f"pp {plan.num_stages} x dp {mesh.dp_replicate}x{mesh.dp_shard} (zero {stage.zero}) x tp {mesh.tp}{sequence}, "
+        f"pp {plan.num_stages} x {' | '.join(dict.fromkeys(shapes))}{sequence}, "
         f"{plan.num_micro_batches} micro-batches of {plan.micro_batch}, {plan.schedule}, recompute "
         + " | ".join(dict.fromkeys(recompute_text(stage) for stage in plan.stages))
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.graph.model_graph import Block, ModelGraph, Op
-from autopar.plan.plan import Plan, Recompute, Variant, is_layer
+from autopar.plan.plan import Plan, Recompute, Stage, Variant, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
 from autopar.runtime.layout import Layout, local_part
 from autopar.runtime.loss import LossTerms
@@ -19,7 +19,9 @@ from autopar.runtime.lower import LoweredClass, lower_class, run_ops
 from autopar.runtime.offload import Offloader
 from autopar.runtime.recompute import recompute
 from autopar.sharding.joint import Placement
-from autopar.sharding.state import RP
+from autopar.sharding.rows import at_other_rows
+from autopar.sharding.state import RP, State
+from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import attention_cores
 
 
@@ -114,32 +116,36 @@ class StageBuilder:
     """Makes the modules of a rank's stages; programs are made once a class and shared by all of them."""
 
     def __init__(
-        self, graph: ModelGraph, plan: Plan, layout: Layout, terms: LossTerms, axes: tuple[Axis, ...],
-        device: torch.device,
+        self, graph: ModelGraph, tagged: ModelGraph, plan: Plan, layout: Layout, terms: LossTerms,
+        axes: tuple[Axis, ...], device: torch.device,
     ) -> None:
-        self.graph, self.plan, self.layout, self.terms = graph, plan, layout, terms
+        """`graph` is at this rank's rows; `tagged` is the same model as it was captured."""
+        self.graph, self.tagged, self.plan, self.layout, self.terms = graph, tagged, plan, layout, terms
         self.axes, self.device = axes, device
-        self.layout_of = plan.stages[0]  # all stages have one (`groups.check_runnable`)
-        self.stored = {param.name: param.state for param in layout.params}
-        self.programs: dict[tuple[str, bool], LoweredClass] = {}
+        self.programs: dict[tuple[str, bool, tuple[ClassSharding, ...]], LoweredClass] = {}
 
-    def program(self, name: str, *, selective: bool = False) -> LoweredClass:
-        """The program of a class, compiled by torch.compile where the plan says so.
+    def _shardings(self, name: str, stage: Stage) -> tuple[ClassSharding, ...]:
+        """A class's choices in a stage, at this rank's rows."""
+        choices = self.plan.class_shardings(name, stage)
+        return at_other_rows(choices, self.tagged, self.plan.micro_batch, self.graph.rows)
+
+    def program(self, name: str, stage: Stage, *, selective: bool = False) -> LoweredClass:
+        """The program of a class in a stage, compiled by torch.compile where the plan says so.
 
         `selective`: one whose attention cores are computed again in the backward.
         """
-        if (name, selective) not in self.programs:
+        key = (name, selective, stage.shardings)
+        if key not in self.programs:
             cls = self.graph.block_class[name]
             terms = dict(self.terms.terms) if cls is self.terms.cls else {}
             cores = attention_cores(cls) if selective else ()
-            shardings = self.plan.class_shardings(name, self.layout_of)
-            lowered = lower_class(cls, shardings, self.axes, self.device, terms, cores)
+            lowered = lower_class(cls, self._shardings(name, stage), self.axes, self.device, terms, cores)
             if self.plan.compile:
                 lowered = LoweredClass(
                     name=name, code=torch.compile(lowered.code), source=lowered.source, factors=lowered.factors
                 )
-            self.programs[name, selective] = lowered
-        return self.programs[name, selective]
+            self.programs[key] = lowered
+        return self.programs[key]
 
     def stage(
         self, index: int, params: Mapping[str, nn.Parameter], constants: Mapping[str, Tensor],
@@ -165,20 +171,21 @@ class StageBuilder:
                 owner, name = _owner(module, path)
                 owner.register_parameter(name, params[param.name])
         buffers = self._add_buffers(module, blocks, constants, persistent)
+        stored = {param.name: param.state for param in self.layout.of_stage(index)}
         variants = iter(stage.layer_variants(sum(is_layer(block.name) for block in blocks)))
         offloader = module._autopar_offloader = Offloader(self.device) if stage.num_offloaded else None
         for block, made in module._autopar_chain:
             variant = next(variants) if is_layer(block.name) else Variant()
-            shardings = self.plan.class_shardings(block.cls, self.layout_of)
+            shardings = self._shardings(block.cls, stage)
             places = [
-                (*_owner(module, name), self._from_storage(name, tuple(own.params[i] for own in shardings)))
+                (*_owner(module, name), self._from_storage(name, stored, tuple(own.params[i] for own in shardings)))
                 for i, name in enumerate(block.params)
             ]
             held = [buffers[name] for name in block.buffers]
             for own, axis in zip(shardings, self.axes, strict=True):
                 held = [local_part(value, state, axis) for value, state in zip(held, own.buffers, strict=True)]
             made.bind(
-                self.program(block.cls, selective=variant.recompute is Recompute.SELECTIVE), places, held,
+                self.program(block.cls, stage, selective=variant.recompute is Recompute.SELECTIVE), places, held,
                 variant=variant, offloader=offloader,
             )
         module._autopar_shared = self._shared(blocks, buffers)
@@ -189,11 +196,11 @@ class StageBuilder:
         module._autopar_dead = _last_uses(blocks, frozenset(module._autopar_leaving))
         return module
 
-    def _from_storage(self, name: str, wanted: Placement) -> Fn | None:
+    def _from_storage(self, name: str, at_rest: Mapping[str, State], wanted: Placement) -> Fn | None:
         """The way of a parameter from its place at rest: as stored on the tensor axis, RP on every other."""
         found = []
         for state, axis in zip(wanted, self.axes, strict=True):
-            stored = self.stored[name] if axis.name == "tp" else RP
+            stored = at_rest[name] if axis.name == "tp" else RP
             convert = converter(stored, state, axis, differentiable=self.graph.param[name].requires_grad)
             if convert is not None:
                 found.append(convert)

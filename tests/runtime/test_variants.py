@@ -118,7 +118,7 @@ def kept_bytes(model: str, variants: Sequence[Variant]) -> tuple[float, float]:
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    rows = trainer.batch.micro_batches(batch, 0, torch.device("cpu"))
+    rows = trainer.batch.micro_batches(batch, trainer.plan.stages[0], 0, torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         produced = stage.module({**rows[0]}, trainer._factors(rows))
     offloader = stage.module._autopar_offloader

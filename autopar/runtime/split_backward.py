@@ -1,0 +1,54 @@
+"""The backward in two parts, first the gradients of a stage's inputs (I), later those of its weights (W).
+
+The one place that calls `stage_backward_input` and `stage_backward_weight` of torch.distributed.pipelining.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan, Recompute, Stage, is_layer
+
+Pending = list[dict[str, Any]]  # what W needs of its I: torch's own form
+
+
+def backward_input(
+    roots: Sequence[Tensor], gradients: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[nn.Parameter]
+) -> Pending:
+    """Adds the gradients of `inputs` to them, and gives what `backward_weight` needs. `roots` are no views."""
+    _, pending = stage_backward_input(list(roots), list(gradients), list(inputs), iter(weights))
+    return pending
+
+
+def backward_weight(weights: Sequence[nn.Parameter], pending: Pending) -> None:
+    """Adds the gradients of `weights` to them."""
+    stage_backward_weight(iter(weights), pending)
+
+
+def unsplit_reason(graph: ModelGraph, plan: Plan, stage: Stage) -> str:
+    """Why a stage's backward runs whole, as its I, where the plan splits it; "" where it is split.
+
+    torch's functions give wrong gradients, or compute things twice, in these cases.
+    """
+    blocks = graph.blocks[stage.first : stage.last]
+    if stage.zero == 3:
+        return "zero 3 drops the gathered weights that its second part would need"
+    if plan.compile:
+        return "a compiled block computes all gradients at once"
+    layers = stage.layer_variants(sum(is_layer(block.name) for block in blocks))
+    if any(variant.recompute is not Recompute.NONE or variant.offload for variant in layers):
+        return "both parts would recompute or fetch the activations"
+    uses: Counter[str] = Counter()
+    for block in blocks:
+        cls = graph.block_class[block.cls]
+        within = Counter(name for op in cls.ops for name in op.operands)
+        for local, name in zip(cls.params, block.params, strict=True):
+            uses[name] += within[local]
+    twice = next((name for name, count in uses.items() if count > 1), None)
+    return f"it uses {twice} more than once" if twice is not None else ""

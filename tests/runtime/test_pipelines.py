@@ -1,0 +1,116 @@
+"""Pipelines of every schedule, and of stages that are laid out differently, give one process's numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import runtime_models
+from staged_plans import Layout, staged_plan
+from test_parity import graph_of
+
+from autopar.errors import InputError
+from autopar.plan.plan import Mesh, Plan, Recompute, Schedule
+from autopar.runtime.local import LocalPool
+from autopar.runtime.parity import ParityReport, compare
+
+pytestmark = pytest.mark.processes
+
+ZB, INTERLEAVED = Schedule.ZERO_BUBBLE, Schedule.INTERLEAVED
+DP2, FSDP2, TP2 = Mesh(dp_replicate=2), Mesh(dp_shard=2), Mesh(tp=2)
+
+
+def check(pool: LocalPool, model: str, plan: Plan, steps: int = 2) -> ParityReport:
+    report = compare(getattr(runtime_models, model), plan, steps=steps, pool=pool)
+    assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
+    return report
+
+
+def unsplit(report: ParityReport) -> list[str]:
+    return [note for note in report.notes if "runs whole" in note]
+
+
+def plan_for(model: str, layouts: list[Layout], **settings: object) -> Plan:
+    return staged_plan(graph_of(model, "float64"), layouts, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama_untied"])
+def test_interleaved(pool: LocalPool, model: str) -> None:
+    """Four stages of one block on two ranks; GPT-2's first and last share the embedding."""
+    plan = plan_for(model, [Layout(blocks=1)] * 4, num_micro_batches=4, schedule=INTERLEAVED, num_chunks=2)
+    check(pool, model, plan)
+
+
+def test_interleaved_over_shards(pool: LocalPool) -> None:
+    layout = Layout(blocks=1, mesh=FSDP2, zero=3)
+    check(pool, "gpt2", plan_for("gpt2", [layout] * 4, num_micro_batches=4, schedule=INTERLEAVED, num_chunks=2))
+
+
+def test_stages_in_turn_on_one_device(pool: LocalPool) -> None:
+    """Two stages of one rank hand over without a message; the tied embedding is in both."""
+    plan = plan_for("gpt2", [Layout(blocks=2)] * 2, schedule=INTERLEAVED, num_chunks=2)
+    check(pool, "gpt2", plan)
+
+
+@pytest.mark.parametrize(("model", "mesh", "zero"), [
+    ("llama_untied", Mesh(), 0), ("gpt2", TP2, 0), ("gpt2", FSDP2, 1), ("llama_untied", FSDP2, 2),
+])
+def test_zero_bubble_splits_the_backward(pool: LocalPool, model: str, mesh: Mesh, zero: int) -> None:
+    layout = Layout(blocks=2, mesh=mesh, zero=zero)
+    assert unsplit(check(pool, model, plan_for(model, [layout] * 2, num_micro_batches=4, schedule=ZB))) == []
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    (dict(mesh=FSDP2, zero=3), "zero 3 drops"), (dict(recompute=Recompute.FULL), "would recompute"),
+])
+def test_a_backward_that_cannot_be_split_runs_whole_and_is_told(
+    pool: LocalPool, changes: dict[str, object], reason: str
+) -> None:
+    layout = Layout(blocks=2, **changes)  # type: ignore[arg-type]
+    report = check(pool, "gpt2", plan_for("gpt2", [layout] * 2, num_micro_batches=4, schedule=ZB))
+    assert all(reason in note for note in unsplit(report)) and len(unsplit(report)) == 2
+
+
+def test_a_list_of_actions_of_ones_own(pool: LocalPool) -> None:
+    """Stages that split some micro-batches' backwards and not others, with sends and receives, and a reduction."""
+    actions = ("0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B1,0I1,0RECV_B0,0B0,0W1,0REDUCE_GRAD",
+               "1RECV_F0,1F0,1RECV_F1,1F1,1I1,1SEND_B1,1B0,1SEND_B0,1W1,1REDUCE_GRAD")
+    layout = Layout(blocks=2, mesh=FSDP2, zero=1)
+    check(pool, "llama_untied", plan_for("llama_untied", [layout] * 2, actions=actions))
+
+
+def test_a_list_that_deadlocks_is_refused(pool: LocalPool) -> None:
+    actions = ("0F0,0B0,0F1,0B1", "1F0,1F1,1B0,1B1")
+    with pytest.raises(InputError, match="deadlocks"):
+        check(pool, "gpt2", plan_for("gpt2", [Layout(blocks=2)] * 2, actions=actions))
+
+
+UNLIKE: dict[str, list[Layout]] = {
+    "tp2 | 1 | 1": [Layout(blocks=2, mesh=TP2), Layout(blocks=1), Layout(blocks=1)],
+    "1 | fsdp3": [Layout(blocks=2), Layout(blocks=2, mesh=Mesh(dp_shard=3), zero=3, rows=(2, 1, 1))],
+    "fsdp2 | tp2, sequence parallel": [
+        Layout(blocks=3, mesh=FSDP2, zero=2, rows=(1, 3)), Layout(blocks=1, mesh=TP2, sequence_parallel=True)],
+    "tp2, sequence parallel | dp2": [
+        Layout(blocks=2, mesh=TP2, sequence_parallel=True, recompute=Recompute.FULL),
+        Layout(blocks=2, mesh=DP2, rows=(3, 1))],
+    "cp2 | dp2": [Layout(blocks=2, mesh=Mesh(cp=2)), Layout(blocks=2, mesh=DP2)],
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_stages_of_unlike_layout(pool: LocalPool, name: str) -> None:
+    """GPT-2's embedding is tied over stages that hold it in unlike parts."""
+    check(pool, "gpt2", plan_for("gpt2", UNLIKE[name]))
+
+
+def test_unequal_shares_of_rows_weigh_as_they_should(pool: LocalPool) -> None:
+    """A mean over rows (no counted targets) and a mean over targets that rows ignore very differently."""
+    layout = Layout(blocks=4, mesh=Mesh(dp_shard=3), zero=2, rows=(1, 2, 1))
+    check(pool, "llama", plan_for("llama", [layout]))
+    graph = graph_of("perceptron", "float64")
+    check(pool, "perceptron", staged_plan(graph, [replace(layout, blocks=len(graph.blocks))]))
+
+
+def test_zero_bubble_over_unlike_stages(pool: LocalPool) -> None:
+    layouts = [Layout(blocks=2, mesh=TP2), Layout(blocks=2, mesh=DP2, rows=(3, 1))]
+    check(pool, "llama_untied", plan_for("llama_untied", layouts, schedule=ZB))
