@@ -215,7 +215,7 @@ def simulate(
         compile=compile_, profile=str(profile) if profile else None,
     ))
     with answer(as_json=json_) as reply:
-        simulated, timeline = Simulations().simulate(request)
+        simulated, timeline = Simulations().simulate(request, as_run=dry_run)
         reply.value = timeline.report()
         reply.show(report_table(reply.value))
         for note in (*simulated.notes, *reply.value["notes"]):

@@ -149,14 +149,18 @@ class Simulations:
 
         return self._clusters.get((text, profile), make)
 
-    def simulate(self, request: SimulateRequest) -> tuple[Plan, Timeline]:
-        """The plan that the request describes or names, and its simulated step."""
+    def simulate(self, request: SimulateRequest, *, as_run: bool = False) -> tuple[Plan, Timeline]:
+        """The plan that the request describes or names, and its simulated step.
+
+        `as_run`: also a plan of degrees is for the ops that this trainer runs.
+        """
         from autopar.simulate.simulator import simulate
 
         dtype = torch_dtype(request.dtype)
         cluster = self.cluster(request.cluster, request.profile)
         # Degrees ask what a training system makes of them; a plan, what this trainer runs.
-        graph = self.graph(request.model, request.seq_len, dtype, request.attention, fuse=request.plan is None)
+        fuse = request.plan is None and not as_run
+        graph = self.graph(request.model, request.seq_len, dtype, request.attention, fuse=fuse)
         plan = self._plan(request, graph, cluster, dtype)
         return plan, simulate(graph, cluster, plan)
 

@@ -218,7 +218,7 @@ class Engine:
             limits = tuple(kind.memory_limit_bytes for kind in self.layout.kinds(candidate))
             self._simulated[key] = Found(
                 step_time_s=timeline.step_time_s, candidate=candidate, cuts=cuts, limit_bytes=limits,
-                peak_bytes=tuple(group.memory.total for group in timeline.groups),
+                peak_bytes=timeline.rank_peak_bytes,
             ) if timeline.feasible else None
         found = self._simulated[key]
         if found is not None and (self.best is None or found < self.best):

@@ -194,7 +194,7 @@ def _make(engine: Engine, cluster: Cluster, costs: MixedCosts, parts: tuple[Part
         return None
     return MixedFound(
         step_time_s=timeline.step_time_s, plan=plan,
-        peak_bytes=tuple(group.memory.total for group in timeline.groups),
+        peak_bytes=timeline.rank_peak_bytes,
         limit_bytes=tuple(part.setting.kind.memory_limit_bytes for part in parts),
     )
 

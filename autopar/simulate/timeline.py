@@ -118,6 +118,14 @@ class Timeline:
     def peak_memory_bytes(self) -> float:
         return max(group.memory.total for group in self.groups)
 
+    @cached_property
+    def rank_peak_bytes(self) -> tuple[float, ...]:
+        """What the fullest device of each pipeline rank holds at its peak."""
+        fullest: dict[int, float] = {}
+        for group in self.groups:
+            fullest[group.stage] = max(fullest.get(group.stage, 0.0), group.memory.total)
+        return tuple(fullest[rank] for rank in sorted(fullest))
+
     def report(self) -> dict[str, Any]:
         """Plain values for JSON, one entry in `devices` for each rank."""
         devices: list[dict[str, Any]] = []

@@ -176,6 +176,8 @@ def test_plan_explains_a_layer(autopar, llama: Path) -> None:
 def test_a_dry_run_of_a_plan(autopar, llama: Path, plan_file: Path) -> None:
     words = ("simulate", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--plan", plan_file, "--dry-run")
     value = autopar(*words, "--json").value["dry_run"]
+    degrees = (*words[:6], "--pp", 2, "--schedule", "zb", "--micro-batch", 2, "--dry-run", "--json")
+    assert autopar(*degrees).value["dry_run"]["problems"] == []
     assert (value["passed"], value["problems"], value["num_ranks"]) == (True, [], 4)
     assert {row["kind"] for row in value["memory"]} == {
         "parameters", "optimizer", "activations", "gradients and buffers", "peak"

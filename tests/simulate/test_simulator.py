@@ -203,6 +203,7 @@ def test_devices_of_two_types_in_one_stage() -> None:
     plan = hand.plan(MODEL, mesh=Mesh(dp_replicate=4))
     timeline = simulate(MODEL, two_types(), plan)
     assert [group.ranks for group in timeline.groups] == [(0, 1), (2, 3)]
+    assert timeline.rank_peak_bytes == (max(group.memory.total for group in timeline.groups),)
     fast, slow = timeline.groups
     assert slow.busy_s > 1.5 * fast.busy_s
     assert timeline.critical == 1
