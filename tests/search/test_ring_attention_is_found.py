@@ -7,8 +7,8 @@ from autopar.sharding.state import shard
 
 
 def test_28_heads_on_8_nodes() -> None:
-    """One device a node: a gather would be waited for."""
-    layer = found(captured("qwen2-7b", 131072), "8x1xH100-80GB", 8, sequence_parallel=True)
+    """One device a node, and keys and values as wide as queries: a gather of them would be waited for."""
+    layer = found(captured("qwen2-7b", 131072, ("num_key_value_heads", 28)), "8x1xH100-80GB", 8, sequence_parallel=True)
     (attention,) = layer.strategies("scaled_dot_product_attention")
     assert attention.lowering == Lowering.RING_ATTENTION
     assert (attention.inputs, attention.outputs) == ((shard(2),) * 3, (shard(2),))
