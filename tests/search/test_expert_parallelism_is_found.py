@@ -43,7 +43,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelGraph]:
     found = {}
-    for name, config in CONFIGS.items():
+    few = {"qwen3_moe_of_4": {**CONFIGS["qwen3_moe"], "num_experts_per_tok": 4}}
+    for name, config in (CONFIGS | few).items():
         folder: Path = tmp_path_factory.mktemp(name)
         (folder / "config.json").write_text(json.dumps(config))
         found[name] = capture_source(load_source(str(folder), seq_len=2048, dtype="bfloat16"))
@@ -60,7 +61,7 @@ def experts_choice(graph: ModelGraph, tp: int, *, sequence_parallel: bool) -> St
     return plan.sharding[cls.name].strategy[op.name]
 
 
-@pytest.mark.parametrize(("name", "tp"), [("mixtral", 2), ("mixtral", 4), ("mixtral", 8), ("qwen3_moe", 8)])
+@pytest.mark.parametrize(("name", "tp"), [("mixtral", 2), ("mixtral", 4), ("mixtral", 8), ("qwen3_moe_of_4", 8)])
 def test_tokens_are_exchanged_where_the_sequence_is_split(graphs: dict[str, ModelGraph], name: str, tp: int) -> None:
     choice = experts_choice(graphs[name], tp, sequence_parallel=True)
     assert choice.lowering == Lowering.EXPERT_EXCHANGE
@@ -71,6 +72,7 @@ def test_tokens_are_exchanged_where_the_sequence_is_split(graphs: dict[str, Mode
 @pytest.mark.parametrize(("name", "tp", "sequence_parallel"), [
     ("mixtral", 8, False),  # every rank has every token
     ("qwen3_moe", 4, True),  # 8 choices over 4 ranks: to gather the tokens moves less than to exchange the choices
+    ("qwen3_moe", 8, True),  # 8 choices over 8 ranks: as much moves, and an exchange takes longer for it than a gather
 ])
 def test_whole_tokens_keep_to_their_experts_where_that_moves_less(
     graphs: dict[str, ModelGraph], name: str, tp: int, sequence_parallel: bool
