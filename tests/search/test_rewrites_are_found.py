@@ -37,6 +37,10 @@ MORE: dict[str, dict[str, Any]] = {
         "num_attention_heads": 12, "vocab_size": 30522, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     },
+    "cohere-8b": {
+        "model_type": "cohere", "architectures": ["CohereForCausalLM"], "hidden_size": 4096,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    },
     "phi3-mini": {
         "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "pad_token_id": 0,
@@ -189,6 +193,20 @@ def test_a_gather_moves_behind_a_norm() -> None:
     assert len(norm) == 1
     free, best_s = objective_s(graph, {})
     assert all(free.strategy[name].outputs == (shard(1),) for name in norm)  # the gather comes after it
+    before, forced_s = objective_s(graph, dict.fromkeys(norm, lambda own: not own.factor))
+    assert not any(before.strategy[name].factor for name in norm)  # the block's input is gathered
+    assert best_s < forced_s
+
+
+def test_a_gather_moves_behind_the_elementwise_ops_of_a_norm() -> None:
+    """Cohere: past a norm that is written out, eleven ops beside its weight's cast, to the input of the projections."""
+    graph = graph_of("cohere-8b", 8192)
+    cls = layer_of(graph)
+    own = [op for op in cls.ops if op.module == "input_layernorm"]
+    norm = [op.name for op in own if len(cls.tensor[op.outputs[0]].shape) == 3]
+    assert len(norm) == 11
+    free, best_s = objective_s(graph, {})
+    assert all(free.strategy[name].outputs == (shard(1),) for name in norm)  # the gather comes after them
     before, forced_s = objective_s(graph, dict.fromkeys(norm, lambda own: not own.factor))
     assert not any(before.strategy[name].factor for name in norm)  # the block's input is gathered
     assert best_s < forced_s
