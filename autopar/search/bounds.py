@@ -24,7 +24,9 @@ from operator import attrgetter
 import numpy as np
 from numpy.typing import NDArray
 
+from autopar.cluster.cluster import DeviceType
 from autopar.cost_models.compute import memory_bandwidth
+from autopar.cost_models.measured import op_table
 from autopar.cost_models.memory import (
     GRADIENT_BYTES,
     offloaded_step_s,
@@ -445,6 +447,20 @@ class Bounds:
         copy_out = 2 * wide * numel / bandwidth
         copy_in = (wide + GRADIENT_BYTES) * numel / bandwidth
         none = np.zeros_like(numel)
+        if waits(kind.device):
+            if c.zero == 3:
+                in_layers = np.where(self._layer, gathers, 0.0)
+                forward, backward = forward + in_layers + copy_out, backward + in_layers + reductions + copy_out
+                return replace(
+                    alone, forward_s=forward, backward_s=backward + copy_in, plain_forward_s=forward,
+                    plain_backward_s=backward + copy_in,
+                )
+            every = reductions + copy_in if c.zero == 2 else none
+            start = alone.once_s + (gathers + copy_out if c.zero else none)
+            step = start + (reductions + copy_in if c.zero < 2 else none)
+            return replace(
+                alone, backward_s=backward + every, plain_backward_s=backward + every, once_s=step, once_beside_s=step,
+            )
         if c.zero == 3:
             in_layers = np.where(self._layer, gathers, 0.0)
             behind = exposed(forward, in_layers), exposed(backward, in_layers + reductions)
@@ -541,6 +557,11 @@ class Bounds:
             kinds=kinds, kind=np.array([kinds.index(layer) if layer is not None else -1 for layer in layers]),
             levels=tuple(levels(kinds)),
         )
+
+
+def waits(device: DeviceType) -> bool:
+    """Whether nothing runs beside data-parallel communication, as on a CPU on which nothing was measured."""
+    return device.name.startswith("CPU") and op_table(device) is None
 
 
 def exposed(compute: Table, communication: Table) -> Table:
