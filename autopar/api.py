@@ -21,6 +21,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.local import local_cluster
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError, PlanMismatchError
+from autopar.gloo import one_worker_thread
 from autopar.graph.capture import Captured, capture
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.dtypes import param_dtype, torch_dtype
@@ -28,7 +29,6 @@ from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.runtime.engine import OptimizerFactory, Trainer
-from autopar.runtime.gloo import one_worker_thread
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate as simulate_plan
 from autopar.simulate.timeline import Timeline

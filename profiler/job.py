@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from autopar.cluster.local import num_cores
 from autopar.errors import InputError
+from autopar.gloo import one_worker_thread
 from autopar.profiler.collect import collect_records
 from autopar.profiler.local import ProfileInterrupted, Progress
 from autopar.profiler.profile import Profile
@@ -56,7 +57,8 @@ def profile_job(
     found: list[dict[str, Any]] = []
     before = signal.signal(signal.SIGTERM, _interrupted)  # how torchrun passes an interrupt on
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT_S))
+        with one_worker_thread():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=TIMEOUT_S))
         for record in records(job, device):
             found.append(record)
             if progress is not None and rank == 0:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from autopar.cluster.measured import CollectiveFit
+from autopar.gloo import one_worker_thread
 from autopar.profiler.fit_pieces import fit_pieces
 from autopar.profiler.link_groups import GroupKind, group_kinds, pair_kinds
 
@@ -96,7 +97,8 @@ def measure_links(
         if item.kind not in made:
             made[item.kind] = None
             for ranks in item.kind.groups:
-                group = dist.new_group(list(ranks))
+                with one_worker_thread():  # as groups of a training step have
+                    group = dist.new_group(list(ranks))
                 if dist.get_rank() in ranks:
                     made[item.kind] = group
         points = _points(item, made[item.kind], device, budget_s, largest_bytes)

@@ -17,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessException, spawn
 
 from autopar.cluster.local import num_cores
 from autopar.errors import AutoparError, InputError
+from autopar.gloo import one_worker_thread
 from autopar.profiler.collect import collect
 from autopar.profiler.op_cases import OpCase
 from autopar.profiler.profile import Profile
@@ -159,10 +160,11 @@ def _process(rank: int, job: Job) -> None:
     if grouped:
         if platform.system() == "Linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            backend, init_method=f"file://{job.folder}/rendezvous", rank=rank, world_size=job.num_processes,
-            timeout=timedelta(seconds=GROUP_TIMEOUT_S),
-        )
+        with one_worker_thread():
+            dist.init_process_group(
+                backend, init_method=f"file://{job.folder}/rendezvous", rank=rank, world_size=job.num_processes,
+                timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+            )
     try:
         with (Path(job.folder) / f"{rank}.jsonl").open("w") as file:
             for record in records(job, device):

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("simulate",),
     ("search",),
+    ("gloo",),
     ("profiler",),
     ("runtime",),
     ("export", "viz"),

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autopar.errors import InputError, PlanMismatchError
+from autopar.gloo import one_worker_thread
 from autopar.graph.capture import Captured
 from autopar.graph.model_graph import ModelGraph
 from autopar.graph.rows import at_rows
@@ -26,7 +27,6 @@ from autopar.runtime.batch import BatchReader
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage
-from autopar.runtime.gloo import one_worker_thread
 from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh, place_of
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops

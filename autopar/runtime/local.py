@@ -202,7 +202,7 @@ def _end_with_parent() -> None:
 def _run_task(task: bytes, rank: int) -> Any:
     import torch.distributed as dist
 
-    from autopar.runtime.gloo import one_worker_thread
+    from autopar.gloo import one_worker_thread
 
     function, args, count, path, timeout_s = pickle.loads(task)
     store = dist.FileStore(path, count)  # type: ignore[attr-defined] # torch does not list it as its own

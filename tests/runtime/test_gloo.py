@@ -1,4 +1,4 @@
-"""Groups have one worker thread: two of them corrupt the heap (see autopar.runtime.gloo)."""
+"""Groups have one worker thread: two of them corrupt the heap (see autopar.gloo)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from test_checkpoint import make_trainer
 from test_several_axes import plan_of
 from torch.distributed import distributed_c10d
 
+from autopar.gloo import num_worker_threads, one_worker_thread
 from autopar.plan.plan import Plan
-from autopar.runtime.gloo import num_worker_threads, one_worker_thread
 from autopar.runtime.local import LocalPool
 
 pytestmark = pytest.mark.processes
