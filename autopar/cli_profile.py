@@ -182,7 +182,7 @@ def _tell(reply: Answer, measured: Profile, output: Path | None, stopped: bool) 
     for fit in measured.fits:
         reply.show(
             f"  {fit.collective.replace('_', '-')} among {fit.num_ranks} on {fit.num_nodes} nodes: "
-            f"{len(fit.pieces)} pieces, up to {fit.pieces[-1].bytes_per_s / 1e9:,.2f} GB/s, fit error "
+            f"{len(fit.pieces)} pieces, up to {fit.bytes_per_s / 1e9:,.2f} GB/s, fit error "
             f"{fit.relative_error:.0%} over {len(fit.points)} sizes"
         )
     if measured.ops.samples:

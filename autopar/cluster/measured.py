@@ -91,9 +91,24 @@ class CollectiveFit:
     points: tuple[tuple[int, float], ...]
 
     def time_s(self, size_bytes: float) -> float:
-        """Seconds of a message; the last piece holds beyond the largest that was measured."""
+        """Seconds of a message; `bytes_per_s` beyond the largest that was measured."""
+        largest = self.points[-1][0] if self.points else size_bytes
         found = self.pieces[0]
         for piece in self.pieces[1:]:
             if size_bytes >= piece.from_bytes:
                 found = piece
-        return found.latency_s + size_bytes / found.bytes_per_s
+        within = min(size_bytes, largest)
+        return found.latency_s + within / found.bytes_per_s + (size_bytes - within) / self.bytes_per_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate of large messages: the last piece's, or what the largest message reached where latency rules it.
+
+        A line through messages that take no longer the larger they are says nothing of still larger ones.
+        """
+        last = self.pieces[-1]
+        if not self.points:
+            return last.bytes_per_s
+        largest = self.points[-1][0]
+        by_size_s = largest / last.bytes_per_s
+        return last.bytes_per_s if by_size_s >= last.latency_s else largest / (last.latency_s + by_size_s)

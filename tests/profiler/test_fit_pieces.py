@@ -56,3 +56,23 @@ def test_few_points_and_flat_times(count: int) -> None:
     assert error < 0.9
     assert pieces[0].latency_s >= 0
     assert 0 < pieces[0].bytes_per_s < math.inf
+
+
+def test_times_that_do_not_grow_say_nothing_of_larger_messages() -> None:
+    """Flat up to 1 MiB: a message of 1 GiB takes as many times as long as it is larger, not as long as 1 MiB."""
+    flat = fit_of_points([(size, 1e-3) for size in (1024, 16384, 262144, 2**20)])
+    assert flat.time_s(2**20) == pytest.approx(1e-3, rel=1e-6)
+    assert flat.time_s(2**30) == pytest.approx(1024 * 1e-3, rel=1e-3)
+    assert flat.bytes_per_s == pytest.approx(2**20 / 1e-3, rel=1e-6)
+
+
+def test_a_line_goes_on_beyond_the_largest_message() -> None:
+    line = fit_of_points([(size, 1e-5 + size / 1e9) for size in (1024, 65536, 2**20, 2**24)])
+    assert line.time_s(2**30) == pytest.approx(1e-5 + 2**30 / 1e9, rel=1e-6)
+    assert line.bytes_per_s == pytest.approx(1e9, rel=1e-6)
+
+
+def fit_of_points(points: list[tuple[int, float]]) -> CollectiveFit:
+    pieces, error = fit_pieces(points)
+    return CollectiveFit(collective="all_reduce", backend="gloo", num_ranks=2, num_nodes=1, per_node=2,
+                         groups_per_node=1, pieces=pieces, relative_error=error, points=tuple(points))
