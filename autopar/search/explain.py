@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
+from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.cost_models.op_kinds import OpKind, op_kind
@@ -27,7 +27,7 @@ from autopar.sharding.state import R, State, shard
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, Charge, block_charges, block_cost
 from autopar.simulate.class_costs import ClassCosts, CostAxis
-from autopar.simulate.stage_cost import context_axis, inner_axis, slowest_device
+from autopar.simulate.stage_cost import class_costs_of, inner_axis, slowest_device
 
 Choice = Mapping[str, JointStrategy]  # by op
 
@@ -200,28 +200,19 @@ class _Place:
     cls: BlockClass
     costs: ClassCosts
     axes: tuple[tuple[str, int], ...]
-    device: DeviceType
-    tp_group: GroupShape | None
-    outer: tuple[CostAxis, ...]
 
     @staticmethod
     def of(graph: ModelGraph, cluster: Cluster, plan: Plan, stage: Stage, cls: BlockClass) -> _Place:
         mesh = stage.mesh
         device = slowest_device(cluster, stage.devices, plan.dtype)
         rows = plan.global_batch / (mesh.dp * plan.num_micro_batches)
-        group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
-        outer = context_axis(cluster, stage)
-        costs = ClassCosts(
-            graph, cls, tp=mesh.tp, rows=rows, device=device, tp_group=group, dtype=plan.dtype, outer=outer
-        )
-        return _Place(
-            graph=graph, cls=cls, costs=costs, axes=mesh.inner, device=device, tp_group=group, outer=outer
-        )
+        costs = class_costs_of(graph, cls, cluster, plan, stage, device=device, rows=rows)
+        return _Place(graph=graph, cls=cls, costs=costs, axes=mesh.inner)
 
     def cost(self, shardings: Sequence[ClassSharding], *, compile_: bool) -> BlockCost:
         return block_cost(
-            self.graph, self.cls, shardings or None, tp=self.costs.tp, rows=self.costs.rows, device=self.device,
-            tp_group=self.tp_group, dtype=self.costs.dtype, compile=compile_, outer=self.outer,
+            self.graph, self.cls, shardings or None, tp=self.costs.tp, rows=self.costs.rows, device=self.costs.device,
+            tp_group=self.costs.tp_group, dtype=self.costs.dtype, compile=compile_, outer=self.costs.outer,
         )
 
     def choices(self, shardings: Sequence[ClassSharding]) -> tuple[OpChoice, ...]:

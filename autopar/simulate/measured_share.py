@@ -8,9 +8,8 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost_models.measured import Source
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
-from autopar.simulate.class_costs import ClassCosts
 from autopar.simulate.members import stage_members
-from autopar.simulate.stage_cost import context_axis
+from autopar.simulate.stage_cost import class_costs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +37,11 @@ def measured_share(graph: ModelGraph, cluster: Cluster, plan: Plan) -> MeasuredS
     seconds = dict.fromkeys(Source, 0.0)
     for stage in plan.stages:
         member = stage_members(cluster, plan, stage)[0]
-        group = cluster.group(stage.devices[: stage.mesh.tp]) if stage.mesh.tp > 1 else None
         known: dict[str, dict[Source, float]] = {}
         for block in graph.blocks[stage.first : stage.last]:
             if block.cls not in known:
-                costs = ClassCosts(
-                    graph, graph.block_class[block.cls], tp=stage.mesh.tp, rows=member.rows,
-                    device=member.device, tp_group=group, dtype=plan.dtype, outer=context_axis(cluster, stage),
+                costs = class_costs_of(
+                    graph, graph.block_class[block.cls], cluster, plan, stage, device=member.device, rows=member.rows
                 )
                 own = known[block.cls] = dict.fromkeys(Source, 0.0)
                 shardings = plan.class_shardings(block.cls, stage) if len(costs.axes) else ()

@@ -17,11 +17,11 @@ from autopar.cost_models.memory import (
     static_bytes,
     step_temporary_bytes,
 )
-from autopar.graph.model_graph import DTYPE_BYTES, Block, ModelGraph
+from autopar.graph.model_graph import DTYPE_BYTES, Block, BlockClass, ModelGraph
 from autopar.plan.plan import Plan, Recompute, Stage, Variant
 from autopar.sharding.reshard import Collective
 from autopar.simulate.block_cost import BlockCost, block_cost
-from autopar.simulate.class_costs import CostAxis
+from autopar.simulate.class_costs import ClassCosts, CostAxis
 from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
 from autopar.simulate.variant_cost import VariantCost, variant_cost
 
@@ -194,6 +194,17 @@ def measured_step_s(
                 return None
             total += taken
     return total
+
+
+def class_costs_of(
+    graph: ModelGraph, cls: BlockClass, cluster: Cluster, plan: Plan, stage: Stage, *, device: DeviceType, rows: float
+) -> ClassCosts:
+    """What the ops of a class cost where the stage runs it, on such a device with so many rows of a micro-batch."""
+    mesh = stage.mesh
+    return ClassCosts(
+        graph, cls, tp=mesh.tp, rows=rows, device=device, dtype=plan.dtype, outer=context_axis(cluster, stage),
+        tp_group=cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None,
+    )
 
 
 def context_axis(cluster: Cluster, stage: Stage) -> tuple[CostAxis, ...]:

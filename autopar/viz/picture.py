@@ -6,13 +6,13 @@ class in one stage. So the picture of 16,384 devices is as small as that of 16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from autopar.cluster.cluster import Cluster, Link, Node
+from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Op
-from autopar.plan.plan import Plan, Stage, is_layer
+from autopar.plan.plan import Plan, is_layer
 from autopar.plan.text import mesh_text, ranges, recompute_text
 from autopar.sharding.joint import placement_text
 from autopar.sharding.reshard import Collective
@@ -20,7 +20,7 @@ from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import R
 from autopar.simulate.block_cost import Charge, block_charges
 from autopar.simulate.class_costs import ClassCosts
-from autopar.simulate.stage_cost import context_axis, slowest_device
+from autopar.simulate.stage_cost import class_costs_of, slowest_device
 from autopar.simulate.timeline import GroupTimeline, Timeline
 
 VERSION = 1
@@ -33,6 +33,7 @@ def picture(graph: ModelGraph, cluster: Cluster, plan: Plan, timeline: Timeline)
     """The page's data. Times in seconds, sizes in GiB, rates in GB/s; `timeline` is the plan's on the cluster."""
     graph = rewritten(graph, plan.rewrites)
     report = timeline.report()
+    classes, shown = _pictured(graph, cluster, plan)
     return {
         "version": VERSION,
         "model": plan.model_name,
@@ -55,11 +56,9 @@ def picture(graph: ModelGraph, cluster: Cluster, plan: Plan, timeline: Timeline)
             for b in plan.baselines
         ],
         "cluster": {"name": plan.cluster_name, "types": _types(cluster), "nodes": _nodes(cluster, plan)},
-        "stages": [_stage(cluster, plan, i, graph) for i in range(plan.num_stages)],
+        "stages": [_stage(cluster, plan, i, graph, shown) for i in range(plan.num_stages)],
         "timeline": _timeline(cluster, plan, timeline),
-        "classes": [
-            entry for stage in range(plan.num_stages) for entry in _classes(graph, cluster, plan, stage)
-        ],
+        "classes": classes,
         "notes": [*plan.notes, *(note for note in timeline.notes if note not in plan.notes)],
     }
 
@@ -149,7 +148,9 @@ def _link(link: Link) -> dict[str, Any]:
     return {"name": link.name, "gb_per_s": link.bandwidth_bytes_per_s / 1e9, "latency_us": link.latency_s * 1e6}
 
 
-def _stage(cluster: Cluster, plan: Plan, index: int, graph: ModelGraph) -> dict[str, Any]:
+def _stage(
+    cluster: Cluster, plan: Plan, index: int, graph: ModelGraph, shown: Mapping[tuple[int, str], int]
+) -> dict[str, Any]:
     stage = plan.stages[index]
     blocks = graph.blocks[stage.first : stage.last]
     types: dict[str, int] = {}
@@ -160,7 +161,7 @@ def _stage(cluster: Cluster, plan: Plan, index: int, graph: ModelGraph) -> dict[
         "types": types, "mesh": mesh_text(stage.mesh), "zero": stage.zero, "recompute": recompute_text(stage),
         "layers": list(plan.layers(stage)) if plan.blocks else [stage.first, stage.last],
         "blocks": [
-            {"cls": cls, "first": names[0], "last": names[-1], "count": len(names)}
+            {"cls": cls, "entry": shown[index, cls], "first": names[0], "last": names[-1], "count": len(names)}
             for cls, names in _runs(blocks)
         ],
     }
@@ -207,36 +208,31 @@ def _rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def _classes(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> list[dict[str, Any]]:
-    """Each block class of a stage with its ops, how each is split, and the collectives on its edges."""
-    stage = plan.stages[index]
-    names = dict.fromkeys(block.cls for block in graph.blocks[stage.first : stage.last])
-    found = []
-    for name in names:
-        same = next(
-            (i for i in range(index) if _alike(plan, plan.stages[i], stage)
-             and any(block.cls == name for block in graph.blocks[plan.stages[i].first : plan.stages[i].last])), None,
-        )
-        if same is not None:  # shown there
-            continue
-        found.append(_class(graph, cluster, plan, stage, index, graph.block_class[name]))
-    return found
-
-
-def _alike(plan: Plan, one: Stage, other: Stage) -> bool:
-    return one.mesh == other.mesh
+def _pictured(
+    graph: ModelGraph, cluster: Cluster, plan: Plan
+) -> tuple[list[dict[str, Any]], dict[tuple[int, str], int]]:
+    """Each block class with its ops, once for all stages that run it alike; and its number by (stage, class)."""
+    entries: list[dict[str, Any]] = []
+    number: dict[tuple[Any, ...], int] = {}
+    shown: dict[tuple[int, str], int] = {}
+    for index, stage in enumerate(plan.stages):
+        device = slowest_device(cluster, stage.devices, plan.dtype)
+        for name in dict.fromkeys(block.cls for block in graph.blocks[stage.first : stage.last]):
+            group = cluster.group(stage.devices[: stage.mesh.tp])
+            alike = (name, stage.mesh, device, group, stage.rows, plan.class_shardings(name, stage))
+            if alike not in number:
+                number[alike] = len(entries)
+                entries.append(_class(graph, cluster, plan, index, device, graph.block_class[name]))
+            shown[index, name] = number[alike]
+    return entries, shown
 
 
 def _class(
-    graph: ModelGraph, cluster: Cluster, plan: Plan, stage: Stage, index: int, cls: BlockClass
+    graph: ModelGraph, cluster: Cluster, plan: Plan, index: int, device: DeviceType, cls: BlockClass
 ) -> dict[str, Any]:
-    mesh = stage.mesh
-    costs = ClassCosts(
-        graph, cls, tp=mesh.tp, rows=plan.global_batch / (mesh.dp * plan.num_micro_batches),
-        device=slowest_device(cluster, stage.devices, plan.dtype),
-        tp_group=cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None, dtype=plan.dtype,
-        outer=context_axis(cluster, stage),
-    )
+    stage, mesh = plan.stages[index], plan.stages[index].mesh
+    rows = plan.global_batch / (mesh.dp * plan.num_micro_batches)
+    costs = class_costs_of(graph, cls, cluster, plan, stage, device=device, rows=rows)
     shardings = plan.class_shardings(cls.name, stage)
     charges = block_charges(costs, shardings) if shardings else ()
     block = next(block for block in graph.blocks if block.cls == cls.name)

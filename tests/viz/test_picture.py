@@ -1,12 +1,19 @@
 """What the page is given: every device, block, event and byte of the plan, folded but not lost."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from drawn_page import Drawn
 
+from autopar.cluster.parse import parse_cluster
+from autopar.graph.source import capture_source, load_source
 from autopar.plan.file import load_plan, picture_from_json, plan_to_json
+from autopar.plan.plan import Mesh
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.simulate.simulator import simulate
+from autopar.viz.picture import picture
 
 LAYERS = 4
 
@@ -56,6 +63,21 @@ def test_ops_name_makers_that_exist_and_collectives_have_a_place(drawn: Drawn) -
         assert all([axis["axis"] for axis in op["axes"]] == axes for op in entry["ops"])
         assert all(item["size_bytes"] > 0 for item in entry["collectives"])
     assert any(entry["collectives"] for entry in drawn.picture["classes"])
+
+
+def test_stages_show_their_own_way_to_run_a_class(drawn: Drawn) -> None:
+    """Stages of meshes A, B, A: the third shares the first's entry, the second has its own."""
+    graph, cluster = capture_source(load_source(str(drawn.model), seq_len=64)), parse_cluster("3x4xH100-80GB")
+    degrees = Degrees(global_batch=16, micro_batch=2, pp=3, tp=2, dp_shard=2)
+    plan = plan_from_degrees(graph, cluster, degrees)
+    wide = Mesh(dp_shard=4)
+    unlike = tuple(replace(stage, mesh=wide if i == 1 else stage.mesh) for i, stage in enumerate(plan.stages))
+    plan = replace(plan, stages=unlike, micro_batch=4, num_micro_batches=2)
+    found = picture(graph, cluster, plan, simulate(graph, cluster, plan))
+    layer = [run["entry"] for stage in found["stages"] for run in stage["blocks"] if "Layer" in run["cls"]]
+    assert layer[0] == layer[2] != layer[1]
+    assert found["classes"][layer[0]]["axes"] == [["tp", 2]]
+    assert found["classes"][layer[1]]["axes"] == []
 
 
 def test_shapes_are_those_of_a_micro_batch(drawn: Drawn) -> None:

@@ -7,25 +7,22 @@ const MOST_OPS = 700, WIDE = 176, HIGH = 38;
 
 export function model(plan) {
   const place = h("div", {});
-  let open = null;
 
   function show(entry, opName) {
-    open = entry.cls;
+    const open = String(plan.classes.indexOf(entry));
     place.replaceChildren(block(entry, opName));
-    for (const button of runs.querySelectorAll("button.run")) button.setAttribute("aria-pressed", String(button.dataset.cls === open));
+    for (const button of runs.querySelectorAll("button.run")) button.setAttribute("aria-pressed", String(button.dataset.entry === open));
     if (opName) place.querySelector(".op.found")?.scrollIntoView({ block: "center", inline: "center" });
   }
 
-  const find = (cls, stage) => plan.classes.filter((entry) => entry.cls === cls && entry.stage <= stage).at(-1)
-    ?? plan.classes.find((entry) => entry.cls === cls);
   const runs = h("div", { class: "stages" }, plan.stages.map((stage) => h("div", {
     class: "stage", style: { "border-top-color": stageColour(stage.index, plan.stages.length) } },
   h("b", {}, `stage ${stage.index}`), " ", h("span", { class: "soft" },
     `${stage.num_devices} \u00d7 ${Object.keys(stage.types).join(", ")}`),
   h("div", { class: "soft" }, `${stage.mesh} \u00b7 ZeRO ${stage.zero}`),
   h("div", { class: "soft" }, `recompute: ${stage.recompute}`),
-  stage.blocks.map((run) => h("button", { class: "run", "data-cls": run.cls, "aria-pressed": "false",
-    title: `${run.first}${run.count > 1 ? ` to ${run.last}` : ""}: show its ops`, onclick: () => show(find(run.cls, stage.index)) },
+  stage.blocks.map((run) => h("button", { class: "run", "data-entry": run.entry, "aria-pressed": "false",
+    title: `${run.first}${run.count > 1 ? ` to ${run.last}` : ""}: show its ops`, onclick: () => show(plan.classes[run.entry]) },
   h("span", {}, run.count > 1 ? `${run.count} \u00d7 ${run.cls}` : run.first),
   h("span", { class: "soft" }, run.count > 1 ? `${run.first.split(".").at(-1)}\u2013${run.last.split(".").at(-1)}` : ""))))));
   return { drawing: h("div", {}, runs, place), show };
@@ -119,7 +116,7 @@ export function modelTable(plan) {
 export function searchOps(plan, text) {
   const wanted = text.toLowerCase(), hits = [];
   for (const entry of plan.classes) {
-    const names = plan.stages.flatMap((stage) => stage.blocks.filter((run) => run.cls === entry.cls));
+    const names = plan.stages.flatMap((stage) => stage.blocks.filter((run) => plan.classes[run.entry] === entry));
     for (const op of entry.ops) {
       const params = entry.params.filter((param) => op.params.includes(param.local)).map((param) => param.name);
       const full = `${op.module} ${op.target} ${params.join(" ")} ${names.map((run) => `${run.first} ${run.last}`).join(" ")}`;
