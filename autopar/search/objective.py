@@ -27,7 +27,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         if self.goal is Goal.DEVICES and not (self.max_step_time_s and self.max_step_time_s > 0):
-            raise InputError("the fewest devices are sought for a step time: give --max-step-time in seconds")
+            raise InputError("the fewest devices are sought for a step time: give max_step_time_s")
 
     def score(self, step_time_s: float, counts: Sequence[int], prices_per_hour: Sequence[float | None]) -> Score:
         """What to minimize for a step that takes so long on so many devices of each price; rises with the step time.
