@@ -21,6 +21,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.local import local_cluster
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError, PlanMismatchError
+from autopar.files import write_text
 from autopar.gloo import one_worker_thread
 from autopar.graph.capture import Captured, capture
 from autopar.graph.model_graph import ModelGraph
@@ -52,6 +53,13 @@ class PlannedModel(Plan):
         from autopar.viz.picture import picture
 
         save_plan(self, path, picture(self.graph, self.cluster, self, simulate(self)))
+
+    def draw(self, path: str | Path) -> None:
+        """Write the page that `autopar viz` makes of the plan: one HTML file that opens from disk."""
+        from autopar.viz.page import page_html
+        from autopar.viz.picture import picture
+
+        write_text(Path(path), page_html(picture(self.graph, self.cluster, self, simulate(self))))
 
 
 def plan(
@@ -105,8 +113,9 @@ def parallelize(
     """A Trainer that runs the model over all processes of the job, under torchrun or alone.
 
     `example_batch` is a dict of keyword arguments or a tuple; `model(**example_batch)` returns a scalar loss or an
-    object with `.loss`, or `loss_fn(output, batch)` gives it. Without `plan` (a Plan or its file), rank 0 plans for
-    `cluster`, or for the machines at hand, and `global_batch` rows a step, or as many as the example has.
+    object with `.loss`, or `loss_fn(output, batch)` gives it, for which the dict may hold more than the model takes.
+    Without `plan` (a Plan or its file), rank 0 plans for `cluster`, or for the machines at hand, and `global_batch`
+    rows a step, or as many as the example has.
     `offload` lets that plan rest activations and optimizer state in host memory.
     `optimizer` makes a torch optimizer from parameters: `lambda p: torch.optim.AdamW(p, lr=3e-4)`. Every rank calls
     it with the same arguments; rank 0's weights are used.

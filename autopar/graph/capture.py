@@ -20,6 +20,7 @@ from autopar.graph.fake import fake_like, faked, new_fake_mode, outside_other_mo
 from autopar.graph.fuse import fused_class
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
+from autopar.graph.model_call import model_output
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
 from autopar.graph.python_random import refusing_python_draws
@@ -47,11 +48,12 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     """The ModelGraph of one training forward of `model` on `example_batch`, with its loss.
 
     `example_batch` is a dict of keyword arguments or a tuple of positional ones. The loss is `loss_fn(output, batch)`
-    if given, else the model's scalar output or its `.loss`. Model and batch may be real, fake or on the meta device;
-    the model is left as it was. `tag_rows` replaces the batch size by a prime that divides no other size, so that the
-    graph can be scaled to any number of rows. `dtype` ("bfloat16") captures the model as if its floating-point
-    parameters and inputs were of that dtype, as mixed precision runs it (buffers keep theirs). `fuse` makes
-    one op of each chain of elementwise ops that one kernel does (`autopar.graph.fuse`).
+    if given (the dict may then hold what only this function reads), else the model's scalar output or its `.loss`.
+    Model and batch may be real, fake or on the meta device; the model is left as it was. `tag_rows` replaces the batch
+    size by a prime that divides no other size, so that the graph can be scaled to any number of rows. `dtype`
+    ("bfloat16") captures the model as if its floating-point parameters and inputs were of that dtype, as mixed
+    precision runs it (buffers keep theirs). `fuse` makes one op of each chain of elementwise ops that one kernel does
+    (`autopar.graph.fuse`).
     Raises CaptureError with the module and line that cannot be captured.
     """
     if dtype is not None and dtype not in DTYPE_BYTES:
@@ -190,7 +192,7 @@ def _prime(model: nn.Module, batch: _Batch) -> int:
 
 def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     loss: Any
-    output = model(**batch) if isinstance(batch, dict) else model(*batch)
+    output = model_output(model, batch, has_loss_fn=loss_fn is not None)
     if loss_fn is not None:
         loss = loss_fn(output, batch)
     elif isinstance(output, Tensor):

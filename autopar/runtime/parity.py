@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autopar.graph.capture import Captured, capture
+from autopar.graph.model_call import model_output
 from autopar.plan.plan import Plan
 from autopar.plan.text import recompute_text
 from autopar.runtime.engine import Trainer
@@ -233,7 +234,7 @@ def reference_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int,
     for step in range(steps):
         batch = make_batch(example, plan.global_batch, step)
         with precision(dtype):
-            output = model(**batch)
+            output = model_output(model, batch, has_loss_fn=loss_fn is not None)
             loss = loss_fn(output, batch) if loss_fn is not None else getattr(output, "loss", output)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

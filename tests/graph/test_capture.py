@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from autopar.errors import CaptureError
 from autopar.graph.capture import capture
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.interpret import run
@@ -340,6 +341,19 @@ def test_flops() -> None:
     attention = 2 * 2 * 3 * 4 * 12 * 12 * 8 / 2
     assert sum(op.flops for op in cls.ops) == linear + attention
     assert sum(op.backward_flops for op in cls.ops) == 2 * linear + 2.5 * attention
+
+
+def test_what_only_the_loss_function_reads_is_not_given_to_the_model() -> None:
+    model = nn.Linear(4, 3)
+    batch = {"input": torch.randn(5, 4), "labels": torch.arange(5) % 3}
+
+    def loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(output, batch["labels"])
+
+    graph = capture(model, batch, loss_fn=loss).graph
+    assert [info.name for info in graph.inputs] == ["input", "labels"]
+    with pytest.raises(CaptureError, match="unexpected keyword argument 'labels'"):
+        capture(model, batch)
 
 
 def test_first_layer_needs_no_input_gradient() -> None:

@@ -124,7 +124,8 @@ def test_plans_that_do_not_fit_are_refused() -> None:
 @pytest.mark.slow
 def test_the_example_gives_the_same_losses_alone_and_under_torchrun(tmp_path: Path) -> None:
     commands = ([sys.executable, str(EXAMPLE)],
-                [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLE)])
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                 str(EXAMPLE)])
     losses = []
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
