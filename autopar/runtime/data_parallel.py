@@ -62,6 +62,13 @@ def finish_gradients(stage: nn.Module, zero: int, *, is_last: bool) -> None:
         state._root_post_backward_final_callback()  # as torch.distributed.pipelining does
 
 
+def end_evaluation(stage: nn.Module) -> None:
+    """Drop what forwards without a backward have gathered: an optimizer's step would leave it out of date."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a parameter or gradient that is on this rank, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -143,6 +143,22 @@ class Trainer:
         rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
         total = self.executor.run(rows, self._factors(rows), observe)
         self._reduce_gradients()
+        return self._global_loss(total)
+
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The loss of a global batch as a model in evaluation has it, without gradients; equal on every rank.
+
+        Nothing is dropped out, batch norms use their running statistics, and no state changes.
+        """
+        place = self.groups.place
+        rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # what is random in training draws, and drops nothing
+            return self._global_loss(self.executor.evaluate(rows, self._factors(rows)))
+
+    def _global_loss(self, total: Tensor) -> Tensor:
+        """The sum over all ranks of what each computed of the loss, once for each part of the batch."""
+        place = self.groups.place
         if place.tensor_rank != 0 or place.context_rank != 0:
             total = torch.zeros_like(total)
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autopar.plan.actions import COMPUTE, Action, ActionKind
-from autopar.runtime.data_parallel import finish_gradients, prepare_backward
+from autopar.runtime.data_parallel import end_evaluation, finish_gradients, prepare_backward
 from autopar.runtime.regions import Crossing, Piece
 from autopar.runtime.split_backward import Pending, backward_input, backward_weight
 from autopar.runtime.stage import StageModule
@@ -139,11 +139,34 @@ class Executor:
                         finish_gradients(stage.module, stage.zero, is_last=True)
                 case ActionKind.UNSHARD | ActionKind.RESHARD:
                     pass  # FSDP2 gathers and drops by itself
+        self._end()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Mapping[str, Tensor]], factors: Mapping[str, Tensor]) -> Tensor:
+        """The same sum of losses by forwards alone, in the order that the actions have them in."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for action in self.actions:
+            stage, i = self.stages[action.stage], action.micro_batch
+            match action.kind:
+                case ActionKind.FORWARD:
+                    loss = self._forward(stage, i, batches[i], factors)
+                    if loss is not None:
+                        total += loss
+                case ActionKind.RECEIVE_FORWARD:
+                    self._receive(action, stage.before, gradients=False)
+                case ActionKind.SEND_FORWARD:
+                    self._send(action, stage.after, gradients=False)
+        self._end()
+        for stage in self.stages.values():
+            end_evaluation(stage.module)
+        return total
+
+    def _end(self) -> None:
         for work, _ in self._sending:
             work.wait()
         self._sending.clear()
         assert not (self._in_flight or self._arriving or self._leaving), "actions left something undone"
-        return total
 
     # -- computations
 
@@ -154,7 +177,7 @@ class Executor:
         received: dict[str, Tensor] = {}
         if stage.before is not None:
             received = self._arrived(stage.before, ActionKind.RECEIVE_FORWARD, stage.index, micro_batch)
-            for crossing in stage.before.crossings:
+            for crossing in stage.before.crossings if torch.is_grad_enabled() else ():
                 received[crossing.name].requires_grad_(crossing.requires_grad)
         produced = stage.module({**values, **received}, factors)
         if stage.splits:  # torch's split backward detaches its roots in place, which views do not bear
@@ -163,7 +186,8 @@ class Executor:
             both = {**received, **produced}
             leaving = {crossing.name: both[crossing.name].detach() for crossing in stage.after.crossings}
             self._leave(stage.after, ActionKind.SEND_FORWARD, stage.index, micro_batch, leaving)
-        self._in_flight[stage.index, micro_batch] = _InFlight(received, produced)
+        if torch.is_grad_enabled():
+            self._in_flight[stage.index, micro_batch] = _InFlight(received, produced)
         return produced[stage.loss].detach() if stage.loss is not None else None
 
     def _backward(self, stage: LocalStage, action: Action) -> None:

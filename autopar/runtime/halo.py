@@ -150,8 +150,12 @@ def sync_batch_norm(
     axis: Axis, x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, training: bool, momentum: float, eps: float, *_: Any,
 ) -> Tensor:
-    """aten.batch_norm in training on this rank's part of the batch or of the positions."""
-    assert training, "only training takes statistics of the batch"
+    """aten.batch_norm in training on this rank's part of the batch or of the positions.
+
+    Not training: with the running statistics, for which no other rank is asked.
+    """
+    if not training:
+        return torch.batch_norm(x, weight, bias, running_mean, running_var, False, momentum, eps, False)
     out, mean, square = _SyncBatchNorm.apply(x, weight, bias, axis, eps)  # type: ignore[no-untyped-call]
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
@@ -166,10 +170,12 @@ def channel_statistics(
     axis: Axis, op: Callable[..., Any], x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
     running_var: Tensor, *args: Any,
 ) -> Tensor:
-    """aten.batch_norm in training on this rank's channels; the whole running statistics are brought up to date."""
+    """aten.batch_norm on this rank's channels; in training the whole running statistics are brought up to date."""
     first, length = axis.rank * x.shape[1], x.shape[1]
     mean, var = (running.narrow(0, first, length).clone() for running in (running_mean, running_var))
     result: Tensor = op(x, weight, bias, mean, var, *args)
+    if not args[0]:
+        return result
     with torch.no_grad():
         whole = all_gather(axis, torch.stack((mean, var)), 1, 1)
         running_mean.copy_(whole[0])

@@ -149,7 +149,8 @@ def report(plan: Plan, dtype: str, results: list[Numbers], expected: Numbers) ->
     )
 
 
-def _make(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapping[str, Any], Any]:
+def make_model(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapping[str, Any], Any]:
+    """The factory's model with its weights of a seed, its batch and its loss function, in a dtype."""
     torch.manual_seed(seed)
     model, batch, loss_fn = factory()
     wanted = getattr(torch, dtype)
@@ -192,7 +193,7 @@ def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
 
 def capture_for(factory: ModelFactory, dtype: str, *, seed: int = 0) -> Captured:
     """The factory's model captured in a dtype, as a plan for it needs it."""
-    return _capture(*_make(factory, dtype, seed), dtype)
+    return _capture(*make_model(factory, dtype, seed), dtype)
 
 
 def _capture(model: nn.Module, example: Mapping[str, Any], loss_fn: Any, dtype: str) -> Captured:
@@ -214,7 +215,7 @@ def distributed_numbers(
     factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int, captured: Captured | None = None
 ) -> Numbers:
     """This rank's view of the plan's numbers: gradients on rank 0 alone. Runs under a process group."""
-    model, example, loss_fn = _make(factory, dtype, seed)
+    model, example, loss_fn = make_model(factory, dtype, seed)
     captured = captured or _capture(model, example, loss_fn, dtype)
     trainer = Trainer(model, plan, captured, lambda params: torch.optim.SGD(params, lr=0.1))
     losses, gradients = [], []
@@ -228,7 +229,7 @@ def distributed_numbers(
 
 def reference_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int) -> Numbers:
     """One process's losses and gradients for the same global batches."""
-    model, example, loss_fn = _make(factory, dtype, seed)
+    model, example, loss_fn = make_model(factory, dtype, seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, gradients = [], []
     for step in range(steps):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autopar.graph.model_graph import Block, ModelGraph, Op
 from autopar.plan.plan import Plan, Recompute, Stage, Variant, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
+from autopar.runtime.evaluation import evaluated
 from autopar.runtime.layout import Layout, local_part
 from autopar.runtime.loss import LossTerms
 from autopar.runtime.lower import LoweredClass, lower_class, run_ops
@@ -31,25 +32,30 @@ class BlockModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._autopar_program: LoweredClass | None = None
+        self._autopar_evaluation: LoweredClass | None = None
 
     def bind(
-        self, program: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]], buffers: Sequence[Tensor], *,
-        variant: Variant, offloader: Offloader | None,
+        self, program: LoweredClass, evaluation: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]],
+        buffers: Sequence[Tensor], *, variant: Variant, offloader: Offloader | None,
     ) -> None:
-        """`params` says where each parameter is and how it comes from its stored state to the one that is wanted."""
-        self._autopar_program = program
+        """`params` says where each parameter is and how it comes from its stored state to the one that is wanted.
+
+        `evaluation` runs where no gradients are wanted.
+        """
+        self._autopar_program, self._autopar_evaluation = program, evaluation
         self._autopar_params = list(params)
         self._autopar_buffers = list(buffers)
         self._autopar_variant = variant
         self._autopar_offloader = offloader
 
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
-        assert self._autopar_program is not None
+        program = self._autopar_program if torch.is_grad_enabled() else self._autopar_evaluation
+        assert program is not None
         params = [
             getattr(module, name) if convert is None else convert(getattr(module, name))
             for module, name, convert in self._autopar_params
         ]
-        return self._autopar_program.code(*params, *self._autopar_buffers, *inputs)
+        return program.code(*params, *self._autopar_buffers, *inputs)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
@@ -122,22 +128,28 @@ class StageBuilder:
         """`graph` is at this rank's rows; `tagged` is the same model as it was captured."""
         self.graph, self.tagged, self.plan, self.layout, self.terms = graph, tagged, plan, layout, terms
         self.axes, self.device = axes, device
-        self.programs: dict[tuple[str, bool, tuple[ClassSharding, ...]], LoweredClass] = {}
+        self.programs: dict[tuple[str, bool, bool, tuple[ClassSharding, ...]], LoweredClass] = {}
 
     def _shardings(self, name: str, stage: Stage) -> tuple[ClassSharding, ...]:
         """A class's choices in a stage, at this rank's rows."""
         choices = self.plan.class_shardings(name, stage)
         return at_other_rows(choices, self.tagged, self.plan.micro_batch, self.graph.rows)
 
-    def program(self, name: str, stage: Stage, *, selective: bool = False) -> LoweredClass:
+    def program(
+        self, name: str, stage: Stage, *, selective: bool = False, evaluation: bool = False
+    ) -> LoweredClass:
         """The program of a class in a stage, compiled by torch.compile where the plan says so.
 
-        `selective`: one whose attention cores are computed again in the backward.
+        `selective`: one whose attention cores are computed again in the backward. `evaluation`: that of a forward
+        alone, of a model in evaluation.
         """
-        key = (name, selective, stage.shardings)
+        cls = self.graph.block_class[name]
+        terms = dict(self.terms.terms) if cls is self.terms.cls else {}
+        if evaluation:
+            cls = evaluated(cls)
+            evaluation, selective = cls is not self.graph.block_class[name], False
+        key = (name, selective, evaluation, stage.shardings)
         if key not in self.programs:
-            cls = self.graph.block_class[name]
-            terms = dict(self.terms.terms) if cls is self.terms.cls else {}
             cores = attention_cores(cls) if selective else ()
             lowered = lower_class(cls, self._shardings(name, stage), self.axes, self.device, terms, cores)
             if self.plan.compile:
@@ -184,8 +196,10 @@ class StageBuilder:
             held = [buffers[name] for name in block.buffers]
             for own, axis in zip(shardings, self.axes, strict=True):
                 held = [local_part(value, state, axis) for value, state in zip(held, own.buffers, strict=True)]
+            selective = variant.recompute is Recompute.SELECTIVE
             made.bind(
-                self.program(block.cls, stage, selective=variant.recompute is Recompute.SELECTIVE), places, held,
+                self.program(block.cls, stage, selective=selective),
+                self.program(block.cls, stage, selective=selective, evaluation=True), places, held,
                 variant=variant, offloader=offloader,
             )
         module._autopar_shared = self._shared(blocks, buffers)
