@@ -139,6 +139,25 @@ def _meshes_match(subject: _Subject) -> Iterator[str]:
             yield f"stage {index} has zero 0, which keeps whole replicas, and dp_shard {mesh.dp_shard}"
 
 
+def _devices_ascend(subject: _Subject) -> Iterator[str]:
+    """Process groups number their ranks in ascending order, whatever order they are given in."""
+    for index, stage in enumerate(subject.plan.stages):
+        mesh = stage.mesh
+        if len(stage.devices) != mesh.size:
+            return  # said by another check
+        step = 1
+        for axis, size in (("tp", mesh.tp), ("cp", mesh.cp), ("dp_shard", mesh.dp_shard),
+                           ("dp_replicate", mesh.dp_replicate)):
+            for lane, rank in enumerate(stage.devices):
+                if lane // step % size and stage.devices[lane - step] > rank:
+                    yield (
+                        f"stage {index} lists device {stage.devices[lane - step]} before {rank} on its {axis} axis; "
+                        "list the devices of an axis in ascending order"
+                    )
+                    return
+            step *= size
+
+
 def _layer_counts_add_up(subject: _Subject) -> Iterator[str]:
     plan, graph = subject.plan, subject.graph
     names = tuple(block.name for block in graph.blocks) if graph is not None else plan.blocks
@@ -317,6 +336,7 @@ def _one_inner_mesh(subject: _Subject) -> Iterator[str]:
 
 
 CHECKS = (
-    _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _layer_counts_add_up, _batch_adds_up,
-    _schedule_fits, _chunks_share_devices, _actions_run, _one_inner_mesh, _shardings_complete, _boundaries_agree,
+    _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _devices_ascend, _layer_counts_add_up,
+    _batch_adds_up, _schedule_fits, _chunks_share_devices, _actions_run, _one_inner_mesh, _shardings_complete,
+    _boundaries_agree,
 )

@@ -76,7 +76,7 @@ def _plan(
         chance.shuffle(ranks)
     devices = []
     for mesh in meshes:
-        devices.append(tuple(ranks[: mesh.size]))
+        devices.append(tuple(sorted(ranks[: mesh.size])))
         ranks = ranks[mesh.size :]
     cuts = sorted(chance.sample(range(1, len(graph.blocks)), num_groups * num_chunks - 1))
     features: set[str] = set()

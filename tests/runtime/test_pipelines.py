@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import fuzz_models
 import pytest
 import runtime_models
 from staged_plans import Layout, staged_plan
@@ -12,7 +13,7 @@ from test_parity import graph_of
 from autopar.errors import InputError
 from autopar.plan.plan import Mesh, Plan, Recompute, Schedule
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import ParityReport, compare
+from autopar.runtime.parity import ParityReport, capture_for, compare
 
 pytestmark = pytest.mark.processes
 
@@ -114,3 +115,13 @@ def test_unequal_shares_of_rows_weigh_as_they_should(pool: LocalPool) -> None:
 def test_zero_bubble_over_unlike_stages(pool: LocalPool) -> None:
     layouts = [Layout(blocks=2, mesh=TP2), Layout(blocks=2, mesh=DP2, rows=(3, 1))]
     check(pool, "llama_untied", plan_for("llama_untied", layouts, schedule=ZB))
+
+
+def test_what_follows_from_no_input_of_its_stage_and_is_used_twice_keeps_the_backward_whole(pool: LocalPool) -> None:
+    """T5's decoder begins inside a stage: torch would go through its cross-attention twice."""
+    graph = capture_for(fuzz_models.t5, "float64").graph
+    actions = ("0F0,0F1,0B0,0B1", "1F0,1F1,1I1,1I0,1W0,1W1")
+    layouts = [Layout(blocks=5), Layout(blocks=len(graph.blocks) - 5)]
+    report = compare(fuzz_models.t5, staged_plan(graph, layouts, actions=actions), steps=2, pool=pool)
+    assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
+    assert len(unsplit(report)) == 1 and "decoder.block.0" in unsplit(report)[0]
