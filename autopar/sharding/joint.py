@@ -8,7 +8,7 @@ strategy has one strategy an axis in the same sense: the second is one of the op
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -82,35 +82,69 @@ def joint_strategies_with(
     op: Op, tensors: Mapping[str, TensorInfo], sizes: Sequence[int], factors: OpFactors,
     splits: Sequence[Sequence[Split]],
 ) -> tuple[JointStrategy, ...]:
-    """Every way to run an op on axes of these sizes with each axis's splits, or none; each choice of states once."""
-    kept: dict[tuple[object, ...], JointStrategy] = {}
-    for choice in _extend(op, tensors, factors, sizes, splits, ()):
-        kept.setdefault(tuple((own.inputs, own.outputs, own.lowering) for own in choice), choice)
+    """Every way to run an op on axes of these sizes with each axis's splits, or none; each choice of states once.
+
+    Equal strategies are one object, in whichever choice they occur.
+    """
+    tree = _Choices(op, tensors, factors, tuple(sizes), splits)
+    kept: dict[tuple[int, ...], JointStrategy] = {}
+    for choice in tree.following(()):
+        kept.setdefault(tuple([tree.number[id(own)] for own in choice]), choice)
     return tuple(kept.values())
 
 
-def _extend(
-    op: Op, tensors: Mapping[str, TensorInfo], factors: OpFactors, sizes: Sequence[int],
-    splits: Sequence[Sequence[Split]], earlier: tuple[tuple[Split, int], ...],
-) -> Iterator[JointStrategy]:
-    """The strategies of the remaining axes on the op as the `earlier` splits (with their axes' sizes) leave it."""
-    if not sizes:
-        yield ()
-        return
-    size = sizes[0]
-    differentiable, _ = gradients(op, tensors)
-    for strategy in strategies_with(op, tensors, size, factors, ()):
-        for rest in _extend(op, tensors, factors, sizes[1:], splits[1:], earlier):
-            yield (strategy, *rest)
-    for split in splits[0]:
-        own = _seen_locally(factors, split, earlier)
-        if own is None or factors.refusal(own, size) or not _may_follow(factors, own, earlier):
-            continue
-        strategy = factors.strategy(own, differentiable)
-        smaller = {name: factors.sizes[name] // size for name, _ in factors.parts(own)}
-        left = replace(factors, sizes={**factors.sizes, **smaller})
-        for rest in _extend(op, tensors, left, sizes[1:], splits[1:], (*earlier, (own, size))):
-            yield (strategy, *rest)
+class _Choices:
+    """The choices of one op, axis by axis; what may follow depends on the splits before it alone and is made once."""
+
+    def __init__(
+        self, op: Op, tensors: Mapping[str, TensorInfo], factors: OpFactors, sizes: tuple[int, ...],
+        splits: Sequence[Sequence[Split]],
+    ) -> None:
+        self.sizes, self.splits = sizes, splits
+        self.differentiable, _ = gradients(op, tensors)
+        self.unsplit = strategies_with(op, tensors, sizes[0], factors, ())
+        self.number: dict[int, int] = {}  # of a strategy's id: equal ones of the same states
+        self._numbers: dict[tuple[object, ...], int] = {}
+        self._strategies: dict[tuple[Split, tuple[int, ...]], Strategy] = {}
+        self._following: dict[tuple[int, tuple[tuple[Split, int], ...]], list[JointStrategy]] = {}
+        self.factors = factors
+        for own in self.unsplit:
+            self._count(own)
+
+    def following(self, earlier: tuple[tuple[Split, int], ...], axis: int = 0) -> list[JointStrategy]:
+        """The strategies of the axes from `axis` on, on the op as the `earlier` splits (with their sizes) leave it."""
+        if axis == len(self.sizes):
+            return [()]
+        key = axis, earlier
+        if key in self._following:
+            return self._following[key]
+        size = self.sizes[axis]
+        left = dict(self.factors.sizes)
+        for done, parts in earlier:
+            left.update((name, left[name] // parts) for name, _ in self.factors.parts(done))
+        factors = replace(self.factors, sizes=left)
+        rest = self.following(earlier, axis + 1)
+        found = [(own, *others) for own in self.unsplit for others in rest]
+        for split in self.splits[axis]:
+            own = _seen_locally(factors, split, earlier)
+            if own is None or factors.refusal(own, size) or not _may_follow(factors, own, earlier):
+                continue
+            strategy = self._strategy(factors, own)
+            found += [(strategy, *others) for others in self.following((*earlier, (own, size)), axis + 1)]
+        self._following[key] = found
+        return found
+
+    def _strategy(self, factors: OpFactors, split: Split) -> Strategy:
+        key = split, tuple(factors.sizes.values())
+        if key not in self._strategies:
+            made = factors.strategy(split, self.differentiable)
+            self._strategies[key] = made
+            self._count(made)
+        return self._strategies[key]
+
+    def _count(self, own: Strategy) -> None:
+        states = own.inputs, own.outputs, own.lowering
+        self.number[id(own)] = self._numbers.setdefault(states, len(self._numbers))
 
 
 def _seen_locally(
