@@ -75,7 +75,8 @@ Compile = Annotated[bool, typer.Option("--compile", help="The model runs under t
 OffloadOption = Annotated[bool, typer.Option(
     "--offload/--no-offload", help="Let activations and optimizer state rest in host memory where that pays.")]
 UnlikeStages = Annotated[bool, typer.Option(
-    "--unlike-stages", help="On a cluster of unlike nodes, let stages have meshes and ZeRO levels of their own.")]
+    "--unlike-stages/--no-unlike-stages",
+    help="On a cluster of unlike nodes, let stages have meshes and ZeRO levels of their own.")]
 OffloadActivations = Annotated[bool, typer.Option(
     "--offload-activations", help="Keep what every layer saves for its backward in host memory.")]
 OffloadOptimizer = Annotated[bool, typer.Option(
@@ -132,7 +133,7 @@ def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    offload: OffloadOption = True, unlike_stages: UnlikeStages = False, mesh: MeshOption = None,
+    offload: OffloadOption = True, unlike_stages: UnlikeStages = True, mesh: MeshOption = None,
     explain: ExplainOption = None, output: Output = None, json_: Json = False,
 ) -> None:
     """Find the fastest plan for a model on a cluster, with no device needed."""

@@ -32,12 +32,12 @@ from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.regions import crossings
-from autopar.runtime.split_backward import unsplit_reason
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP
 from autopar.simulate.schedules import plan_actions
+from autopar.simulate.splitting import unsplit_reason
 
 log = logging.getLogger(__name__)
 

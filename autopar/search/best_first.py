@@ -62,6 +62,8 @@ class _State:
     """How far a search is; whole enough at every moment that an interrupt leaves a true outcome."""
 
     best: Found | None
+    below_s: float
+    most: int  # simulations
     # (bound, refined, candidate, the cuts to simulate); a bound is infinite where the candidate cannot fit.
     queue: list[tuple[float, bool, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
     lower: float = math.inf
@@ -90,13 +92,16 @@ class Engine:
 
     def search(
         self, candidates: Sequence[Candidate], *, even: bool = False, incumbent: Found | None = None,
-        deadline: float | None = None, progress: Progress | None = None,
+        deadline: float | None = None, progress: Progress | None = None, below_s: float = math.inf,
+        max_simulations: int | None = None,
     ) -> Outcome:
         """The best of the candidates over all cuts, or over even ones alone; never worse than the incumbent.
 
+        What takes `below_s` or more is not looked for.
+
         An interrupt ends it as the time limit does where a plan was found before; else the caller gets the interrupt.
         """
-        state = _State(best=incumbent)
+        state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS)
         try:
             self._fill(state, candidates, deadline)
             self._settle(state, len(candidates), even, deadline, progress)
@@ -140,11 +145,11 @@ class Engine:
         while queue:
             bound, refined, candidate, cuts = queue[0]
             best = state.best
-            if best is not None and bound >= best.step_time_s:
+            if bound >= state.below_s or (best is not None and bound >= best.step_time_s):
                 break
             timed_out = self._out_of_time(deadline)
-            stopped = timed_out or state.simulations >= MAX_SIMULATIONS or actions >= MAX_SIMULATED_ACTIONS
-            if stopped and (best is not None or timed_out):
+            stopped = timed_out or state.simulations >= state.most or actions >= MAX_SIMULATED_ACTIONS
+            if stopped and (best is not None or timed_out or math.isfinite(state.below_s)):
                 state.stopped = True
                 state.timed_out = state.timed_out or timed_out
                 break

@@ -25,7 +25,7 @@ class PlanRequest:
     max_search_seconds: float | None = None
     compile: bool = False
     offload: bool = True  # whether activations and optimizer state may rest in host memory
-    unlike_stages: bool = False  # whether stages of a cluster of unlike nodes may have meshes of their own
+    unlike_stages: bool = True  # whether stages of a cluster of unlike nodes may have meshes of their own
     mesh: tuple[tuple[str, int], ...] = ()  # axes of MESH_AXES whose size the user fixed; the others are searched
 
     def allows(self, candidate: Candidate) -> bool:

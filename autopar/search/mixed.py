@@ -1,7 +1,8 @@
 """Plans whose stages have meshes of their own, for clusters of unlike nodes.
 
-For each number of micro-batches `find_stages` gives the best stages by estimate and by bound; both are simulated, and
-the best plan of all is improved step by step: another setting of one stage, or a border between two moved by a block.
+For each number of micro-batches `runs` gives the stages of least bound that may still beat the best plan; they are
+simulated, and the best plan of all is improved step by step: another setting of one stage, or a border between two
+moved by a block. What bound is left where no better plan was found is then raised by halving.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.cluster.cluster import Cluster
-from autopar.errors import AutoparError, InfeasibleError
+from autopar.errors import AutoparError
 from autopar.plan.plan import Plan, Recompute, Stage
 from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, divisors
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
-from autopar.search.stage_dp import FoundStages, find_stages
+from autopar.search.plan_schedules import other_schedule
+from autopar.search.runs import Passed, Runs, RunStage
 from autopar.sharding.rewrite import Rewrite
 from autopar.simulate.simulator import simulate
 
 log = logging.getLogger(__name__)
-MAX_SOLVES = 60  # for one number of micro-batches
-MAX_IMPROVED = 300  # simulations
+WORTH = 0.002  # what an order of its own must gain
+CLOSE = 0.005  # what is not better by so much is not looked for
+MAX_PASSES = 6  # of one number of micro-batches, each after a better plan was found
+MAX_IMPROVED = 150  # simulations
+MAX_POOLS = 8
+SETTINGS_TRIED = 3  # of a stage, when a plan is improved
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class Part:
     last: int
     setting: Setting
     ranks: tuple[int, ...]
+    group: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,15 @@ class MixedFound:
     limit_bytes: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleFound:
+    """What leaves whole pools unused and is faster."""
+
+    step_time_s: float
+    unused: str
+    used: str
+
+
 @dataclass(slots=True, kw_only=True)
 class MixedOutcome:
     """The best found (None: none fits or none is better), what no plan of this space can beat, and how much was done.
@@ -58,7 +74,204 @@ class MixedOutcome:
     num_searched: int = 0  # settings of groups, over all numbers of micro-batches
     num_simulated: int = 0
     complete: bool = True
+    idle: IdleFound | None = None
     tried: dict[tuple[Part, ...], MixedFound | None] = field(default_factory=dict)
+
+    def idle_notes(self, step_s: float) -> tuple[str, ...]:
+        """What to tell of devices that had better be left unused, beside a plan with this step time."""
+        if self.idle is None or self.idle.step_time_s >= step_s:
+            return ()
+        return (
+            f"slowed down by {self.idle.unused}: a step on {self.idle.used} alone would take "
+            f"{self.idle.step_time_s:.4g} s; a plan uses all devices of its cluster, so plan for that one",
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Problem:
+    """One number of micro-batches under one set of rewrites. `lower_s`: nothing of it is under this."""
+
+    index: int
+    costs: MixedCosts
+    runs: Runs
+    lower_s: float
+    parts: tuple[Part, ...] = ()
+    partly: dict[int, tuple[RunStage, ...]] = field(default_factory=dict)  # stages on some of the pools
+    partly_s: dict[int, float] = field(default_factory=dict)
+
+
+class _Search:
+    """A search under way."""
+
+    def __init__(
+        self, engine: Engine, cluster: Cluster, best_s: float, deadline: float | None, progress: Progress | None
+    ) -> None:
+        self.engine, self.cluster, self.deadline, self.progress = engine, cluster, deadline, progress
+        self.before_s = best_s
+        self.pools = ClusterPools(cluster)
+        self.outcome = MixedOutcome()
+        self.problems: list[_Problem] = []
+        self.settled = 0
+
+    @property
+    def best_s(self) -> float:
+        found = self.outcome.best
+        return min(self.before_s, found.step_time_s if found else math.inf)
+
+    @property
+    def goal_s(self) -> float:
+        """What a plan must take less than, to be looked for."""
+        return self.best_s * (1 - CLOSE)
+
+    def run(self) -> None:
+        self._make_problems()
+        open_ = []
+        for problem in sorted(self.problems, key=lambda own: (own.lower_s, own.index)):
+            if self._pass(problem):
+                open_.append(problem)
+            self._told()
+        open_.sort(key=lambda own: (own.lower_s, own.index))
+        for problem in open_[:2]:
+            self._improve(problem)
+        for problem in open_:
+            for _ in range(MAX_PASSES):
+                before_s = self.best_s
+                if not self._pass(problem) or self.best_s == before_s:
+                    break
+        self._try_idle()
+        for problem in open_:
+            self._check_time()
+            if problem.lower_s < self.goal_s:
+                problem.lower_s = problem.runs.least_limit(problem.lower_s, self.goal_s)
+
+    def _make_problems(self) -> None:
+        for rewrites in _families(self.engine, self.pools):
+            for count in divisors(self.engine.request.global_batch):
+                self._check_time()
+                costs = MixedCosts(self.engine, self.pools, count, rewrites)
+                if len({pool for pool, _ in costs.groups}) == len(self.pools.pools):
+                    self.outcome.num_searched += sum(map(len, costs.settings))
+                    self.problems.append(_Problem(
+                        index=len(self.problems), costs=costs, runs=Runs(costs), lower_s=costs.fluid_bound()
+                    ))
+
+    def _pass(self, problem: _Problem) -> bool:
+        """Looks once for something better; whether there may be any."""
+        self._check_time()
+        goal_s = self.goal_s
+        if problem.lower_s >= goal_s:
+            return False
+        passed = problem.runs.passed(goal_s)
+        self._keep_partly(problem, passed)
+        every = problem.runs.all_pools
+        if every not in passed.bounds_s:
+            problem.lower_s = goal_s
+            return False
+        problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
+        parts = self._parts(problem.costs, passed.stages[every])
+        self._simulated(problem.costs, parts)
+        if self.outcome.tried[parts] is not None:
+            problem.parts = parts
+        return problem.lower_s < self.goal_s
+
+    def _keep_partly(self, problem: _Problem, passed: Passed) -> None:
+        for mask, bound in passed.bounds_s.items():
+            if mask != problem.runs.all_pools:
+                problem.partly[mask], problem.partly_s[mask] = passed.stages[mask], bound
+
+    def _try_idle(self) -> None:
+        """Whether what leaves whole pools unused is faster: the stages of least bound are simulated."""
+        every = sorted(
+            (bound, problem.index, mask) for problem in self.problems for mask, bound in problem.partly_s.items()
+            if bound < self.goal_s
+        )
+        least = math.inf
+        for _, index, mask in every[:4]:
+            self._check_time()
+            problem = self.problems[index]
+            found = self._make(problem.costs, self._parts(problem.costs, problem.partly[mask]), whole=False)
+            if found is not None and found.step_time_s < min(least, self.goal_s):
+                least = found.step_time_s
+                pools = range(len(self.pools.pools))
+                self.outcome.idle = IdleFound(
+                    step_time_s=least,
+                    unused=", ".join(self.pools.name(pool) for pool in pools if not mask >> pool & 1),
+                    used="+".join(self.pools.name(pool) for pool in pools if mask >> pool & 1),
+                )
+
+    def _told(self) -> None:
+        self.settled += 1
+        if self.progress is not None:
+            best_s = self.best_s
+            self.progress(self.settled, len(self.problems), best_s if math.isfinite(best_s) else None)
+
+    def _check_time(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise _StoppedError
+
+    def _parts(self, costs: MixedCosts, stages: Sequence[RunStage]) -> tuple[Part, ...]:
+        """Found stages with their best settings and their ranks."""
+        found = []
+        for stage in stages:
+            pool, size = costs.groups[stage.group]
+            setting = costs.best_settings(stage.group, stage.in_flight, stage.first, stage.last)[0]
+            ranks = self.pools.ranks(pool, stage.start, size)
+            found.append(Part(stage.first, stage.last, setting, ranks, stage.group))
+        return tuple(found)
+
+    def _simulated(self, costs: MixedCosts, parts: tuple[Part, ...]) -> MixedFound | None:
+        """The parts as a plan, simulated; None where it does not fit or is not legal."""
+        outcome = self.outcome
+        if parts not in outcome.tried:
+            outcome.num_simulated += 1
+            outcome.tried[parts] = self._make(costs, parts)
+        found = outcome.tried[parts]
+        if found is not None and (outcome.best is None or found.step_time_s < outcome.best.step_time_s):
+            outcome.best = found
+        return found
+
+    def _make(self, costs: MixedCosts, parts: tuple[Part, ...], *, whole: bool = True) -> MixedFound | None:
+        """`whole`: the plan must be legal, with every device used."""
+        plan = mixed_plan(self.engine, costs, parts)
+        try:
+            timeline = simulate(self.engine.graph, self.cluster, plan, detail=False)
+        except AutoparError as error:
+            log.info("a plan of unlike stages cannot be simulated: %s", error)
+            return None
+        if not timeline.feasible:
+            return None
+        if whole and (problem := next(problems(plan, self.engine.graph), None)):
+            log.info("a plan of unlike stages is not legal: %s", problem)
+            return None
+        other = other_schedule(self.engine.graph, self.cluster, plan, split_backward=False)
+        if other is not None:
+            ordered = simulate(self.engine.graph, self.cluster, other, detail=False)
+            if ordered.feasible and ordered.step_time_s < timeline.step_time_s * (1 - WORTH):
+                plan, timeline = other, ordered
+        return MixedFound(
+            step_time_s=timeline.step_time_s, plan=plan,
+            peak_bytes=timeline.rank_peak_bytes,
+            limit_bytes=tuple(part.setting.kind.memory_limit_bytes for part in parts),
+        )
+
+    def _improve(self, problem: _Problem) -> None:
+        """Goes from plan to better plan by one change at a time, until none helps."""
+        if not problem.parts:
+            return
+        parts = problem.parts
+        best = self.outcome.tried[parts]
+        assert best is not None, "only plans that fit are improved"
+        improved, before = True, self.outcome.num_simulated
+        while improved:
+            improved = False
+            for other in _neighbours(problem.costs, parts):
+                self._check_time()
+                if self.outcome.num_simulated - before > MAX_IMPROVED:
+                    return
+                found = self._simulated(problem.costs, other)
+                if found is not None and found.step_time_s < best.step_time_s * (1 - 1e-4):
+                    best, parts, improved = found, other, True
+                    break
 
 
 def search_mixed(
@@ -68,61 +281,21 @@ def search_mixed(
 
     `best_s` is what it has to beat. An interrupt ends it as the deadline does where there is a plan.
     """
-    outcome = MixedOutcome()
-    request = engine.request
-    if not request.unlike_stages or cluster.is_uniform or request.mesh or engine.chooser.needs_whole_batch:
-        return outcome
-    pools = ClusterPools(cluster)
-    queue: list[tuple[float, int, MixedCosts]] = []
-    found: list[tuple[float, int, tuple[Part, ...], MixedCosts]] = []
-    done = 0
+    if not has_unlike_stages(engine, cluster):
+        return MixedOutcome()
+    search = _Search(engine, cluster, best_s, deadline, progress)
+    outcome = search.outcome
     try:
-        for rewrites in _families(engine, pools):
-            for count in divisors(request.global_batch):
-                if _late(deadline):
-                    raise _StoppedError
-                costs = MixedCosts(engine, pools, count, rewrites)
-                if costs.groups:
-                    outcome.num_searched += sum(map(len, costs.settings))
-                    queue.append((costs.fluid_bound(), len(queue), costs))
-        queue.sort(key=lambda entry: entry[:2])
-        while queue:
-            fluid, index, costs = queue[0]
-            limit = min(best_s, outcome.best.step_time_s if outcome.best else math.inf)
-            if fluid >= limit:
-                break
-            if _late(deadline):
-                raise _StoppedError
-            lower = fluid
-            for own in (costs, costs.estimate()):
-                try:
-                    stages = find_stages(own, deadline=deadline, max_solves=MAX_SOLVES)
-                except InfeasibleError:
-                    lower = math.inf
-                    break
-                if own is costs:
-                    lower = max(fluid, stages.lower_bound)
-                    if lower >= limit:
-                        break
-                parts = _parts(costs, stages)
-                made = _simulated(engine, cluster, costs, parts, outcome)
-                if made is not None:
-                    found.append((made.step_time_s, index, parts, costs))
-            queue.pop(0)
-            outcome.lower_bound_s = min(outcome.lower_bound_s, lower)
-            done += 1
-            if progress is not None:
-                progress(done, done + len(queue), min(best_s, outcome.best.step_time_s if outcome.best else math.inf))
-        for _, _, parts, costs in sorted(found, key=lambda entry: entry[:2])[:2]:
-            _improve(engine, cluster, costs, parts, outcome, deadline)
+        search.run()
     except _StoppedError:
         outcome.complete = False
     except KeyboardInterrupt:
         if not math.isfinite(best_s) and outcome.best is None:
             raise
         outcome.complete, engine.interrupted = False, True
-    left = [entry[0] for entry in queue] if outcome.complete or queue else []
-    outcome.lower_bound_s = min([outcome.lower_bound_s, *left]) if outcome.complete else 0.0
+    outcome.lower_bound_s = min((own.lower_s for own in search.problems), default=math.inf)
+    if not outcome.complete and not search.settled:
+        outcome.lower_bound_s = 0.0  # not all problems may have been made
     if outcome.best is not None:
         outcome.lower_bound_s = min(outcome.lower_bound_s, outcome.best.step_time_s)
         if outcome.best.step_time_s >= best_s:
@@ -130,73 +303,29 @@ def search_mixed(
     return outcome
 
 
+def has_unlike_stages(engine: Engine, cluster: Cluster) -> bool:
+    """Whether stages of unlike meshes are searched for this request on this cluster."""
+    request = engine.request
+    return (
+        request.unlike_stages and not cluster.is_uniform and not request.mesh and not engine.chooser.needs_whole_batch
+        and len(ClusterPools(cluster).pools) <= MAX_POOLS
+    )
+
+
 class _StoppedError(Exception):
     """The time limit came."""
-
-
-def _late(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() > deadline
 
 
 def _families(engine: Engine, pools: ClusterPools) -> list[tuple[Rewrite, ...]]:
     """The sets of rewrites that any size of a tensor axis chooses: a plan has one of them for all its stages."""
     found: dict[tuple[Rewrite, ...], None] = {}
-    largest = max(max(pool.nodes) for pool in pools.pools)
-    for tp in sorted({tp for pool in pools.pools for size in pool.nodes for tp in divisors(size) if tp <= largest}):
+    for tp in sorted({tp for pool in pools.pools for tp in divisors(pool.node_size)}):
         for sequence_parallel in (False, True) if tp > 1 and engine.chooser.has_hidden_states else (False,):
             for split in (True, False) if tp > 1 else (True,):
                 choice = engine.chooser.choose(tp, sequence_parallel=sequence_parallel, split_weights=split)
                 if choice is not None:
                     found[choice.rewrites] = None
     return list(found)
-
-
-def _parts(costs: MixedCosts, stages: FoundStages) -> tuple[Part, ...]:
-    """Found stages with their best settings and the ranks of their nodes."""
-    pools, taken = costs.cluster_pools, dict[int, int]()
-    parts = []
-    for stage in stages.stages:
-        ranks: list[int] = []
-        for pool, index, count in stage.nodes:
-            node = pools.nodes[pool][index]
-            start = taken.get(node, 0)
-            ranks += pools.node_ranks(node)[start : start + count]
-            taken[node] = start + count
-        settings = costs.best_settings(stage.strategy, stage.in_flight, stage.first, stage.last)
-        parts.append(Part(stage.first, stage.last, settings[0], tuple(sorted(ranks))))
-    return tuple(parts)
-
-
-def _simulated(
-    engine: Engine, cluster: Cluster, costs: MixedCosts, parts: tuple[Part, ...], outcome: MixedOutcome
-) -> MixedFound | None:
-    """The parts as a plan, simulated; None where it does not fit or is not legal."""
-    if parts not in outcome.tried:
-        outcome.num_simulated += 1
-        outcome.tried[parts] = _make(engine, cluster, costs, parts)
-    found = outcome.tried[parts]
-    if found is not None and (outcome.best is None or found.step_time_s < outcome.best.step_time_s):
-        outcome.best = found
-    return found
-
-
-def _make(engine: Engine, cluster: Cluster, costs: MixedCosts, parts: tuple[Part, ...]) -> MixedFound | None:
-    plan = mixed_plan(engine, costs, parts)
-    try:
-        timeline = simulate(engine.graph, cluster, plan)
-    except AutoparError as error:
-        log.info("a plan of unlike stages cannot be simulated: %s", error)
-        return None
-    if not timeline.feasible:
-        return None
-    if problem := next(problems(plan, engine.graph), None):
-        log.info("a plan of unlike stages is not legal: %s", problem)
-        return None
-    return MixedFound(
-        step_time_s=timeline.step_time_s, plan=plan,
-        peak_bytes=timeline.rank_peak_bytes,
-        limit_bytes=tuple(part.setting.kind.memory_limit_bytes for part in parts),
-    )
 
 
 def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan:
@@ -232,25 +361,6 @@ def _sharding_key(c: Candidate) -> tuple[int, bool, bool]:
     return c.tp, c.sequence_parallel, c.split_weights
 
 
-def _improve(
-    engine: Engine, cluster: Cluster, costs: MixedCosts, parts: tuple[Part, ...], outcome: MixedOutcome,
-    deadline: float | None,
-) -> None:
-    """Goes from plan to better plan by one change at a time, until none helps."""
-    best = outcome.tried[parts]
-    assert best is not None, "only plans that fit are improved"
-    improved, before = True, outcome.num_simulated
-    while improved:
-        improved = False
-        for other in _neighbours(costs, parts):
-            if _late(deadline) or outcome.num_simulated - before > MAX_IMPROVED:
-                return
-            found = _simulated(engine, cluster, costs, other, outcome)
-            if found is not None and found.step_time_s < best.step_time_s * (1 - 1e-9):
-                best, parts, improved = found, other, True
-                break
-
-
 def _neighbours(costs: MixedCosts, parts: tuple[Part, ...]) -> Iterator[tuple[Part, ...]]:
     """Every change of one stage's setting, and of one border by a block."""
     for index in range(len(parts) - 1):
@@ -260,8 +370,7 @@ def _neighbours(costs: MixedCosts, parts: tuple[Part, ...]) -> Iterator[tuple[Pa
                 moved = (replace(here, last=border), replace(there, first=border))
                 yield (*parts[:index], *moved, *parts[index + 2 :])
     for index, part in enumerate(parts):
-        strategy = next(i for i, own in enumerate(costs.settings) if part.setting in own)
         in_flight = min(len(parts) - index, costs.num_micro_batches)
-        for setting in costs.best_settings(strategy, in_flight, part.first, part.last)[:8]:
+        for setting in costs.best_settings(part.group, in_flight, part.first, part.last)[:SETTINGS_TRIED]:
             if setting != part.setting:
                 yield (*parts[:index], replace(part, setting=setting), *parts[index + 1 :])

@@ -18,7 +18,7 @@ from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.search.mixed import MixedOutcome, search_mixed
+from autopar.search.mixed import search_mixed
 from autopar.search.need import smallest_need
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
@@ -30,19 +30,29 @@ OFFLOAD_NOTE = (
 )
 ALIKE = "stages with different meshes or ZeRO levels"
 IN_RUNS = (
-    "stages of their own mesh across device types, apart from others of their type, more than 8 in a row, without "
-    "sequence parallelism where it can be, with the optimizer offloaded, or with other sizes than parts of a node and "
-    "nodes doubled up"
+    "stages across unlike nodes or apart from others on nodes alike, more than 8, with a context axis, without "
+    "sequence parallelism where it can be, with the optimizer offloaded, or of other sizes than parts of a node and "
+    "whole nodes"
+)
+ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
+MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
+OTHER_ORDERS = "interleaved, zero-bubble and other schedules than 1F1B"
+ON_AN_AXIS = "expert parallelism on an axis of its own"
+OTHER_CHOICES = (
+    "op strategies other than each block's own fastest at the smallest micro-batch",
+    "rewrites of layers that keep more for the backward",
 )
 NOT_SEARCHED = (
-    "interleaved, zero-bubble and other schedules than 1F1B",
+    OTHER_ORDERS,
     f"a context axis where an estimate promised less than {PROMISE:.0%}, or beyond the {MAX_SHARDINGS} best estimates",
-    "expert parallelism on an axis of its own",
+    ON_AN_AXIS,
     "devices in another order than the cluster's",
     "leaving devices unused",
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
-    "op strategies other than each block's own fastest at the smallest micro-batch",
-    "rewrites of layers that keep more for the backward",
+    *OTHER_CHOICES,
+)
+UNLIKE_NOT_SEARCHED = (
+    "interleaved and zero-bubble schedules", ON_AN_AXIS, "leaving a part of a kind of nodes unused", *OTHER_CHOICES
 )
 
 
@@ -63,14 +73,24 @@ def find_plan(
     )
     if deadline is not None:
         engine.probe(space, deadline)
+    mixed = search_mixed(engine, cluster, engine.best.step_time_s if engine.best else math.inf, deadline, progress)
     baselines = run_baselines(engine, space, deadline)
-    outcome = engine.search(space, incumbent=engine.best, deadline=deadline, progress=progress)
-    if outcome.best is None and not outcome.timed_out and not request.mesh:
+    if mixed.best is not None:
+        outcome = engine.search(
+            space, incumbent=engine.best, deadline=deadline, progress=progress, below_s=mixed.best.step_time_s,
+            max_simulations=MAX_BESIDE,
+        )
+    else:
+        outcome = engine.search(space, incumbent=engine.best, deadline=deadline, progress=progress)
+    if outcome.best is None and not outcome.timed_out and not request.mesh and mixed.best is None:
         wider = candidates(cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes=True)
         if len(wider) > len(space):
             space = wider
             outcome = engine.search(space, deadline=deadline, progress=progress)
-    context = search_context(engine, cluster, request, outcome.best, deadline, progress)
+    context = (
+        search_context(engine, cluster, request, outcome.best, deadline, progress) if mixed.best is None
+        else ContextOutcome()
+    )
     if context.outcome is not None:
         outcome = replace(
             context.outcome, lower_bound_s=min(outcome.lower_bound_s, context.outcome.lower_bound_s),
@@ -81,12 +101,13 @@ def find_plan(
     if context.cut_short:
         outcome = replace(outcome, complete=False, timed_out=True)
     best = outcome.best
-    mixed = search_mixed(engine, cluster, best.step_time_s if best else math.inf, deadline, progress)
-    if mixed.num_searched:
+    step_s = min(own.step_time_s for own in (best, mixed.best) if own is not None) if best or mixed.best else math.inf
+    if mixed.best is not None:
+        # What was proved is of stages of their own mesh; plans of one mesh for all were tried beside them.
+        tried = ONE_MESH.format(tried=outcome.num_simulated, total=len(space))
         outcome = replace(
-            outcome, lower_bound_s=min(outcome.lower_bound_s, mixed.lower_bound_s),
-            complete=outcome.complete and mixed.complete, timed_out=outcome.timed_out or not mixed.complete,
-            num_simulated=outcome.num_simulated + mixed.num_simulated,
+            outcome, lower_bound_s=min(step_s, mixed.lower_bound_s), complete=mixed.complete,
+            timed_out=not mixed.complete, num_simulated=outcome.num_simulated + mixed.num_simulated,
         )
     if best is None and mixed.best is None:
         if outcome.timed_out:
@@ -100,26 +121,33 @@ def find_plan(
     searched_s = time.monotonic() - began
     offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
-    if mixed.best is not None:
-        step_s, plan = mixed.best.step_time_s, mixed.best.plan
+    if mixed.best is not None and mixed.best.step_time_s == step_s:
+        plan = mixed.best.plan
         memory = tuple(zip(mixed.best.peak_bytes, mixed.best.limit_bytes, strict=True))
     else:
         assert best is not None, "one of them was found"
-        step_s, plan = best.step_time_s, engine.plan(best.candidate, best.cuts)
+        plan = engine.plan(best.candidate, best.cuts)
         memory = tuple(zip(best.peak_bytes, best.limit_bytes, strict=True))
+    if mixed.best is not None:
+        what = (
+            f"{mixed.num_searched} settings of tp, dp, ZeRO and micro-batch of groups of devices, as stages of their "
+            "own mesh in all orders of the kinds of nodes and with warm-ups as deep as memory lets"
+        )
+        lacking: tuple[str, ...] = (IN_RUNS, tried, *UNLIKE_NOT_SEARCHED)
+    else:
+        what = (
+            f"{len(space) + context.num_searched} settings of pp, tp, sequence parallelism, dp, ZeRO"
+            f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}"
+        )
+        lacking = (ALIKE, *NOT_SEARCHED)
     certificate = Certificate(
         upper_bound_s=step_s, lower_bound_s=outcome.lower_bound_s,
-        searched=f"{len(space) + context.num_searched} settings of pp, tp, sequence parallelism, dp, ZeRO"
-                 f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}{_mixed_words(mixed)}, "
-                 f"each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"
+        searched=f"{what}, each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"
                  f"{' or offload' * offload}{_early(engine, outcome)}",
-        not_searched=(
-            *((IN_RUNS,) if mixed.num_searched else (ALIKE,)), *NOT_SEARCHED,
-            *(() if offload else ("offload to host memory",)),
-        ),
+        not_searched=(*lacking, *(() if offload else ("offload to host memory",))),
         search_seconds=searched_s, stopped_early=not outcome.complete,
     )
-    notes = plan.notes
+    notes = (*plan.notes, *mixed.idle_notes(step_s))
     if one_part := engine.chooser.needs_whole_batch:
         notes = (*notes, f"searched without data axes and micro-batches: {one_part}")
     if any(stage.num_offloaded or stage.offload_optimizer for stage in plan.stages):
@@ -138,10 +166,6 @@ def find_plan(
 
 def _context_words(context: ContextOutcome) -> str:
     return f", {context.num_searched} of them with a context axis" if context.num_searched else ""
-
-
-def _mixed_words(mixed: MixedOutcome) -> str:
-    return f", and {mixed.num_searched} of groups of devices as stages of their own mesh" if mixed.num_searched else ""
 
 
 def _early(engine: Engine, outcome: Outcome) -> str:

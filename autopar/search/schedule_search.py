@@ -42,13 +42,13 @@ class FoundSchedule:
 
 def search_schedule(
     stages: Sequence[StageTimes], num_micro_batches: int, most_held: Sequence[int], *, split_backward: bool = False,
-    end_s: Sequence[float] | None = None, exact: bool = True,
+    end_s: Sequence[float] | None = None, exact: bool = True, listed: bool = True,
 ) -> FoundSchedule:
     """The shortest schedule found for one stage a rank. Deterministic.
 
     `most_held[r]`: micro-batches whose activations fit on rank r at once, at least 1. `split_backward` allows gradients
     of weights after those of inputs (activations are held until then). `end_s`: what each rank does after all its
-    actions. `exact` asks CP-SAT too.
+    actions. `listed` tries list schedules, which take long for many micro-batches, and `exact` asks CP-SAT too.
     """
     p, m = len(stages), num_micro_batches
     if len(most_held) != p or min(most_held) < 1:
@@ -68,7 +68,7 @@ def search_schedule(
     for lists, name in _named(stages, m, caps, split_backward=split_backward):
         offer(lists, name)
     rules = (False, True) if split_backward else (False,)
-    for split, own in product(rules, _cap_choices(caps)):
+    for split, own in product(rules, _cap_choices(caps) if listed else ()):
         offer(list_schedule(stages, m, own, split_backward=split), "list schedule")
     _adjust_warmup(stages, m, caps, offer)
     if exact and best[0].step_s > lower * (1 + 1e-9):
@@ -145,22 +145,33 @@ def _cap_choices(caps: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _adjust_warmup(stages: Sequence[StageTimes], m: int, caps: Sequence[int], offer: Offer) -> None:
-    """Moves the depth of one rank at a time by one, while that helps."""
+    """From the best of several depths on, moves the depth of one rank, or of it and all before, while that helps."""
     p = len(stages)
-    depths = latency_aware_warmup(
-        [stage.forward_s + stage.backward_s for stage in stages], _link_s(stages), most_held=caps
-    )
-    least = offer(one_f_one_b(p, m, depths), "1f1b, warm-up adjusted")
+    starts = [
+        latency_aware_warmup(
+            [stage.forward_s + stage.backward_s for stage in stages], _link_s(stages), most_held=caps
+        ),
+        *(_falling([cap - 1 for cap in own]) for own in _cap_choices(caps)),
+    ]
+    seen: dict[tuple[int, ...], float] = {}
+
+    def tried(depths: tuple[int, ...]) -> float:
+        if depths not in seen:
+            seen[depths] = offer(one_f_one_b(p, m, depths), "1f1b, warm-up adjusted")
+        return seen[depths]
+
+    depths = min(starts, key=tried)
     improved = True
     while improved:
         improved = False
-        for r, change in product(range(p), (1, -1)):
-            other = tuple(depth + change if i == r else depth for i, depth in enumerate(depths))
-            if not 0 <= other[r] < caps[r] or _falling(other) != other:
+        for r, change, alone in product(range(p), (1, -1), (True, False)):
+            other = tuple(
+                depth + change if i == r or (i < r and not alone) else depth for i, depth in enumerate(depths)
+            )
+            if _falling(other) != other or not all(0 <= d < cap for d, cap in zip(other, caps, strict=True)):
                 continue
-            step = offer(one_f_one_b(p, m, other), "1f1b, warm-up adjusted")
-            if step < least * (1 - 1e-12):
-                least, depths, improved = step, other, True
+            if tried(other) < tried(depths) * (1 - 1e-12):
+                depths, improved = other, True
 
 
 def list_schedule(

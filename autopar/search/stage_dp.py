@@ -43,9 +43,6 @@ class StageCosts(Protocol):
     def max_stages(self) -> int | None: ...
     @property
     def num_strategies(self) -> int: ...
-    @property
-    def in_runs(self) -> bool:
-        """Whether all devices are used, those of one pool by stages that follow one another."""
     def counts(self, strategy: int) -> tuple[int, ...]:
         """How many devices of each pool the strategy takes."""
     def ranges(self, strategy: int, in_flight: int) -> Ranges:
@@ -184,28 +181,18 @@ class _Problem:
                     times, loads = self.ranges(strategy, level)
                     if key not in masked:
                         masked[key] = np.where(loads <= bound, times, np.inf)
-                    if costs.in_runs and not self._may_follow(state[0], self.counts[strategy]):
-                        continue
                     for placed in placements(state[0], self.counts[strategy], state[1]):
                         self._extend(rows, state, row, strategy, placed, masked[key], loads, bound)
             levels.append(rows)
             for state, row in rows.items():
                 total = float(row.total[0])
                 used = self.used(state)
-                if math.isfinite(total) and (used == self.all or not costs.in_runs):
+                if math.isfinite(total):
                     best = finals.get(used)
                     load = float(row.load[0])
                     if best is None or (total, load) < (best.total, best.load):
                         finals[used] = _Final(total, load, level + 1, state)
         return finals, levels
-
-    def _may_follow(self, profile: Profile, counts: tuple[int, ...]) -> bool:
-        """Whether a group begins or goes on with the only pools that are in part used."""
-        for nodes, total, count in zip(profile, self.all, counts, strict=True):
-            free = sum(own for _, own in nodes)
-            if count > free or (not count and 0 < free < total):
-                return False
-        return True
 
     def _extend(
         self, rows: dict[State, _Row], state: State, row: _Row, strategy: int, placed: Placement, times: Table,

@@ -139,7 +139,6 @@ class StageTables:
     links: tuple[tuple[str, str, Link], ...] = ()
     inside: tuple[tuple[str, Link], ...] = ()
     max_stages: int | None = None
-    in_runs: bool = False  # use all devices, those of one pool by stages that follow one another
     name: str = ""
 
     def __post_init__(self) -> None:

@@ -41,12 +41,7 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = 
     check_plan(graph, cluster, plan)
     lists = plan_actions(plan)
     num_ranks = len(lists)
-    costs = [member_costs(graph, cluster, plan, i) for i in range(plan.num_stages)]
-    links = [link_times(graph, cluster, plan, i) for i in range(plan.num_stages - 1)]
-    times = [
-        slowest_times(list(own.values()), links[i][0] if i < len(links) else 0.0, links[i - 1][1] if i else 0.0)
-        for i, own in enumerate(costs)
-    ]
+    costs, times = pipeline_times(graph, cluster, plan)
     run = execute(lists, times)
     tied = _tied_sums(graph, cluster, plan)
     reduced = _reduced(run, costs, tied)
@@ -78,6 +73,19 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = 
         ) if detail else (),
         notes=(*model_notes(graph, cluster, plan), *host_notes(max(host))),
     )
+
+
+def pipeline_times(
+    graph: ModelGraph, cluster: Cluster, plan: Plan
+) -> tuple[list[dict[Member, StageCost]], list[StageTimes]]:
+    """Of each stage what it costs each kind of its devices, and its times; `graph` is as the plan rewrites it."""
+    costs = [member_costs(graph, cluster, plan, i) for i in range(plan.num_stages)]
+    links = [link_times(graph, cluster, plan, i) for i in range(plan.num_stages - 1)]
+    times = [
+        slowest_times(list(own.values()), links[i][0] if i < len(links) else 0.0, links[i - 1][1] if i else 0.0)
+        for i, own in enumerate(costs)
+    ]
+    return costs, times
 
 
 def _groups(plan: Plan, costs: Sequence[Mapping[Member, StageCost]], num_ranks: int) -> tuple[_Group, ...]:

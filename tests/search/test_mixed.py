@@ -4,29 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from toy_graphs import cluster, mlp_chain
 
 from autopar.cluster.cluster import Cluster
+from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
+from autopar.search.best_first import Engine
+from autopar.search.mixed import IdleFound, MixedOutcome, search_mixed
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate
 
 GRAPH = mlp_chain(num_layers=4, hidden=512, inner=2048, seq_len=64)
 
 
-def unlike_nodes() -> Cluster:
+def unlike_nodes(bandwidth: float = 2e9, speeds: tuple[float, float] = (1.0, 0.4)) -> Cluster:
     """A fast node of two devices and a slow one of one, over a slow network."""
-    nodes = cluster(per_node=2, speeds=(1.0, 0.4)).nodes
-    network = replace(nodes[0].network, bandwidth_bytes_per_s=2e9)
+    nodes = cluster(per_node=2, speeds=speeds).nodes
+    network = replace(nodes[0].network, bandwidth_bytes_per_s=bandwidth)
     return Cluster(name="unlike", nodes=(
         replace(nodes[0], network=network), replace(nodes[1], num_devices=1, network=network)
     ))
 
 
-def test_stages_of_unlike_nodes_are_legal_and_no_slower() -> None:
-    machine, request = unlike_nodes(), PlanRequest(global_batch=16)
-    alike = find_plan(GRAPH, machine, request)
-    plan = find_plan(GRAPH, machine, replace(request, unlike_stages=True))
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return find_plan(GRAPH, unlike_nodes(), PlanRequest(global_batch=16))
+
+
+def test_stages_of_unlike_nodes_are_legal_and_no_slower(plan: Plan) -> None:
+    machine = unlike_nodes()
+    alike = find_plan(GRAPH, machine, PlanRequest(global_batch=16, unlike_stages=False))
     verify_plan(plan, GRAPH, machine)
     timeline = simulate(GRAPH, machine, plan)
     assert timeline.feasible
@@ -38,7 +46,42 @@ def test_stages_of_unlike_nodes_are_legal_and_no_slower() -> None:
     assert any("different meshes" in words for words in alike.certificate.not_searched)
 
 
+def test_it_is_proved_closely(plan: Plan) -> None:
+    assert plan.certificate is not None
+    assert plan.certificate.gap < 0.05
+    assert not plan.certificate.stopped_early
+
+
+def test_what_leaves_devices_idle_is_told_where_it_is_faster() -> None:
+    found = find_plan(GRAPH, unlike_nodes(bandwidth=2e7, speeds=(1.0, 0.05)), PlanRequest(global_batch=16))
+    assert any(words.startswith("slowed down by 1x1x") for words in found.notes)
+
+
+def test_nothing_is_told_of_idle_devices_where_that_is_no_faster() -> None:
+    outcome = MixedOutcome(idle=IdleFound(step_time_s=2.0, unused="1x1xL4", used="1x2xH100"))
+    assert outcome.idle_notes(2.0) == () == MixedOutcome().idle_notes(2.0)
+    assert outcome.idle_notes(2.1) == (
+        "slowed down by 1x1xL4: a step on 1x2xH100 alone would take 2 s; a plan uses all devices of its cluster, so "
+        "plan for that one",
+    )
+
+
+def test_an_interrupt_keeps_the_plan_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, seen = unlike_nodes(), []
+
+    def interrupt(done: int, total: int, best: float | None) -> None:
+        seen.append(best)
+        if best is not None:
+            raise KeyboardInterrupt
+
+    engine = Engine(GRAPH, machine, PlanRequest(global_batch=16))
+    outcome = search_mixed(engine, machine, float("inf"), None, interrupt)
+    assert outcome.best is not None and outcome.best.step_time_s == seen[-1]
+    assert not outcome.complete and engine.interrupted
+    assert outcome.lower_bound_s <= outcome.best.step_time_s
+
+
 def test_nothing_changes_where_nodes_are_alike() -> None:
     request = PlanRequest(global_batch=8)
-    found = find_plan(GRAPH, cluster(2, 1), replace(request, unlike_stages=True))
-    assert found == find_plan(GRAPH, cluster(2, 1), request)
+    found = find_plan(GRAPH, cluster(2, 1), request)
+    assert found == find_plan(GRAPH, cluster(2, 1), replace(request, unlike_stages=False))

@@ -1,0 +1,266 @@
+"""The quickest stages over pools of devices, by one pass of a dynamic program for a limit of the step time.
+
+Stages are placed from the last to the first. Those of one pool follow one another and take its devices in order, in
+parts of a node or in whole nodes; pools come in any order. For stages that are placed let S be the first micro-batch's
+time through them and back, and V the least step time less what comes before them. With x what a micro-batch takes on
+the stage that is placed next, o = m x all m of them, and c and c' what a link takes (activations, gradients),
+
+    S' = S + c + c' + x        V' = max(V + c + c' + x, S' + (m - 1) max(c, c'), o)
+
+so that V of all layers bounds the step in whatever order stages do their work, as long as backwards are whole: the
+first micro-batch comes to a stage through all stages before it, and the last goes back through them. S and V are
+minimized apart, which keeps the bound true; stages that take longer than the limit by themselves, and what has V above
+it, are left out. The smaller the limit that still lets stages pass, the more is known: `least_limit` halves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.search.elimination import Table
+
+GENEROUS = 1e-9  # relative; sums are rounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPool:
+    """Nodes that are alike: how many, and devices of each."""
+
+    num_nodes: int
+    node_size: int
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_nodes * self.node_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageTimes:
+    """For all ranges of layers [first, last), never above the truth; infinite where a range is not allowed.
+
+    `first_s`: one micro-batch, with what the chain's first stage does once a step; `own_s`: all micro-batches, with the
+    same; `alone_s`: all that the stage does in a step.
+    """
+
+    first_s: Table
+    own_s: Table
+    alone_s: Table
+
+
+class RunCosts(Protocol):
+    """What the search asks of a problem. A group is a number of devices of one pool."""
+
+    num_layers: int
+    max_stages: int
+    num_micro_batches: int
+
+    @property
+    def groups(self) -> Sequence[tuple[int, int]]:
+        """(pool, devices) of each."""
+    @property
+    def run_pools(self) -> Sequence[RunPool]: ...
+    def stage_times(self, group: int, in_flight: int) -> StageTimes: ...
+    def link_times(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table]:
+        """At each border: seconds of a micro-batch from a group to the next, of that pool, and of its gradients back.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RunStage:
+    """layers[first:last] on devices[start:start + size] of the group's pool."""
+
+    first: int
+    last: int
+    group: int
+    start: int
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """Of each set of whole pools, as bits, the least bound below the limit and the stages that have it."""
+
+    limit_s: float
+    bounds_s: dict[int, float]
+    stages: dict[int, tuple[RunStage, ...]]
+
+
+Key = tuple[int, int, int]  # pools that are used, as bits; the last of them; how many of its devices are used
+START: Key = (0, -1, 0)
+
+
+@dataclass(slots=True)
+class _State:
+    """By stages placed and first layer: S, V, the end of the stage that was placed last and how it came (`steps`)."""
+
+    through_s: Table
+    least_s: Table
+    end: NDArray[np.int16]
+    via: NDArray[np.int16]
+    steps: list[tuple[int, Key]] = field(default_factory=list)
+
+
+class Runs:
+    """The search over one problem; keeps its tables."""
+
+    def __init__(self, costs: RunCosts) -> None:
+        self.costs, self._pools = costs, tuple(costs.run_pools)
+        self._of_pool = [[g for g, (own, _) in enumerate(costs.groups) if own == pool]
+                         for pool in range(len(self._pools))]
+        self._stacked: dict[int, tuple[Table, Table, Table]] = {}
+        self._links: dict[tuple[int, int, bool], tuple[Table, Table]] = {}
+        self.num_passes = 0
+
+    @property
+    def all_pools(self) -> int:
+        return (1 << len(self._pools)) - 1
+
+    def least_limit(self, lower_s: float, upper_s: float, rounds: int = 6) -> float:
+        """A step time that no stages of all pools are under, between what is known and a limit that lets some pass."""
+        for _ in range(rounds):
+            if upper_s - lower_s <= 1e-3 * upper_s:
+                break
+            middle = (lower_s + upper_s) / 2
+            bound = self.passed(middle, partly=False).bounds_s.get(self.all_pools)
+            if bound is None:
+                lower_s = middle
+            else:
+                upper_s = middle
+                lower_s = max(lower_s, min(bound, middle))
+        return lower_s
+
+    def passed(self, limit_s: float, *, partly: bool = True) -> Passed:
+        """The stages of least bound below the limit; `partly`: read those of fewer pools too."""
+        self.num_passes += 1
+        n, most = self.costs.num_layers, self.costs.max_stages
+        nothing = np.full((most + 1, n + 1), np.inf)
+        nothing[0, n] = 0.0
+        none = np.full((most + 1, n + 1), -1, dtype=np.int16)
+        states: dict[Key, _State] = {START: _State(nothing, nothing, none, none)}
+        tables = [self._within(group, limit_s) for group in range(len(self.costs.groups))]
+        for mask in range(1, self.all_pools + 1):
+            for pool in range(len(self._pools)):
+                if mask >> pool & 1:
+                    self._run(states, tables, mask, pool, limit_s)
+        bounds: dict[int, float] = {}
+        stages: dict[int, tuple[RunStage, ...]] = {}
+        for mask in range(1, self.all_pools + 1) if partly else (self.all_pools,):
+            best: tuple[float, Key, int] | None = None
+            for pool, own in enumerate(self._pools):
+                state = states.get((mask, pool, own.num_devices))
+                if state is not None:
+                    level = int(np.argmin(state.least_s[:, 0]))
+                    value = float(state.least_s[level, 0])
+                    if value < limit_s and (best is None or value < best[0]):
+                        best = value, (mask, pool, own.num_devices), level
+            if best is not None:
+                bounds[mask] = best[0] * (1 - GENEROUS)
+                stages[mask] = self._read(states, *best[1:])
+        return Passed(limit_s=limit_s, bounds_s=bounds, stages=stages)
+
+    def _run(
+        self, states: dict[Key, _State], tables: Sequence[tuple[Table, Table]], mask: int, pool: int,
+        limit_s: float,
+    ) -> None:
+        """Fills the states of the pool as the first in the chain of those in the mask."""
+        own, before = self._pools[pool], mask ^ (1 << pool)
+        starts = [START] if not before else [
+            (before, last, self._pools[last].num_devices) for last in range(len(self._pools)) if before >> last & 1
+        ]
+        for used in range(1, own.num_devices + 1):
+            made: _State | None = None
+            for group in self._of_pool[pool]:
+                size = self.costs.groups[group][1]
+                start = used - size
+                if start < 0 or not _lies_well(start, size, own.node_size):
+                    continue
+                for key in starts if start == 0 else [(mask, pool, start)]:
+                    behind = states.get(key)
+                    if behind is not None:
+                        same_node = key[1] == pool and start % own.node_size != 0
+                        made = self._extend(made, behind, key, group, tables[group], same_node, limit_s)
+            if made is not None:
+                states[mask, pool, used] = made
+
+    def _extend(
+        self, made: _State | None, behind: _State, key: Key, group: int, tables: tuple[Table, Table],
+        same_node: bool, limit_s: float,
+    ) -> _State | None:
+        """Puts a stage on a group before what a state holds."""
+        first, own = tables
+        through, least = behind.through_s[:-1], behind.least_s[:-1]
+        if key[1] >= 0:
+            once, every = self._link(group, key[1], same_node)
+            through = through + once
+            least = np.maximum(least + once, through + every)
+        total = np.maximum(least[:, None, :] + first, own)
+        end = np.argmin(total, axis=2)
+        value = np.take_along_axis(total, end[:, :, None], axis=2)[:, :, 0]
+        value[value > limit_s] = np.inf
+        if not np.isfinite(value).any():
+            return made
+        sums = (through[:, None, :] + first).min(axis=2)
+        sums[np.isinf(value)] = np.inf
+        if made is None:
+            shape = behind.through_s.shape
+            made = _State(np.full(shape, np.inf), np.full(shape, np.inf), np.full(shape, -1, dtype=np.int16),
+                          np.full(shape, -1, dtype=np.int16))
+        better = value < made.least_s[1:]
+        made.least_s[1:] = np.where(better, value, made.least_s[1:])
+        made.end[1:] = np.where(better, end, made.end[1:])
+        made.via[1:] = np.where(better, len(made.steps), made.via[1:])
+        made.through_s[1:] = np.minimum(made.through_s[1:], sums)
+        made.steps.append((group, key))
+        return made
+
+    def _within(self, group: int, limit_s: float) -> tuple[Table, Table]:
+        """By stages behind: first and own times of the ranges that the limit allows."""
+        if group not in self._stacked:
+            levels = [
+                self.costs.stage_times(group, min(level + 1, self.costs.num_micro_batches))
+                for level in range(self.costs.max_stages)
+            ]
+            first, own, alone = (
+                np.stack([getattr(times, name) for times in levels]) for name in ("first_s", "own_s", "alone_s")
+            )
+            self._stacked[group] = first, own, alone
+        first, own, alone = self._stacked[group]
+        return np.where(alone > limit_s, np.inf, first), own
+
+    def _link(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table]:
+        """At each border: seconds of the first micro-batch there and back, and what the others add."""
+        key = group, pool, same_node
+        if key not in self._links:
+            forward, backward = self.costs.link_times(group, pool, same_node)
+            self._links[key] = (
+                forward + backward, (self.costs.num_micro_batches - 1) * np.maximum(forward, backward)
+            )
+        return self._links[key]
+
+    def _read(self, states: dict[Key, _State], key: Key, level: int) -> tuple[RunStage, ...]:
+        """The stages of a state from layer 0 on, first to last."""
+        found, at = [], 0
+        while level:
+            state = states[key]
+            group, behind = state.steps[int(state.via[level, at])]
+            last = int(state.end[level, at])
+            pool, size = self.costs.groups[group]
+            # Counted from the end of the pool, so that the first stage has its first devices.
+            start = self._pools[pool].num_devices - key[2]
+            found.append(RunStage(at, last, group, start, min(level, self.costs.num_micro_batches)))
+            assert behind[1] != pool or behind[2] == key[2] - size
+            at, level, key = last, level - 1, behind
+        return tuple(found)
+
+
+def _lies_well(start: int, size: int, node_size: int) -> bool:
+    """Whether a group that takes the devices from `start` on is a part of one node, or whole nodes."""
+    if size <= node_size:
+        return start % node_size + size <= node_size
+    return start % node_size == 0 and size % node_size == 0
+

@@ -1,0 +1,63 @@
+"""Whether a stage's backward can run in two parts: the gradients of its inputs (I), later those of its weights (W)."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from autopar.graph.model_graph import ModelGraph
+from autopar.plan.plan import Plan, Recompute, Stage, is_layer
+
+
+def unsplit_reason(graph: ModelGraph, plan: Plan, stage: Stage) -> str:
+    """Why a stage's backward runs whole, as its I, where the plan splits it; "" where it is split.
+
+    torch's functions give wrong gradients, or compute things twice, in these cases.
+    """
+    blocks = graph.blocks[stage.first : stage.last]
+    if stage.zero == 3:
+        return "zero 3 drops the gathered weights that its second part would need"
+    if plan.compile:
+        return "a compiled block computes all gradients at once"
+    layers = stage.layer_variants(sum(is_layer(block.name) for block in blocks))
+    if any(variant.recompute is not Recompute.NONE or variant.offload for variant in layers):
+        return "both parts would recompute or fetch the activations"
+    twice = _used_twice(graph, stage)
+    return f"it uses {twice} more than once" if twice else ""
+
+
+def _used_twice(graph: ModelGraph, stage: Stage) -> str:
+    """A trained tensor that does not follow from what the stage receives, and has several uses; "" without one.
+
+    torch goes from each weight to the first ops that follow from the stage's inputs. Weights that share some of these
+    ops and not others, as those behind such a tensor do, would go through an op twice. A stage that receives nothing
+    to train computes its whole backward at once.
+    """
+    blocks = graph.blocks[stage.first : stage.last]
+    trained = {info.name for info in graph.params if info.requires_grad}
+    received = {name for name in graph.boundary(stage.first) if _requires_grad(graph, name)} if stage.first else set()
+    if not received:
+        return ""
+    follows = set(received)
+    uses: Counter[str] = Counter()
+    for block in blocks:
+        cls = graph.block_class[block.cls]
+        whole = dict(zip((*cls.params, *cls.inputs), (*block.params, *block.inputs), strict=True))
+        whole.update(zip(cls.outputs, block.outputs, strict=True))
+        for op in cls.ops:
+            operands = [whole.get(name, f"{block.name}: {name}") for name in op.operands]
+            behind = not follows.isdisjoint(operands)
+            for local, name in zip(op.operands, operands, strict=True):
+                if name not in follows and (name in trained or cls.tensor[local].requires_grad):
+                    uses[name] += 1
+            if behind:
+                follows.update(whole.get(name, f"{block.name}: {name}") for name in op.outputs if name)
+    return next((name for name, count in uses.items() if count > 1), "")
+
+
+def _requires_grad(graph: ModelGraph, name: str) -> bool:
+    """Whether a tensor that passes between blocks takes a gradient."""
+    for block in graph.blocks:
+        if name in block.outputs:
+            cls = graph.block_class[block.cls]
+            return cls.tensor[cls.outputs[block.outputs.index(name)]].requires_grad
+    return False
