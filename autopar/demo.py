@@ -28,6 +28,8 @@ from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import make_batch
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate
+from autopar.viz.page import page_html
+from autopar.viz.picture import picture
 from autopar.viz.trace import chrome_trace
 
 NUM_PROCESSES = 4
@@ -46,7 +48,7 @@ MODEL: dict[str, Any] = {
 def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
     """What the demo found, as `--json` prints it; `show` is told about it in words on the way.
 
-    Writes llama.json (a Hugging Face config), plan.json and trace.json into `folder`.
+    Writes llama.json (a Hugging Face config), plan.json, plan.html and trace.json into `folder`.
     """
     start = time.perf_counter()
     try:
@@ -54,6 +56,7 @@ def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
     except OSError as failure:
         raise InputError(f"{folder}: no folder can be made there ({failure.strerror}); name another with -o") from None
     model_path, plan_path, trace_path = folder / "llama.json", folder / "plan.json", folder / "trace.json"
+    page_path = folder / "plan.html"
     write_text(model_path, json.dumps(MODEL, indent=1) + "\n")
 
     graph = capture_source(load_source(str(model_path), seq_len=SEQ_LEN, dtype="float32"))
@@ -68,7 +71,9 @@ def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
          f"link {cluster.nodes[0].link.bandwidth_bytes_per_s / 1e9:.2f} GB/s.")
     plan = find_plan(graph, cluster, PlanRequest(global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN, dtype="float32"))
     timeline = simulate(graph, cluster, plan)
-    save_plan(plan, plan_path)
+    drawn = picture(graph, cluster, plan, timeline)
+    save_plan(plan, plan_path, drawn)
+    write_text(page_path, page_html(drawn))
     write_text(trace_path, json.dumps(chrome_trace(timeline)))
     show(f"3. Planned the training on {NUM_PROCESSES} processes, {GLOBAL_BATCH} rows of {SEQ_LEN} tokens a step:", "")
     show(plan_table(plan, timeline.report()), "")
@@ -89,14 +94,15 @@ def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
         bound = plan.certificate
         show(f"6. Proved: in the cost model no searched plan is under {seconds(bound.lower_bound_s)}, and this one "
              f"takes {seconds(bound.upper_bound_s)} (gap {bound.gap:.1%}); its run gives the numbers of one process.")
-    show(f"Wrote {plan_path} (autopar show {plan_path}) and {trace_path} (open it in ui.perfetto.dev), in "
-         f"{time.perf_counter() - start:.0f} s.")
+    show(f"Wrote {page_path} (open it in a browser), {plan_path} (autopar show {plan_path}) and {trace_path} (for "
+         f"ui.perfetto.dev), in {time.perf_counter() - start:.0f} s.")
     return {
         "plan": plan_json(plan, timeline.report()),
         "parity": parity.to_dict(),
         "training": {"losses": losses, "step_times_s": times_s, "median_step_time_s": measured_s,
                      "predicted_step_time_s": timeline.step_time_s},
-        "files": {"model": str(model_path), "plan": str(plan_path), "trace": str(trace_path)},
+        "files": {"model": str(model_path), "plan": str(plan_path), "page": str(page_path),
+                  "trace": str(trace_path)},
         "seconds": time.perf_counter() - start,
     }
 

@@ -26,7 +26,7 @@ def run(folder: Path, *command: str) -> str:
     (folder / "tmp").mkdir()
     env = dict(os.environ, TMPDIR=str(folder / "tmp"), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
