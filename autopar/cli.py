@@ -10,12 +10,57 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from autopar.cli_options import (
+    Attention,
+    AttentionKind,
+    CheckedDtype,
+    ClusterText,
+    Compile,
+    Cp,
+    DemoFolder,
+    DpReplicate,
+    DpShard,
+    DryRunOption,
+    Dtype,
+    Ep,
+    ExplainOption,
+    GlobalBatch,
+    Json,
+    MeshOption,
+    MicroBatch,
+    Model,
+    ModelOption,
+    OffloadActivations,
+    OffloadOptimizer,
+    OffloadOption,
+    Optimizer,
+    OptionalCluster,
+    OptionalGlobalBatch,
+    OptionalModel,
+    Output,
+    PlanFile,
+    PlanOption,
+    Pp,
+    ProfileOption,
+    RecomputeOption,
+    Requests,
+    ScheduleOption,
+    SearchedMicroBatch,
+    SearchSeconds,
+    SeqLen,
+    SequenceParallel,
+    Steps,
+    Tp,
+    Trace,
+    UnlikeStages,
+    VirtualStages,
+    Zero,
+)
 from autopar.cli_output import (
     Answer,
     Interrupted,
@@ -29,96 +74,18 @@ from autopar.cli_output import (
 )
 from autopar.cli_profile import profile
 from autopar.cli_requests import SimulateRequest, Simulations
+from autopar.cli_viewing import export, show, viz
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
-from autopar.plan.dtypes import SHORT_NAMES, param_dtype, torch_dtype
-from autopar.plan.plan import Recompute, Schedule
+from autopar.plan.dtypes import param_dtype, torch_dtype
+from autopar.plan.plan import Recompute
 
 INTERRUPTED = 130
 
 app = typer.Typer(add_completion=False, help="Plans, checks and runs the parallel training of PyTorch models.",
                   pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(profile)
 
 
-class Attention(StrEnum):
-    SDPA = "sdpa"
-    EAGER = "eager"
-
-
-class Target(StrEnum):
-    TORCHTITAN = "torchtitan"
-    MEGATRON = "megatron"
-
-
-Model = Annotated[str, typer.Argument(
-    metavar="MODEL", help="A Hugging Face config.json or its folder, a preset (llama-3.1-8b), or file.py:factory.")]
-OptionalModel = Annotated[str | None, typer.Argument(metavar="MODEL", help="As for `plan`.")]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file that `autopar plan -o` wrote.")]
-ClusterText = Annotated[str, typer.Option(
-    "--cluster", metavar="C", help="A YAML file, or shorthand such as 4x8xH100-80GB@3200Gbps, or `local`.")]
-OptionalCluster = Annotated[str | None, typer.Option("--cluster", metavar="C", help="As for `plan`.")]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", min=1, help="Rows of one training step.")]
-OptionalGlobalBatch = Annotated[int | None, typer.Option("--global-batch", metavar="N", min=1)]
-SeqLen = Annotated[int | None, typer.Option(
-    "--seq-len", metavar="S", min=1, help="Tokens a row; the model's own if left out.")]
-Dtype = Annotated[str, typer.Option("--dtype", help=f"Compute dtype: {', '.join(SHORT_NAMES)}.")]
-Optimizer = Annotated[str, typer.Option("--optimizer", help="adamw, adam or sgd.")]
-AttentionKind = Annotated[Attention, typer.Option("--attention", help="Fused (sdpa) or plain (eager) attention.")]
-SearchedMicroBatch = Annotated[int | None, typer.Option(
-    "--micro-batch", metavar="M", min=1, help="Rows of a micro-batch; searched if left out.")]
-SearchSeconds = Annotated[float | None, typer.Option(
-    "--max-search-seconds", metavar="T", min=0, help="Stop the search then, with the best plan so far.")]
-MeshOption = Annotated[str | None, typer.Option(
-    "--mesh", metavar="AXIS=N,...", help="Fix axes (pp, dp, dp_replicate, dp_shard, cp, tp); the rest is searched.")]
-Compile = Annotated[bool, typer.Option("--compile", help="The model runs under torch.compile.")]
-OffloadOption = Annotated[bool, typer.Option(
-    "--offload/--no-offload", help="Let activations and optimizer state rest in host memory where that pays.")]
-UnlikeStages = Annotated[bool, typer.Option(
-    "--unlike-stages/--no-unlike-stages",
-    help="On a cluster of unlike nodes, let stages have meshes and ZeRO levels of their own.")]
-OffloadActivations = Annotated[bool, typer.Option(
-    "--offload-activations", help="Keep what every layer saves for its backward in host memory.")]
-OffloadOptimizer = Annotated[bool, typer.Option(
-    "--offload-optimizer", help="Keep the optimizer's state in host memory.")]
-PlanOption = Annotated[Path | None, typer.Option("--plan", metavar="PLAN", help="Simulate this plan file.")]
-Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel degree.")]
-Pp = Annotated[int, typer.Option("--pp", min=1, help="Pipeline-parallel degree.")]
-VirtualStages = Annotated[int, typer.Option(
-    "--virtual-stages", metavar="V", min=1, help="Chunks of each pipeline rank.")]
-Cp = Annotated[int, typer.Option("--cp", min=1, help="Context-parallel degree.")]
-Ep = Annotated[int, typer.Option("--ep", min=1, help="Expert-parallel degree.")]
-DpReplicate = Annotated[int | None, typer.Option("--dp-replicate", metavar="R", min=1, help="Replicas of the model.")]
-DpShard = Annotated[int | None, typer.Option(
-    "--dp-shard", metavar="D", min=1, help="Devices that share the states of a replica.")]
-Zero = Annotated[int | None, typer.Option("--zero", min=0, max=3, help="ZeRO level: what --dp-shard splits.")]
-MicroBatch = Annotated[int, typer.Option("--micro-batch", metavar="M", min=1, help="Rows of a micro-batch.")]
-RecomputeOption = Annotated[Recompute, typer.Option("--recompute", help="Activations to compute again.")]
-ScheduleOption = Annotated[Schedule | None, typer.Option("--schedule", help="The pipeline's schedule.")]
-SequenceParallel = Annotated[bool, typer.Option("--sequence-parallel", help="Split the sequence between blocks.")]
-Trace = Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Write the step as a Chrome trace.")]
-DryRunOption = Annotated[bool, typer.Option(
-    "--dry-run", help="Run each distinct rank's program on fake tensors: communication, shapes, memory.")]
-Requests = Annotated[Path | None, typer.Option(
-    "--requests", metavar="FILE", help="Many at once: one JSON object a line, with these options as keys.")]
-To = Annotated[Target, typer.Option("--to", help="The system to write settings for.")]
-ExplainOption = Annotated[str | None, typer.Option(
-    "--explain", metavar="[LAYER]", help="Say why a layer is sharded so and what the next best would cost: a block's "
-    "name or class; the first layer if left out.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it to this file.")]
-DemoFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder for plan.json and trace.json.")]
-ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="The plan's model, as for `plan`.")]
-PictureModel = Annotated[str | None, typer.Option(
-    "--model", metavar="MODEL", help="The plan's model, for a plan that was saved without its picture.")]
-CheckedDtype = Annotated[str | None, typer.Option(
-    "--dtype", help="Compare in this dtype; the plan's own if left out, fp32 for a plan in two bytes.")]
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps to compare.")]
-ProfileOption = Annotated[Path | None, typer.Option(
-    "--profile", metavar="FILE", help="Use the rates that `autopar profile -o` measured.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-@app.command()
 def demo(output: DemoFolder = Path("autopar-demo"), json_: Json = False) -> None:
     """Plan a small Llama for this machine, train it on 4 processes, and compare with one process."""
     from autopar.demo import run_demo
@@ -128,7 +95,6 @@ def demo(output: DemoFolder = Path("autopar-demo"), json_: Json = False) -> None
     _require_equal(reply.value["parity"])
 
 
-@app.command()
 def plan(
     model: Model, cluster: ClusterText, global_batch: GlobalBatch, seq_len: SeqLen = None, dtype: Dtype = "bf16",
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
@@ -187,7 +153,6 @@ def _settled(news: Callable[[str], None]) -> Callable[[int, int, float | None], 
     return tell
 
 
-@app.command()
 def simulate(
     model: OptionalModel = None, cluster: OptionalCluster = None, global_batch: OptionalGlobalBatch = None,
     seq_len: SeqLen = None, dtype: Dtype = "bf16", optimizer: Optimizer = "adamw",
@@ -255,77 +220,6 @@ def _simulate_requests(path: Path, *, as_json: bool) -> None:
             reply.show(f"{number}: {result['step_time_s']:.4g} s a step, {fits}")
 
 
-@app.command()
-def show(path: PlanFile, json_: Json = False) -> None:
-    """Print a plan file as a table."""
-    from autopar.plan.file import load_plan, plan_to_json
-    from autopar.plan.text import plan_table
-    from autopar.plan.verify import verify_plan
-
-    with answer(as_json=json_) as reply:
-        loaded = load_plan(path)
-        verify_plan(loaded, None)
-        reply.value = json.loads(plan_to_json(loaded))
-        reply.show(plan_table(loaded))
-
-
-@app.command()
-def viz(
-    path: PlanFile, output: Output = None, model: PictureModel = None, cluster: OptionalCluster = None,
-    seq_len: SeqLen = None, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
-    json_: Json = False,
-) -> None:
-    """Draw a plan as one HTML page that opens from disk: cluster, timeline, memory, layers, bounds."""
-    from autopar.plan.file import load_picture, load_plan
-    from autopar.plan.verify import verify_plan
-    from autopar.simulate.simulator import simulate as simulate_plan
-    from autopar.viz.page import page_html
-    from autopar.viz.picture import picture
-
-    target = output if output is not None else path.with_suffix(".html")
-    check_writable(target)
-    with answer(as_json=json_) as reply:
-        loaded = load_plan(path)
-        drawn = load_picture(path) if model is None else None
-        if model is not None:
-            simulations = Simulations()
-            with progress("simulating", as_json=json_):
-                machine = simulations.cluster(cluster or loaded.cluster_name, profile)
-                graph = simulations.graph(model, seq_len or loaded.seq_len, loaded.dtype, attention)
-                verify_plan(loaded, graph, machine)
-                drawn = picture(graph, machine, loaded, simulate_plan(graph, machine, loaded))
-        if drawn is None:
-            raise InputError(f"{path}: the plan was saved without its picture; give its model with --model MODEL")
-        page = page_html(drawn)
-        write_text(target, page)
-        reply.value = {"page": str(target), "size_bytes": len(page.encode())}
-        reply.show(f"written to {target}: open it in a browser")
-
-
-@app.command()
-def export(path: PlanFile, to: To, output: Output = None, json_: Json = False) -> None:
-    """Print a plan as another training system's settings, and what those cannot say."""
-    from autopar.export.megatron import to_megatron
-    from autopar.export.torchtitan import to_torchtitan
-    from autopar.plan.file import load_plan
-    from autopar.plan.verify import verify_plan
-
-    check_writable(output)
-    with answer(as_json=json_) as reply:
-        loaded = load_plan(path)
-        verify_plan(loaded, None)
-        settings = {Target.TORCHTITAN: to_torchtitan, Target.MEGATRON: to_megatron}[to](loaded)
-        reply.value = {"target": settings.target, "settings": settings.text, "not_expressed": settings.not_expressed}
-        if output is not None:
-            write_text(output, settings.text)
-        else:
-            reply.show(settings.text.rstrip("\n"))
-        if not json_:
-            for gap in settings.not_expressed:
-                typer.echo(f"not expressed: {gap}", err=True)
-
-
-@app.command()
 def verify(
     path: PlanFile, model: ModelOption, dtype: CheckedDtype = None, seq_len: SeqLen = None, steps: Steps = 1,
     json_: Json = False,
@@ -357,6 +251,10 @@ def _require_equal(parity: dict[str, Any]) -> None:
         typer.echo(f"autopar: the plan's numbers differ from one process's by {parity['worst_gradient_error']:.1e} in "
                    f"the gradient of {parity['worst_gradient']}, {parity['tolerance']:.0e} is allowed", err=True)
         raise typer.Exit(1)
+
+
+for command in (demo, plan, simulate, show, viz, verify, export, profile):  # in the order of --help
+    app.command()(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,17 +14,21 @@ _ASSETS = files("autopar.viz") / "assets"
 _STYLE, _SCRIPT, _DATA, _LICENCES = "/*page.css*/", "/*page.js*/", "/*plan-data*/", "<!--licences-->"
 
 
-def page_html(picture: Mapping[str, Any]) -> str:
-    """The whole page for what `autopar.viz.picture.picture` gave."""
-    if picture.get("version") != VERSION:
-        raise InputError(
-            f"the plan's picture has version {picture.get('version')!r}, and this autopar draws version {VERSION}; "
-            f"plan again with this version, or give --model"
-        )
+def page_html(data: Mapping[str, Any]) -> str:
+    """The whole page for a plan's picture, or for {"comparison": ..., "pictures": [of one plan, of the other]}.
+
+    Pictures are what `autopar.viz.picture.picture` gives, a comparison is what `autopar.viz.comparison` gives.
+    """
+    for picture in data["pictures"] if "comparison" in data else [data]:
+        if picture.get("version") != VERSION:
+            raise InputError(
+                f"the plan's picture has version {picture.get('version')!r}, and this autopar draws version {VERSION}; "
+                f"plan again with this version, or give --model"
+            )
     page = (_ASSETS / "page.html").read_text(encoding="utf-8")
     for mark, text in (
         (_LICENCES, f"<!--\n{_asset('LICENSES.txt')}-->"), (_STYLE, _asset("page.css")), (_SCRIPT, _asset("page.js")),
-        (_DATA, in_script(json.dumps(picture, separators=(",", ":"), allow_nan=False))),
+        (_DATA, in_script(json.dumps(data, separators=(",", ":"), allow_nan=False))),
     ):
         before, found, after = page.partition(mark)
         assert found, f"page.html has no place for {mark}"

@@ -199,3 +199,22 @@ def test_the_installed_command_returns_the_code(tmp_path: Path) -> None:
 
 def test_a_good_plan_file_is_the_plan_that_was_found(plan_file: Path) -> None:
     assert load_plan(plan_file).global_batch == 8
+
+
+@pytest.mark.parametrize(("words", "word"), [
+    (("show",), "--compare"),
+    (("viz",), "--compare"),
+    (("show", "PLAN", "--compare", "PLAN", "PLAN"), "--compare"),
+    (("show", "--compare", "PLAN"), "2 arguments"),
+    (("show", "--compare", "PLAN", "PLAN"), "itself"),
+    (("show", "--compare", "PLAN", "gone.json"), "gone.json"),
+])
+def test_comparisons_need_two_plan_files(autopar, plan_file: Path, words: tuple[str, ...], word: str) -> None:
+    check_one_line(autopar(*(str(plan_file) if text == "PLAN" else text for text in words)), 2, word)
+
+
+def test_a_comparison_with_another_model_s_plan_writes_no_page(autopar, plan_file: Path, tmp_path: Path) -> None:
+    other, page = tmp_path / "other.json", tmp_path / "page.html"
+    other.write_text(json.dumps(json.loads(plan_file.read_text()) | {"model_name": "another"}))
+    check_one_line(autopar("viz", "--compare", plan_file, other, "-o", page), 2, "one model")
+    assert not page.exists()

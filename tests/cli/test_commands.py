@@ -184,3 +184,16 @@ def test_a_dry_run_of_a_plan(autopar, llama: Path, plan_file: Path) -> None:
     assert {row["kind"] for row in value["memory"]} == {
         "parameters", "optimizer", "activations", "gradients and buffers", "peak"
     }
+
+
+def test_two_plans_are_shown_side_by_side(autopar, llama: Path, plan_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    words = ("plan", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--mesh", "pp=2", "-o", other, "--json")
+    slower = autopar(*words).value["step_time_s"]
+    run = autopar("show", "--compare", plan_file, other)
+    assert run.code == 0
+    assert "other.json is" in run.out and "Where the blocks lie" in run.out
+    value = autopar("show", "--compare", plan_file, other, "--json").value
+    (steps,) = (row["values"] for row in value["numbers"] if row["key"] == "step_time_s")
+    assert steps[1] == pytest.approx(slower)
+    assert value["names"] == ["plan.json", "other.json"]

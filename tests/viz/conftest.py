@@ -1,4 +1,4 @@
-"""A planned model and its page, made once by the commands that users type."""
+"""A model planned twice, and the pages, made once by the commands that users type."""
 
 import json
 
@@ -23,6 +23,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     assert main(["plan", str(model), "--cluster", "2x4xH100-80GB", "--global-batch", "32", "--mesh", "pp=2,tp=2",
                  "-o", str(plan)]) == 0
     assert main(["viz", str(plan), "-o", str(page)]) == 0
+    other, compared = folder / "other.json", folder / "compared.html"
+    assert main(["plan", str(model), "--cluster", "2x4xH100-80GB", "--global-batch", "32", "--mesh", "pp=1,tp=1,cp=1",
+                 "-o", str(other)]) == 0
+    assert main(["viz", "--compare", str(plan), str(other), "-o", str(compared)]) == 0
     picture = load_picture(plan)
     assert picture is not None
-    return Drawn(model=model, plan=plan, page=page, picture=picture)
+    return Drawn(model=model, plan=plan, page=page, other_plan=other, comparison_page=compared, picture=picture)

@@ -2,11 +2,15 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 import pytest
 from drawn_page import Drawn
+
+from autopar.plan.file import load_picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -34,19 +38,26 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture(params=["light", "dark"])
 def seen(browser, drawn: Drawn, request: pytest.FixtureRequest) -> Iterator[Seen]:
-    context = browser.new_context(color_scheme=request.param, viewport={"width": 1280, "height": 900}, offline=True)
+    with opened(browser, drawn.page, request.param) as found:
+        yield found
+
+
+@contextmanager
+def opened(browser, path: Path, theme: str) -> Iterator[Seen]:
+    """A page from disk with the network off; at the end, that it asked for nothing and complained of nothing."""
+    context = browser.new_context(color_scheme=theme, viewport={"width": 1280, "height": 900}, offline=True)
     page = context.new_page()
     found = Seen(page)
     page.on("request", lambda sent: found.requests.append(sent.url))
     page.on("pageerror", lambda error: found.errors.append(str(error)))
     page.on("console", lambda said: found.errors.append(said.text) if said.type == "error" else None)
-    page.goto(drawn.page.as_uri())
+    page.goto(path.as_uri())
     page.wait_for_selector("main")
-    assert page.locator("html").get_attribute("data-theme") == request.param
+    assert page.locator("html").get_attribute("data-theme") == theme
     yield found
     context.close()
     assert found.errors == []
-    assert found.requests == [drawn.page.as_uri()]
+    assert found.requests == [path.as_uri()]
 
 
 def test_every_part_is_there_and_has_a_table(seen: Seen, drawn: Drawn) -> None:
@@ -100,3 +111,24 @@ def test_the_theme_can_be_changed(seen: Seen) -> None:
     before = html.get_attribute("data-theme")
     seen.page.get_by_role("button", name="light / dark").click()
     assert html.get_attribute("data-theme") != before
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_two_plans_are_compared_on_one_scale(browser, drawn: Drawn, theme: str) -> None:
+    with opened(browser, drawn.comparison_page, theme) as found:
+        page = found.page
+        assert "plan.json against other.json" in page.locator("h1").inner_text()
+        assert "other.json is" in page.locator("#gains").inner_text()
+        for part in ("breakdown", "moved", "cluster", "timeline", "memory"):
+            section = page.locator(f"#{part}")
+            assert section.bounding_box()["height"] > 60
+            section.get_by_role("button", name="table").click()
+            assert section.locator("tbody tr").count() > 0
+        assert page.locator(".strip i").count() == 2 * 6  # a cell for each of six blocks in each plan
+        assert page.locator(".device").count() == 2 * 8
+        assert "down_proj" in page.locator("#splits").inner_text()
+        page.locator("#breakdown").get_by_role("button", name="table").click()
+        widths = [sum(part.bounding_box()["width"] for part in bar.locator("i").all())
+                  for bar in page.locator("#breakdown .bar").all()]
+        steps = [load_picture(path)["numbers"]["step_time_s"] for path in (drawn.plan, drawn.other_plan)]
+        assert widths[0] / widths[1] == pytest.approx(steps[0] / steps[1], rel=0.02)

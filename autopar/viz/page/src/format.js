@@ -37,3 +37,7 @@ export const KIND = {
 export const COMMUNICATION = new Set(["gather", "reduce", "SEND_F", "SEND_B", "UNSHARD", "REDUCE_GRAD"]);
 export const kindName = (kind) => (KIND[kind] ?? [kind])[0];
 export const kindColour = (kind) => (KIND[kind] ?? [kind, "--optimizer"])[1];
+
+// The parts of a step: key, name, colour.
+export const PARTS = [["compute", "compute", "--forward"], ["tp_comm", "inside layers", "--comm"], ["dp_comm", "data parallel", "--weight"],
+  ["pp_comm", "between stages", "--send"], ["bubble", "bubble", "--bubble"], ["optimizer", "optimizer", "--optimizer"]];

@@ -1,13 +1,12 @@
 // Puts the page together from the plan's data, which stands in the page itself.
 import { cluster, clusterTable } from "./cluster.js";
+import { comparison } from "./compare.js";
 import { h, right, section, table } from "./dom.js";
-import { gib, percent, seconds, digits } from "./format.js";
+import { PARTS, gib, percent, seconds, digits } from "./format.js";
 import { memory, memoryTable, peak } from "./memory.js";
 import { model, modelTable, searchOps } from "./model.js";
 import { timeline, timelineTable } from "./timeline.js";
 
-const PARTS = [["compute", "compute", "--forward"], ["tp_comm", "inside layers", "--comm"], ["dp_comm", "data parallel", "--weight"],
-  ["pp_comm", "between stages", "--send"], ["bubble", "bubble", "--bubble"], ["optimizer", "optimizer", "--optimizer"]];
 const root = document.documentElement;
 root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 
@@ -65,11 +64,14 @@ function tools(plan, show) {
       if (event.key === "Escape") hits.hidden = true;
       if (event.key === "Enter") hits.querySelector("button")?.click();
     } });
-  const theme = h("button", { onclick: () => {
+  return h("div", { class: "tools" }, box, theme(), hits);
+}
+
+function theme() {
+  return h("button", { onclick: () => {
     root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
     document.dispatchEvent(new Event("theme"));
   } }, "light / dark");
-  return h("div", { class: "tools" }, box, theme, hits);
 }
 
 function breakdown(plan) {
@@ -114,4 +116,6 @@ function certificate(plan) {
     ["gap", gap === null ? "-" : percent(gap, 3)], ...plan.certificate.not_searched.map((text) => ["not searched", text])]));
 }
 
-build(JSON.parse(document.getElementById("plan-data").textContent));
+const data = JSON.parse(document.getElementById("plan-data").textContent);
+if (data.comparison) document.getElementById("page").replaceWith(comparison(data, theme()));
+else build(data);

@@ -5,7 +5,7 @@ import { COMMUNICATION, kindColour, kindName, seconds } from "./format.js";
 const LABEL = 92, AXIS = 22, GAP = 7;
 
 export function timeline(data) {
-  const { rows, kinds, step_time_s: step } = data;
+  const { rows, kinds, step_time_s: step, end_s: end = step } = data; // the scale may go beyond the step's own end
   const lane = rows.length > 24 ? 11 : 17;
   const height = AXIS + rows.length * (lane + lane / 2 + GAP);
   const canvas = h("canvas", { tabindex: "0", role: "img",
@@ -33,7 +33,7 @@ export function timeline(data) {
     ticks(pen, soft, line);
     rows.forEach((row, i) => {
       pen.fillStyle = bubble;
-      pen.fillRect(LABEL, top(i), width() - LABEL, lane);
+      pen.fillRect(LABEL, top(i), Math.max(0, Math.min(x(end), width()) - LABEL), lane);
       pen.save();
       pen.beginPath();
       pen.rect(LABEL, top(i) - 1, width() - LABEL, lane * 1.5 + 3);
@@ -109,7 +109,7 @@ export function timeline(data) {
     }
     const at = eventAt(event);
     if (!at) return hideTip();
-    if (!at.event) return showTip(`stage ${at.row.stage} waits at ${seconds(at.time)}`, event);
+    if (!at.event) return at.time > end ? hideTip() : showTip(`stage ${at.row.stage} waits at ${seconds(at.time)}`, event);
     const [kind, stage, batch, start, end] = at.event;
     showTip(`${kindName(kinds[kind])}${batch >= 0 ? ` of micro-batch ${batch}` : ""}, stage ${stage}\n`
       + `${seconds(start)} to ${seconds(end)}: ${seconds(end - start)}`, event);
