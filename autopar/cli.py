@@ -49,6 +49,7 @@ from autopar.cli_options import (
     ProfileOption,
     RecomputeOption,
     Requests,
+    RunTrace,
     ScheduleOption,
     SearchedMicroBatch,
     SearchSeconds,
@@ -222,18 +223,19 @@ def _simulate_requests(path: Path, *, as_json: bool) -> None:
 
 def verify(
     path: PlanFile, model: ModelOption, dtype: CheckedDtype = None, seq_len: SeqLen = None, steps: Steps = 1,
-    json_: Json = False,
+    trace: RunTrace = None, json_: Json = False,
 ) -> None:
     """Run a plan on local processes, and compare loss and every gradient with one process."""
     from autopar.local_check import check_locally
     from autopar.plan.file import load_plan
 
+    check_writable(trace)
     with answer(as_json=json_) as reply:
         loaded = load_plan(path)
         with progress("running", as_json=json_):
             report = check_locally(loaded, model, dtype=torch_dtype(dtype) if dtype else None, steps=steps,
-                                   seq_len=seq_len)
-        reply.value = report.to_dict()
+                                   seq_len=seq_len, trace=trace)
+        reply.value = report.to_dict() | ({"trace": str(trace)} if trace is not None else {})
         name, error = report.worst
         reply.show(
             f"plan: {report.plan_summary}",
@@ -242,6 +244,8 @@ def verify(
             f"{len(report.gradient_errors)} gradients: largest relative error {error:.1e}, of {name}",
             f"allowed: {report.tolerance:.0e}", *(f"note: {note}" for note in report.notes),
         )
+        if trace is not None:
+            reply.show(f"trace written to {trace}: autopar viz {path} --live {trace}")
     _require_equal(reply.value)
 
 

@@ -87,6 +87,10 @@ PictureModel = Annotated[str | None, typer.Option(
     "--model", metavar="MODEL", help="The plan's model, for a plan that was saved without its picture.")]
 CheckedDtype = Annotated[str | None, typer.Option(
     "--dtype", help="Compare in this dtype; the plan's own if left out, fp32 for a plan in two bytes.")]
+Live = Annotated[Path | None, typer.Option(
+    "--live", metavar="TRACE", help="Lay a run beside the prediction: what `trainer.trace` or `verify --trace` wrote.")]
+RunTrace = Annotated[Path | None, typer.Option(
+    "--trace", metavar="FILE", help="Record a few more steps as a Chrome trace, for `viz --live`.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Training steps to compare.")]
 ProfileOption = Annotated[Path | None, typer.Option(
     "--profile", metavar="FILE", help="Use the rates that `autopar profile -o` measured.")]

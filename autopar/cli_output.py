@@ -143,3 +143,21 @@ def dry_run_table(report: dict[str, Any]) -> Table:
         sizes = [f"{row['program_bytes'] / 2**20:,.1f} / {row['predicted_bytes'] / 2**20:,.1f}" for row in found]
         table.add_row(str(rank), str(found[0]["stage"]), str(found[0]["num_ranks"]), *sizes)
     return table
+
+
+def live_table(live: dict[str, Any]) -> Table:
+    """What a run took beside what was predicted."""
+    from autopar.plan.text import seconds
+
+    table = Table(title=f"{live['name']}: step {live['step'] + 1} of {len(live['step_times_s'])} that ran, on "
+                  f"{live['device']}", title_justify="left", show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    table.add_column("")
+    for heading in ("predicted", "measured", "measured / predicted"):
+        table.add_column(heading, justify="right")
+    for row in live["table"]:
+        both = [row["predicted_s"], row["measured_s"]]
+        table.add_row("" if row["stage"] is None else str(row["stage"]), row["what"],
+                      *("-" if value is None else seconds(value) for value in both),
+                      f"{both[1] / both[0]:.2f}" if all(both) else "-")
+    return table

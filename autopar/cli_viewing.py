@@ -15,6 +15,7 @@ from autopar.cli_options import (
     AttentionKind,
     Compare,
     Json,
+    Live,
     OptionalCluster,
     OptionalPlanFile,
     Output,
@@ -25,7 +26,7 @@ from autopar.cli_options import (
     Target,
     To,
 )
-from autopar.cli_output import answer, check_writable, progress
+from autopar.cli_output import answer, check_writable, live_table, progress
 from autopar.cli_requests import Simulations
 from autopar.errors import InputError
 from autopar.files import write_text
@@ -53,12 +54,16 @@ def show(path: OptionalPlanFile = None, compare: Compare = None, json_: Json = F
 def viz(
     path: OptionalPlanFile = None, compare: Compare = None, output: Output = None, model: PictureModel = None,
     cluster: OptionalCluster = None, seq_len: SeqLen = None, attention: AttentionKind = Attention.SDPA,
-    profile: ProfileOption = None, json_: Json = False,
+    profile: ProfileOption = None, live: Live = None, json_: Json = False,
 ) -> None:
     """Draw a plan as one HTML page that opens from disk: cluster, timeline, memory, layers, bounds; or compare two."""
+    from autopar.viz.live import live as live_beside
+    from autopar.viz.live import load_trace
     from autopar.viz.page import page_html
 
     _one_or_two("viz", path, compare)
+    if live is not None and compare is not None:
+        raise InputError("--live lays a run beside one plan: leave --compare out")
     target = output if output is not None else path.with_suffix(".html") if path is not None else Path("compare.html")
     check_writable(target)
     with answer(as_json=json_) as reply:
@@ -69,9 +74,15 @@ def viz(
             else:
                 assert path is not None
                 data = draw(path)
+                if live is not None:
+                    data = {**data, "live": live_beside(data, load_trace(live), name=live.name)}
         page = page_html(data)
         write_text(target, page)
         reply.value = {"page": str(target), "size_bytes": len(page.encode())}
+        if "live" in data:
+            beside = data["live"]
+            reply.value["live"] = {key: value for key, value in beside.items() if key != "timeline"}
+            reply.show(live_table(beside), *(f"note: {note}" for note in beside["notes"]))
         reply.show(f"written to {target}: open it in a browser")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -53,10 +54,11 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 def check_locally(
     plan: Plan, model: str, *, dtype: str | None = None, steps: int = 1, seq_len: int | None = None,
-    pool: LocalPool | None = None,
+    pool: LocalPool | None = None, trace: Path | None = None,
 ) -> ParityReport:
     """Losses and gradients of some steps under the plan, held against one process's.
 
+    Where `trace` is given, a few more steps are recorded and their Chrome trace is written there.
     In `dtype`, or the plan's own; a plan that computes in two bytes is compared in float32, where an error shows.
     InputError where the plan is another model's, or has more devices than processes can be started here.
     """
@@ -73,7 +75,8 @@ def check_locally(
     graph = capture_source(load_source(model, seq_len=factory.seq_len, dtype=chosen))
     verify_plan(plan, graph)
     _check_memory(graph.num_params * DTYPE_BYTES[chosen] * COPIES * (plan.num_devices + 1), graph.name)
-    return compare(factory, replace(plan, dtype=chosen, param_dtype=chosen), dtype=chosen, steps=steps, pool=pool)
+    return compare(factory, replace(plan, dtype=chosen, param_dtype=chosen), dtype=chosen, steps=steps, pool=pool,
+                   trace=trace)
 
 
 def _check_memory(needed_bytes: float, name: str) -> None:

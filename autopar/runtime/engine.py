@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh,
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.optimizer_offload import OffloadedState
+from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
@@ -131,18 +133,22 @@ class Trainer:
 
     def optimizer_step(self) -> None:
         """Step the optimizer with the gradients that are there."""
-        if self.offloaded_state is not None:
-            self.offloaded_state.step()
-        else:
-            self.optimizer.step()
+        with self._recorded(OPTIMIZER):
+            if self.offloaded_state is not None:
+                self.offloaded_state.step()
+            else:
+                self.optimizer.step()
 
     def forward_backward(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
         """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters."""
+        if self.executor.recorder is not None:
+            self.executor.recorder.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         place = self.groups.place
         rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
         total = self.executor.run(rows, self._factors(rows), observe)
-        self._reduce_gradients()
+        with self._recorded(REDUCE):
+            self._reduce_gradients()
         return self._global_loss(total)
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -164,6 +170,23 @@ class Trainer:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         return total.to(getattr(torch, self.terms.cls.tensor[self._loss_name()].dtype))
+
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Record the steps inside the `with` block, on all ranks; at its end rank 0 writes a Chrome trace to `path`.
+
+        `autopar viz PLAN --live PATH` lays it over the prediction. Each recorded step starts at a barrier.
+        """
+        recorder = self.executor.recorder = Recorder(self.device)
+        try:
+            yield
+        finally:
+            self.executor.recorder = None
+        write_trace(recorder, self.plan, path, optimizer=type(self.optimizer).__name__)
+
+    def _recorded(self, kind: str) -> AbstractContextManager[None]:
+        recorder = self.executor.recorder
+        return nullcontext() if recorder is None else recorder.span(kind, self.stages[0].index)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """The norm of all gradients of the model; they are scaled down to `max_norm` where it is larger.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from autopar.plan.actions import COMPUTE, Action, ActionKind
 from autopar.runtime.data_parallel import end_evaluation, finish_gradients, prepare_backward
+from autopar.runtime.recording import WAIT_BACKWARD, WAIT_FORWARD, Recorder
 from autopar.runtime.regions import Crossing, Piece
 from autopar.runtime.split_backward import Pending, backward_input, backward_weight
 from autopar.runtime.stage import StageModule
@@ -105,6 +107,7 @@ class Executor:
         self._arriving: dict[_Key, _Arriving] = {}
         self._leaving: dict[_Key, dict[str, Tensor]] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
+        self.recorder: Recorder | None = None
 
     def run(
         self, batches: Sequence[Mapping[str, Tensor]], factors: Mapping[str, Tensor],
@@ -121,11 +124,13 @@ class Executor:
             stage, i = self.stages[action.stage], action.micro_batch
             match action.kind:
                 case ActionKind.FORWARD:
-                    loss = self._forward(stage, i, batches[i], factors)
+                    with self._recorded(action.kind, action.stage, i):
+                        loss = self._forward(stage, i, batches[i], factors)
                     if loss is not None:
                         total += loss
                 case ActionKind.BACKWARD | ActionKind.INPUT_BACKWARD | ActionKind.WEIGHT_BACKWARD:
-                    self._backward(stage, action)
+                    with self._recorded(action.kind, action.stage, i):
+                        self._backward(stage, action)
                 case ActionKind.RECEIVE_FORWARD:
                     self._receive(action, stage.before, gradients=False)
                 case ActionKind.RECEIVE_BACKWARD:
@@ -167,6 +172,9 @@ class Executor:
             work.wait()
         self._sending.clear()
         assert not (self._in_flight or self._arriving or self._leaving), "actions left something undone"
+
+    def _recorded(self, kind: str, stage: int, micro_batch: int) -> AbstractContextManager[None]:
+        return nullcontext() if self.recorder is None else self.recorder.span(str(kind), stage, micro_batch)
 
     # -- computations
 
@@ -257,7 +265,9 @@ class Executor:
                 else (ActionKind.SEND_BACKWARD, stage + 1)
             )
             return self._leaving.pop((sent, neighbour, micro_batch))
-        return self._arriving.pop((kind, stage, micro_batch)).wait()
+        waits = WAIT_FORWARD if kind is ActionKind.RECEIVE_FORWARD else WAIT_BACKWARD
+        with self._recorded(waits, stage, micro_batch):
+            return self._arriving.pop((kind, stage, micro_batch)).wait()
 
     def _leave(
         self, channel: Channel, kind: ActionKind, stage: int, micro_batch: int, values: dict[str, Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1}  # a sum of bfloat16 rounds at every term
+
+TRACED_STEPS = 3
 
 ModelFactory = Callable[[], tuple[nn.Module, Mapping[str, Any], Any]]
 
@@ -97,16 +100,17 @@ def summary(plan: Plan) -> str:
 def compare(
     factory: ModelFactory, plan: Plan, *, dtype: str | None = None, steps: int = 1, seed: int = 0,
     pool: LocalPool | None = None, timeout_s: float = 600.0, captured: Captured | None = None,
+    trace: Path | None = None,
 ) -> ParityReport:
     """Run a plan on local processes and in one process with the same weights and batches.
 
     `factory` is importable and returns (model, example batch of any number of rows, loss function or None), all real;
     its random weights follow `seed`. Both sides run plain SGD steps between gradients, so that errors don't hide
     behind an optimizer's normalization. `captured` is what `capture_for` gave for the factory and dtype; without it
-    every process captures the model for itself.
+    every process captures the model for itself. Where `trace` is given, some more steps are recorded and written there.
     """
     chosen = plan.dtype if dtype is None else dtype
-    task = (distributed_numbers, factory, plan, chosen, steps, seed, captured)
+    task = (distributed_numbers, factory, plan, chosen, steps, seed, captured, trace)
     if pool is None:
         with LocalPool(plan.num_devices) as own:
             results = own.run(*task, timeout_s=timeout_s)
@@ -212,7 +216,8 @@ def make_batch(example: Mapping[str, Any], rows: int, step: int) -> dict[str, An
 
 
 def distributed_numbers(
-    factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int, captured: Captured | None = None
+    factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int, captured: Captured | None = None,
+    trace: Path | None = None,
 ) -> Numbers:
     """This rank's view of the plan's numbers: gradients on rank 0 alone. Runs under a process group."""
     model, example, loss_fn = make_model(factory, dtype, seed)
@@ -223,6 +228,10 @@ def distributed_numbers(
         losses.append(trainer.forward_backward(make_batch(example, plan.global_batch, step)).item())
         gradients.append(trainer.full_gradients())
         trainer.optimizer_step()
+    if trace is not None:
+        with trainer.trace(trace):
+            for step in range(TRACED_STEPS):
+                trainer.step(make_batch(example, plan.global_batch, step))
     trainer.close()
     return Numbers(losses=tuple(losses), gradients=tuple(gradients), notes=trainer.notes)
 

@@ -1,5 +1,6 @@
 """The page in a real browser, opened from disk with the network off, clicked through."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from drawn_page import Drawn
+from live_runs import slower_run
 
+from autopar.cli import main
 from autopar.plan.file import load_picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -125,10 +128,28 @@ def test_two_plans_are_compared_on_one_scale(browser, drawn: Drawn, theme: str) 
             section.get_by_role("button", name="table").click()
             assert section.locator("tbody tr").count() > 0
         assert page.locator(".strip i").count() == 2 * 6  # a cell for each of six blocks in each plan
-        assert page.locator(".device").count() == 2 * 8
+        shown = [load_picture(path)["cluster"]["nodes"] for path in (drawn.plan, drawn.other_plan)]
+        assert page.locator(".device").count() == sum(len(node["stages"]) for nodes in shown for node in nodes)
         assert "down_proj" in page.locator("#splits").inner_text()
         page.locator("#breakdown").get_by_role("button", name="table").click()
         widths = [sum(part.bounding_box()["width"] for part in bar.locator("i").all())
                   for bar in page.locator("#breakdown .bar").all()]
         steps = [load_picture(path)["numbers"]["step_time_s"] for path in (drawn.plan, drawn.other_plan)]
         assert widths[0] / widths[1] == pytest.approx(steps[0] / steps[1], rel=0.02)
+
+
+def test_a_run_lies_under_its_prediction(browser, drawn: Drawn, tmp_path: Path) -> None:
+    trace, path = tmp_path / "run.json", tmp_path / "live.html"
+    trace.write_text(json.dumps(slower_run(drawn)))
+    assert main(["viz", str(drawn.plan), "--live", str(trace), "-o", str(path)]) == 0
+    with opened(browser, path, "light") as found:
+        section = found.page.locator("#live")
+        assert "run.json on cuda" in section.inner_text()
+        assert "3.00" in section.locator("tbody tr").last.inner_text()
+        canvas = section.locator("canvas")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        found.page.mouse.move(box["x"] + 0.97 * box["width"], box["y"] + 22 + 5)
+        assert found.page.locator(".tip").is_hidden()  # the prediction has ended there
+        found.page.mouse.move(box["x"] + 0.97 * box["width"], box["y"] + 22 + 32 + 5)
+        assert "rank" in found.page.locator(".tip").inner_text() or "stage" in found.page.locator(".tip").inner_text()

@@ -32,6 +32,7 @@ export const KIND = {
   F: ["forward", "--forward"], B: ["backward", "--backward"], I: ["backward of inputs", "--input"],
   W: ["backward of weights", "--weight"], gather: ["gather parameters", "--comm"], reduce: ["reduce gradients", "--comm"],
   optimizer: ["optimizer", "--optimizer"], SEND_F: ["send activations", "--send"], SEND_B: ["send gradients", "--send"],
+  WAIT_F: ["wait for activations", "--wait"], WAIT_B: ["wait for gradients", "--wait"],
   UNSHARD: ["gather parameters", "--comm"], REDUCE_GRAD: ["reduce gradients", "--comm"],
 };
 export const COMMUNICATION = new Set(["gather", "reduce", "SEND_F", "SEND_B", "UNSHARD", "REDUCE_GRAD"]);

@@ -3,6 +3,7 @@ import { cluster, clusterTable } from "./cluster.js";
 import { comparison } from "./compare.js";
 import { h, right, section, table } from "./dom.js";
 import { PARTS, gib, percent, seconds, digits } from "./format.js";
+import { live } from "./live.js";
 import { memory, memoryTable, peak } from "./memory.js";
 import { model, modelTable, searchOps } from "./model.js";
 import { timeline, timelineTable } from "./timeline.js";
@@ -37,6 +38,7 @@ function build(plan) {
       cluster(plan.cluster, plan.stages.length), () => clusterTable(plan.cluster)),
     section("timeline", "One step in time", "a row for the devices of each pipeline rank: compute above, communication below",
       timeline(plan.timeline), () => timelineTable(plan.timeline)),
+    plan.live ? live(plan.live) : null,
     section("memory", "Memory", "what a device of each pipeline rank holds at its peak",
       memory(rows, step), () => memoryTable(rows)),
     section("model", "Model", "the blocks of each stage; press one for its ops", drawn.drawing, () => modelTable(plan)),

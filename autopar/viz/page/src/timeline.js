@@ -5,7 +5,7 @@ import { COMMUNICATION, kindColour, kindName, seconds } from "./format.js";
 const LABEL = 92, AXIS = 22, GAP = 7;
 
 export function timeline(data) {
-  const { rows, kinds, step_time_s: step, end_s: end = step } = data; // the scale may go beyond the step's own end
+  const { rows, kinds, step_time_s: step, end_s: until = step } = data; // the scale may go beyond the step's own end
   const lane = rows.length > 24 ? 11 : 17;
   const height = AXIS + rows.length * (lane + lane / 2 + GAP);
   const canvas = h("canvas", { tabindex: "0", role: "img",
@@ -33,7 +33,7 @@ export function timeline(data) {
     ticks(pen, soft, line);
     rows.forEach((row, i) => {
       pen.fillStyle = bubble;
-      pen.fillRect(LABEL, top(i), Math.max(0, Math.min(x(end), width()) - LABEL), lane);
+      pen.fillRect(LABEL, top(i), Math.max(0, Math.min(x(row.end_s ?? until), width()) - LABEL), lane);
       pen.save();
       pen.beginPath();
       pen.rect(LABEL, top(i) - 1, width() - LABEL, lane * 1.5 + 3);
@@ -56,10 +56,10 @@ export function timeline(data) {
       pen.globalAlpha = 1;
       pen.fillStyle = ink;
       pen.textAlign = "left";
-      pen.fillText(`stage ${row.stage}`, 0, top(i) + lane / 2);
+      pen.fillText(row.label ?? `stage ${row.stage}`, 0, top(i) + lane / 2);
       if (lane > 12) {
         pen.fillStyle = soft;
-        pen.fillText(`${row.num_devices} device${row.num_devices > 1 ? "s" : ""}`, 0, top(i) + lane * 1.4);
+        pen.fillText(row.words ?? `${row.num_devices} device${row.num_devices > 1 ? "s" : ""}`, 0, top(i) + lane * 1.4);
       }
     });
   }
@@ -109,7 +109,7 @@ export function timeline(data) {
     }
     const at = eventAt(event);
     if (!at) return hideTip();
-    if (!at.event) return at.time > end ? hideTip() : showTip(`stage ${at.row.stage} waits at ${seconds(at.time)}`, event);
+    if (!at.event) return at.time > (at.row.end_s ?? until) ? hideTip() : showTip(`${at.row.label ?? `stage ${at.row.stage}`} waits at ${seconds(at.time)}`, event);
     const [kind, stage, batch, start, end] = at.event;
     showTip(`${kindName(kinds[kind])}${batch >= 0 ? ` of micro-batch ${batch}` : ""}, stage ${stage}\n`
       + `${seconds(start)} to ${seconds(end)}: ${seconds(end - start)}`, event);
