@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from autopar.cli_doctor import doctor
 from autopar.cli_options import (
     Attention,
     AttentionKind,
@@ -75,6 +76,7 @@ from autopar.cli_output import (
 )
 from autopar.cli_profile import profile
 from autopar.cli_requests import SimulateRequest, Simulations
+from autopar.cli_sweep import sweep
 from autopar.cli_viewing import export, show, viz
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
@@ -257,7 +259,7 @@ def _require_equal(parity: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-for command in (demo, plan, simulate, show, viz, verify, export, profile):  # in the order of --help
+for command in (demo, plan, simulate, sweep, show, viz, verify, export, profile, doctor):  # in the order of --help
     app.command()(command)
 
 

@@ -90,6 +90,17 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"{path}: cannot be written there; name a file in a folder that exists")
 
 
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """The positive whole numbers of a list with commas; InputError that names the option."""
+    try:
+        found = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise InputError(f"{option} {text!r}: give whole numbers from 1 on, with commas between them, such as 1,2,4")
+    return tuple(dict.fromkeys(found))
+
+
 @contextmanager
 def progress(label: str, *, as_json: bool) -> Iterator[Callable[[str], None] | None]:
     """A spinner on standard error, and what tells it news; None where nobody watches."""

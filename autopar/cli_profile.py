@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from autopar.cli_output import Answer, Interrupted, answer, check_writable
+from autopar.cli_output import Answer, Interrupted, answer, check_writable, whole_numbers
 from autopar.errors import InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import SHORT_NAMES, torch_dtype
@@ -70,7 +70,7 @@ def profile(
     from autopar.profiler.worker import runtime_cases
 
     check_writable(output)
-    name, sizes, axes = torch_dtype(dtype), numbers("--rows", rows), numbers("--tp", tp) if tp else ()
+    name, sizes, axes = torch_dtype(dtype), whole_numbers("--rows", rows), whole_numbers("--tp", tp) if tp else ()
     if plan and (not model or len(model) != 1):
         raise InputError("--plan needs the plan's model: give --model MODEL once")
     if what is Measure.LINKS and (model or plan):
@@ -108,17 +108,6 @@ def profile(
             _tell(reply, merge_profiles(*earlier, measured), output, stopped)
     if stopped:
         raise Interrupted
-
-
-def numbers(option: str, text: str) -> tuple[int, ...]:
-    """The positive whole numbers of a list with commas; InputError that names the option."""
-    try:
-        found = tuple(int(word) for word in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise InputError(f"{option} {text!r}: give whole numbers from 1 on, with commas between them, such as 1,2,4")
-    return tuple(dict.fromkeys(found))
 
 
 def _cases(

@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("profiler",),
     ("runtime",),
     ("export", "viz"),
-    ("api", "local_check"),
+    ("api", "local_check", "doctor"),
     ("demo",),
     ("cli",),
     ("__init__", "__main__"),

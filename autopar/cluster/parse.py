@@ -71,6 +71,12 @@ def check_num_devices(total: int, where: str) -> None:
         raise InputError(f"{where}: {total} devices are more than {MAX_DEVICES}")
 
 
+def shorthand_group(text: str) -> tuple[str, str | None] | None:
+    """(device, rate) of shorthand that is one group, such as "16x8xA100-80GB@800Gbps"; None for any other text."""
+    match = _GROUP.fullmatch(text.strip())
+    return None if match is None else (match["device"].strip(), match["rate"])
+
+
 def _local_count(text: str, count: str | None) -> int | None:
     if count is None:
         return None

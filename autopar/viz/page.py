@@ -15,11 +15,13 @@ _STYLE, _SCRIPT, _DATA, _LICENCES = "/*page.css*/", "/*page.js*/", "/*plan-data*
 
 
 def page_html(data: Mapping[str, Any]) -> str:
-    """The whole page for a plan's picture, or for {"comparison": ..., "pictures": [of one plan, of the other]}.
+    """The whole page for a plan's picture, for {"comparison": ..., "pictures": [of one plan, of the other]}, or for
+    {"sweep": ...}.
 
-    Pictures are what `autopar.viz.picture.picture` gives, a comparison is what `autopar.viz.comparison` gives.
+    Pictures are what `autopar.viz.picture.picture` gives, a comparison is what `autopar.viz.comparison` gives, a sweep
+    has "model", "rows" and "doublings".
     """
-    for picture in data["pictures"] if "comparison" in data else [data]:
+    for picture in [] if "sweep" in data else data["pictures"] if "comparison" in data else [data]:
         if picture.get("version") != VERSION:
             raise InputError(
                 f"the plan's picture has version {picture.get('version')!r}, and this autopar draws version {VERSION}; "

@@ -14,6 +14,7 @@ from autopar.cli import main
 from autopar.errors import InputError
 from autopar.viz.live import Trace, live, load_trace
 
+
 @pytest.fixture
 def trace_file(drawn: Drawn, tmp_path: Path) -> Path:
     path = tmp_path / "run.json"

@@ -13,7 +13,9 @@ from drawn_page import Drawn
 from live_runs import slower_run
 
 from autopar.cli import main
+from autopar.cli_sweep import doublings
 from autopar.plan.file import load_picture
+from autopar.viz.page import page_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
@@ -153,3 +155,35 @@ def test_a_run_lies_under_its_prediction(browser, drawn: Drawn, tmp_path: Path) 
         assert found.page.locator(".tip").is_hidden()  # the prediction has ended there
         found.page.mouse.move(box["x"] + 0.97 * box["width"], box["y"] + 22 + 32 + 5)
         assert "rank" in found.page.locator(".tip").inner_text() or "stage" in found.page.locator(".tip").inner_text()
+
+
+def swept(devices: int, batch: int, rate: float | None) -> dict[str, object]:
+    fits = rate is not None
+    return {"cluster": f"{devices}xT4", "devices": devices, "nodes": 1, "device": "T4", "global_batch": batch,
+            "seq_len": 64, "feasible": fits, "reason": "" if fits else "needs <b>17 GiB</b>", "tokens_per_s": rate,
+            "tokens_per_s_per_device": rate / devices if rate else None, "step_time_s": 0.1 if fits else None,
+            "mfu": 0.4 if fits else None, "memory_share": 0.5 if fits else None, "gap": 0.0, "stages": 1,
+            "mesh": "dp_shard 2", "zero": 1, "micro_batch": 1, "num_micro_batches": 4, "recompute": "none",
+            "price_per_million_tokens": None}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_sweep_is_plotted(browser, tmp_path: Path, theme: str) -> None:
+    rows = [swept(devices, batch, None if (devices, batch) == (1, 16) else 100.0 * devices**0.8 + batch)
+            for devices in (1, 2, 4) for batch in (8, 16)]
+    path = tmp_path / "sweep.html"
+    path.write_text(page_html({"sweep": {"model": "llama", "rows": rows, "doublings": doublings(rows)}}))
+    with opened(browser, path, theme) as found:
+        page = found.page
+        assert page.locator("#plot path.line").count() == 2  # a line for each batch
+        assert page.locator("#plot circle[tabindex]").count() == 5
+        assert page.locator("#points tbody tr").count() == 6
+        assert page.locator("#doublings .gain").count() == 4
+        assert "needs <b>17 GiB</b>" in page.locator("#points").inner_text()
+        page.locator("#plot circle[tabindex]").first.hover()
+        assert "tokens/s" in page.locator(".tip").inner_text()
+        before = page.locator("#plot svg").inner_html()
+        page.get_by_label("show").select_option("MFU")
+        page.get_by_label("over").select_option("global batch")
+        assert page.locator("#plot path.line").count() == 3  # a line for each number of devices
+        assert page.locator("#plot svg").inner_html() != before

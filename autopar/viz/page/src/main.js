@@ -6,6 +6,7 @@ import { PARTS, gib, percent, seconds, digits } from "./format.js";
 import { live } from "./live.js";
 import { memory, memoryTable, peak } from "./memory.js";
 import { model, modelTable, searchOps } from "./model.js";
+import { sweep } from "./sweep.js";
 import { timeline, timelineTable } from "./timeline.js";
 
 const root = document.documentElement;
@@ -119,5 +120,6 @@ function certificate(plan) {
 }
 
 const data = JSON.parse(document.getElementById("plan-data").textContent);
-if (data.comparison) document.getElementById("page").replaceWith(comparison(data, theme()));
+if (data.sweep) document.getElementById("page").replaceWith(sweep(data, theme()));
+else if (data.comparison) document.getElementById("page").replaceWith(comparison(data, theme()));
 else build(data);
