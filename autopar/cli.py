@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from autopar.cli_cluster import cluster_app
 from autopar.cli_doctor import doctor
 from autopar.cli_options import (
     Attention,
@@ -261,6 +262,7 @@ def _require_equal(parity: dict[str, Any]) -> None:
 
 for command in (demo, plan, simulate, sweep, show, viz, verify, export, profile, doctor):  # in the order of --help
     app.command()(command)
+app.add_typer(cluster_app, name="cluster")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

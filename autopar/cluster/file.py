@@ -105,14 +105,19 @@ class _ClusterEntry(_Entry):
 
 def load_cluster(path: Path) -> Cluster:
     """The Cluster of a .yaml or .json file; InputError that names the file, and the line where there is one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"cannot read the cluster file {path}: {reason}") from None
+    text = read_text(path)
     if path.suffix.lower() == ".json":
         return cluster_from_json(text, where=str(path))
     return cluster_from_yaml(text, where=str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that describes a cluster; InputError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"cannot read the cluster file {path}: {reason}") from None
 
 
 def save_cluster(cluster: Cluster, path: Path) -> None:

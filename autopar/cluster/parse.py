@@ -13,7 +13,7 @@ from autopar.errors import InputError
 MAX_DEVICES = 1_000_000
 
 EXAMPLES = (
-    "write for example 8xH100-80GB, 16x8xH100-80GB (nodes x GPUs), 16x8xA100-80GB@800Gbps, local, "
+    "write for example 8xH100-80GB, 16x8xH100-80GB (nodes x GPUs), 16x8xA100-80GB@800Gbps, local, auto, "
     "or the path of a YAML file"
 )
 
@@ -26,6 +26,7 @@ _GROUP = re.compile(
 )
 _RATE = re.compile(r"(?P<number>[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)\s*(?P<unit>[MGT])b(?:ps|it/s|/s)", re.IGNORECASE)
 _LOCAL = re.compile(r"local(?::(?P<count>.*))?", re.IGNORECASE)
+_AUTO = re.compile(r"auto(?::(?P<device>.*))?", re.IGNORECASE)
 _GBPS = {"m": 1e-3, "g": 1.0, "t": 1e3}
 
 
@@ -35,7 +36,9 @@ def parse_cluster(text_or_path: str) -> Cluster:
     Shorthand: groups joined by "+", each `[NODESx]DEVICESxNAME[@RATE]`, where RATE is one node's network rate in each
     direction, such as 800Gbps. A rate on the last group holds for the groups that have none. With one count only, more
     devices than a usual node holds are spread over full nodes. `local` is this machine, `local:4` four processes on it.
-    Anything that ends in .yaml, .yml or .json, or is an existing file, is read as a cluster file.
+    `auto` is the running job's machines (`auto:H100-80GB` names their devices). Anything that ends in .yaml, .yml or
+    .json, or is an existing file, is read as a file, by its content: a cluster file, the matrix of `nvidia-smi topo
+    -m`, NCCL's topology in XML, or a hostfile; behind a colon the device may be named (`topo.txt:A100-80GB`).
 
     Raises InputError, in one line.
     """
@@ -47,11 +50,44 @@ def parse_cluster(text_or_path: str) -> Cluster:
         from autopar.cluster.local import local_cluster  # imports torch
 
         return local_cluster(_local_count(text, local["count"]))
+    auto = _AUTO.fullmatch(text)
+    if auto is not None:
+        from autopar.cluster.job import auto_cluster
+
+        return auto_cluster(os.environ, (auto["device"] or "").strip() or None)
+    path, _, device = text.rpartition(":")
+    if os.path.isfile(path) and not os.path.isfile(text):
+        return _described(Path(path), device.strip() or None)
+    if os.path.isfile(text) and not text.lower().endswith((".yaml", ".yml", ".json")):
+        return _described(Path(text), None)
     if text.lower().endswith((".yaml", ".yml", ".json")) or "/" in text.split("@")[0] or os.path.isfile(text):
         from autopar.cluster.file import load_cluster
 
         return load_cluster(Path(text))
     return Cluster(name=text, nodes=_shorthand(text))
+
+
+def _described(path: Path, device: str | None) -> Cluster:
+    """The Cluster of a file of any kind, told by its content."""
+    from autopar.cluster.file import cluster_from_json, cluster_from_yaml, read_text
+    from autopar.cluster.hostfile import hosts_of, is_hostfile
+    from autopar.cluster.job import Job, cluster_of
+    from autopar.cluster.nccl_xml import cluster_from_nccl_xml, is_nccl_xml
+    from autopar.cluster.topo_matrix import cluster_from_topo_matrix, is_topo_matrix
+
+    text, where = read_text(path), str(path)
+    if is_nccl_xml(text):
+        return cluster_from_nccl_xml(text, device=device, where=where)
+    if is_topo_matrix(text):
+        return cluster_from_topo_matrix(text, device=device, where=where)
+    if is_hostfile(text):
+        counts = hosts_of(text, where=where)
+        return cluster_of(Job(source=where, processes=tuple(counts.values())), device)
+    if device is not None:
+        raise InputError(f"{path}: a cluster file names its devices itself: leave out {device!r} behind the colon")
+    if text.lstrip().startswith("{"):
+        return cluster_from_json(text, where=where)
+    return cluster_from_yaml(text, where=where)
 
 
 def parse_rate_gbps(text: str) -> float:

@@ -41,15 +41,15 @@ def test_steps_count_from_their_own_start() -> None:
 
 @pytest.mark.processes
 def test_all_ranks_actions_are_in_the_trace(pool: LocalPool, tmp_path: Path) -> None:
-    """Two stages, three micro-batches: each forward and backward once a step, and the numbers are still right."""
+    """Two stages, four micro-batches: each forward and backward once a step, and the numbers are still right."""
     path = tmp_path / "run.json"
-    plan = staged_plan(graph_of("gpt2", "float64"), [Layout(blocks=2), Layout(blocks=2)], num_micro_batches=3)
+    plan = staged_plan(graph_of("gpt2", "float64"), [Layout(blocks=2), Layout(blocks=2)], num_micro_batches=4)
     assert compare(runtime_models.gpt2, plan, pool=pool, trace=path).passed
     trace = json.loads(path.read_text())
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     found = Counter((e["pid"], e["args"]["kind"], e["args"]["stage"], e["args"]["micro_batch"]) for e in spans)
     for rank in (0, 1):
-        for batch in range(3):
+        for batch in range(4):
             for kind in ("F", "B"):
                 assert found[rank, kind, rank, batch] == TRACED_STEPS
         waits = found[rank, "WAIT_F" if rank else "WAIT_B", rank, 0]
