@@ -159,8 +159,12 @@ class Trainer:
         place = self.groups.place
         rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):  # what is random in training draws, and drops nothing
-            return self._global_loss(self.executor.evaluate(rows, self._factors(rows)))
+        recorder, self.executor.recorder = self.executor.recorder, None  # a trace is of training steps alone
+        try:
+            with torch.random.fork_rng(devices=devices):  # what is random in training draws, and drops nothing
+                return self._global_loss(self.executor.evaluate(rows, self._factors(rows)))
+        finally:
+            self.executor.recorder = recorder
 
     def _global_loss(self, total: Tensor) -> Tensor:
         """The sum over all ranks of what each computed of the loss, once for each part of the batch."""

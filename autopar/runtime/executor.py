@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autopar.plan.actions import COMPUTE, Action, ActionKind
 from autopar.runtime.data_parallel import end_evaluation, finish_gradients, prepare_backward
-from autopar.runtime.recording import WAIT_BACKWARD, WAIT_FORWARD, Recorder
+from autopar.runtime.recording import REDUCE, WAIT_BACKWARD, WAIT_FORWARD, Recorder
 from autopar.runtime.regions import Crossing, Piece
 from autopar.runtime.split_backward import Pending, backward_input, backward_weight
 from autopar.runtime.stage import StageModule
@@ -141,7 +141,8 @@ class Executor:
                     self._send(action, stage.before, gradients=True)
                 case ActionKind.REDUCE:
                     if self._ending[stage.index] == action:
-                        finish_gradients(stage.module, stage.zero, is_last=True)
+                        with self._recorded(REDUCE, action.stage, -1):
+                            finish_gradients(stage.module, stage.zero, is_last=True)
                 case ActionKind.UNSHARD | ActionKind.RESHARD:
                     pass  # FSDP2 gathers and drops by itself
         self._end()
