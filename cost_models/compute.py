@@ -90,10 +90,19 @@ def best_matmul_efficiency(device: DeviceType, dtype: str) -> float:
     return efficiency_of(device.name).matmul
 
 
+_bandwidths: dict[int, tuple[DeviceType, float]] = {}
+
+
 def memory_bandwidth(device: DeviceType) -> float:
     """Bytes a second that kernels reach."""
-    measured = _is_measured(device, "memory_bandwidth_bytes_per_s")
-    return device.memory_bandwidth_bytes_per_s * (1.0 if measured else MEMORY_EFFICIENCY)
+    found = _bandwidths.get(id(device))
+    if found is None:
+        if len(_bandwidths) >= 1024:
+            _bandwidths.clear()
+        measured = _is_measured(device, "memory_bandwidth_bytes_per_s")
+        rate = device.memory_bandwidth_bytes_per_s * (1.0 if measured else MEMORY_EFFICIENCY)
+        found = _bandwidths[id(device)] = device, rate  # kept with its id, which is not used again
+    return found[1]
 
 
 def kernel_time_s(device: DeviceType, busy_s: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cache
 
 from autopar.graph.model_graph import DTYPE_BYTES, Arg, BlockClass, Literal, Op, Ref
 
@@ -52,6 +53,7 @@ _BY_KIND: dict[OpKind, str] = {
 _KIND_OF: dict[str, OpKind] = {name: kind for kind, names in _BY_KIND.items() for name in names.split()}
 
 
+@cache
 def base_name(target: str) -> str:
     """The op's name without library, overload and in-place mark: "aten.add_.Tensor" -> "add"."""
     parts = target.split(".")
@@ -59,6 +61,7 @@ def base_name(target: str) -> str:
     return name if name.startswith("__") else (name[:-1] if name.endswith("_") and len(name) > 1 else name)
 
 
+@cache
 def op_kind(target: str) -> OpKind:
     """The kind of an op by its target; OTHER where it is not known."""
     return _KIND_OF.get(base_name(target), OpKind.OTHER)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 DTYPE_BYTES: dict[str, int] = {
@@ -79,11 +79,12 @@ class Op:
     backward_flops: float = 0.0
     saved: tuple[str, ...] = ()  # tensors that autograd keeps for the backward, named by the storage that holds them
     saved_extra_bytes: int = 0  # kept besides those (attention's log-sum-exp, dropout masks, ...), at captured shapes
+    # Names of the tensor operands in order of appearance (args, then kwargs), with repetition.
+    operands: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """Names of the tensor operands in order of appearance (args, then kwargs), with repetition."""
-        return tuple(refs_in(self.args)) + tuple(refs_in(tuple(value for _, value in self.kwargs)))
+    def __post_init__(self) -> None:
+        named = tuple(value for _, value in self.kwargs)
+        object.__setattr__(self, "operands", (*refs_in(self.args), *refs_in(named)))
 
 
 @dataclass(frozen=True, kw_only=True)

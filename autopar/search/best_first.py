@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from itertools import pairwise
 
 from autopar.cluster.cluster import Cluster
@@ -57,6 +58,14 @@ class Outcome:
     timed_out: bool = False
 
 
+class Level(IntEnum):
+    """How a bound in the queue was found; each takes longer than the one before and says more."""
+
+    ROUGH = 0
+    QUICK = 1
+    OF_CUTS = 2
+
+
 @dataclass(slots=True, kw_only=True)
 class _State:
     """How far a search is; whole enough at every moment that an interrupt leaves a true outcome."""
@@ -64,8 +73,8 @@ class _State:
     best: Found | None
     below_s: float
     most: int  # simulations
-    # (bound, refined, candidate, the cuts to simulate); a bound is infinite where the candidate cannot fit.
-    queue: list[tuple[float, bool, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
+    # (bound, how it was found, candidate, the cuts to simulate); a candidate that cannot fit is not there.
+    queue: list[tuple[float, Level, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
     lower: float = math.inf
     bound: float = 0.0  # of the candidate in hand
     simulations: int = 0
@@ -121,7 +130,7 @@ class Engine:
         )
 
     def _fill(self, state: _State, candidates: Sequence[Candidate], deadline: float | None) -> None:
-        """Bounds the candidates; under a deadline for half the time that is left, and spread over all settings."""
+        """Bounds the candidates roughly; under a deadline for half the time that is left, spread over all settings."""
         until, order = None, candidates
         if deadline is not None:
             now = time.monotonic()
@@ -132,18 +141,19 @@ class Engine:
                 state.timed_out = state.stopped = True
                 state.lower = 0.0  # nothing is known of the rest
                 break
-            bound = self._quick_bound(candidate)
-            if bound < math.inf:
-                state.queue.append((bound, False, candidate, ()))
+            state.queue.append((self.bounds.rough(candidate), Level.ROUGH, candidate, ()))
         heapq.heapify(state.queue)
 
     def _settle(
         self, state: _State, total: int, even: bool, deadline: float | None, progress: Progress | None
     ) -> None:
-        """Refines and simulates what may beat the best, the smallest bound first."""
+        """Refines and simulates what may beat the best, the smallest bound first.
+
+        Where the limit of work ends it, what is left is still bounded as well as it can be without simulating it.
+        """
         queue, actions = state.queue, 0
         while queue:
-            bound, refined, candidate, cuts = queue[0]
+            bound, level, candidate, cuts = queue[0]
             best = state.best
             if bound >= state.below_s or (best is not None and bound >= best.step_time_s):
                 break
@@ -152,15 +162,21 @@ class Engine:
             if stopped and (best is not None or timed_out or math.isfinite(state.below_s)):
                 state.stopped = True
                 state.timed_out = state.timed_out or timed_out
-                break
+                if timed_out or level is Level.OF_CUTS:
+                    break
             state.bound = bound
             heapq.heappop(queue)
             if progress is not None and (total - len(queue)) % 50 == 0:
                 progress(total - len(queue), total, best.step_time_s if best else None)
-            if not refined:
+            if level is Level.ROUGH:
+                closer = self._quick_bound(candidate)
+                if closer < math.inf:
+                    heapq.heappush(queue, (max(bound, closer), Level.QUICK, candidate, ()))
+                continue
+            if level is Level.QUICK:
                 entry = self._refine(candidate, even)
                 if entry is not None:
-                    heapq.heappush(queue, (max(bound, entry[0]), True, candidate, entry[1]))
+                    heapq.heappush(queue, (max(bound, entry[0]), Level.OF_CUTS, candidate, entry[1]))
                 continue
             for cut in cuts:
                 if (candidate, cut) not in self._simulated:

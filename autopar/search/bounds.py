@@ -17,9 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +34,13 @@ from autopar.cost_models.memory import (
 )
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
-from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, smallest_sum
+from autopar.search.balance import smallest_bottleneck, smallest_sum
+from autopar.search.block_table import BlockTable, Sorts, StageTable
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.shardings import ShardingChooser
-from autopar.search.stage_kinds import StageKind, StageLayout
-from autopar.search.variants import Level, Options, Weights, layer_options, least_added, levels
+from autopar.search.stage_kinds import Group, StageKind, StageLayout
+from autopar.search.variants import Weights, layer_options, least_added, levels
 from autopar.sharding.joint import held_share
 from autopar.sharding.reshard import Collective
 from autopar.sharding.strategy import ClassSharding
@@ -51,69 +50,11 @@ from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
 Cuts = tuple[int, ...]
+Room = tuple[Table, NDArray[np.bool_]]  # bytes left for activations, and whether all of them can be kept
 GENEROUS = 1e-9  # relative; sums over ranges are rounded
+ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothing else counts
+ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
 PARTS = 16  # into which the cuts over unlike stages are parted
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BlockTable:
-    """One entry a block of the chain, for one device of one kind at one size of micro-batch."""
-
-    forward_s: Table
-    backward_s: Table
-    saved_bytes: Table
-    boundary_bytes: Table
-    transient_bytes: Table
-    buffer_bytes: Table
-    numel: Table  # local parameters; one that an earlier block may hold in the same stage counts there alone
-    kinds: tuple[Options, ...]  # of layers
-    kind: NDArray[np.intp]  # of each block, -1 where it is no layer
-    levels: tuple[Level, ...]
-
-    @cached_property
-    def beside_layers(self) -> tuple[Table, Table, Table]:
-        """For all ranges: bytes held by blocks that are no layers, the most beside them, and the stage's own input."""
-        is_layer = self.kind >= 0
-        rest = range_sums(np.where(is_layer, 0.0, self.saved_bytes))
-        beside = range_maxima(np.where(is_layer, 0.0, self.transient_bytes))
-        entry = range_maxima(np.where(is_layer, self.boundary_bytes, 0.0))
-        entry[0] = np.where(np.isfinite(entry[0]), 0.0, entry[0])
-        return rest, beside, entry
-
-    @cached_property
-    def all_kept(self) -> tuple[Table, Table]:
-        """For all ranges: bytes that a micro-batch holds and the most beside them, where all activations are kept."""
-        return range_sums(self.saved_bytes), range_maxima(self.transient_bytes)
-
-    def least_held(self) -> Table:
-        """The fewest bytes that each layer can hold of a micro-batch."""
-        fewest = [min(option.held_bytes for option in options) for options in self.kinds]
-        return np.array([fewest[kind] if kind >= 0 else np.inf for kind in self.kind])
-
-    @cached_property
-    def numbers(self) -> list[NDArray[np.intp]]:
-        """For each kind, how many of its layers each range of blocks has."""
-        running = [np.concatenate([[0], np.cumsum(self.kind == kind)]) for kind in range(len(self.kinds))]
-        return [np.maximum(0, counts[None, :] - counts[:, None]) for counts in running]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageTable:
-    """Per block, on a stage of one kind and with all activations kept: times not above the simulator's.
-
-    A second that recomputation or offload adds to a micro-batch adds at least `hidden_share` of it to `forward_s` or
-    `backward_s`, and all of it to the plain ones, which count only the slow-down by hidden communication. `once_s`, of
-    a step, holds where nothing is added, `once_beside_s` whatever is.
-    """
-
-    forward_s: Table
-    backward_s: Table
-    plain_forward_s: Table
-    plain_backward_s: Table
-    hidden_share: float
-    once_s: Table
-    once_beside_s: Table
-    blocks: BlockTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -147,27 +88,60 @@ class Bounds:
         made = {name: (block.cls, i) for block in graph.blocks for i, name in enumerate(block.outputs)}
         crossing = (graph.boundary(at) for at in range(1, len(graph.blocks)))
         self._borders = tuple(dict.fromkeys(tuple(made[name] for name in names) for names in crossing))
-        self._numel_first = [_first_holders(graph, ends_apart=apart) for apart in (False, True)]
+        self._sorts = [Sorts.of(graph, self._layer, ends_apart=apart) for apart in (False, True)]
         self._blocks: dict[tuple[object, ...], BlockTable] = {}
+        self._limits: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._collectives: dict[tuple[int, Collective, float], float] = {}  # by a group's id; the layout keeps it
         self._last: tuple[Candidate, _Loads] | None = None
         self._last_static: tuple[object, tuple[Table, Table]] = None, (np.zeros(0), np.zeros(0))
+
+    def rough(self, c: Candidate) -> float:
+        """A bound without the costs of blocks at the candidate's rows: all rows as quick as those of endless batches.
+
+        No device does a row of a smaller batch in less: efficiencies of products rise with the rows, and what does not
+        grow with them comes on top. 0 where that is not known: times or links are measured, or rows meet rows.
+        """
+        kinds = self._layout.kinds(c)
+        key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.pp > 1, frozenset(k.compute_kind for k in kinds))
+        if key not in self._limits:
+            self._limits[key] = self._row_limits(c, tuple(dict.fromkeys(kinds)))
+        forward, backward = self._limits[key]
+        m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
+        later = ((m - 1) * backward + (m - most) * forward) / c.pp
+        return c.rows * max(forward + backward + later, m * (forward + backward) / c.pp)
+
+    def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[float, float]:
+        """Seconds that a row of an endless batch takes through all blocks at least, forward and backward."""
+        rows = self._graph.rows
+        if not self._graph.rows_are_tagged or any(
+            info.numel % rows**2 == 0 for cls in self._chooser.classes for info in cls.tensors if info.numel
+        ) or any(_is_measured(kind) for kind in kinds):
+            return 0.0, 0.0
+        endless = replace(c, micro_batch=ENDLESS_ROWS, spread=1)
+        tables = [self._block_table(endless, kind) for kind in kinds]
+        counts = tables[0].sorts.counts
+        return (
+            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.forward_s for t in tables]) @ counts),
+            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.backward_s for t in tables]) @ counts),
+        )
 
     def quick(self, c: Candidate) -> float:
         """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit."""
         kinds = self._layout.kinds(c)
-        tables = self._tables(c, kinds)
+        tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
         m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
         if not self._layers_fit(c, kinds, tables):
             return np.inf
         if c.pp == 1:
             loads = self._loads(c)
             return float(loads.later[0][0, -1] + loads.first[0][0, -1] + loads.once[-1])
+        counts, first = self._sorts[True].counts, self._sorts[True].sort[0]
         work = np.minimum.reduce([t.forward_s + t.backward_s for t in tables.values()])
         load = np.minimum.reduce([(m - 1) * t.backward_s + (m - most) * t.forward_s for t in tables.values()])
-        once_of_first = float(np.cumsum(tables[kinds[0]].once_beside_s).min())
-        through = float(work.sum()) + max(float(load.sum()) / c.pp, float(load.max())) + once_of_first
+        through = float(work @ counts) + max(float(load @ counts) / c.pp, float(load.max()))
+        through += float(tables[kinds[0]].once_beside_s[first])
         own = np.minimum.reduce([m * (t.forward_s + t.backward_s) + t.once_beside_s for t in tables.values()])
-        return max(through, float(own.sum()) / c.pp)
+        return max(through, float(own @ counts) / c.pp)
 
     def best_cut(self, c: Candidate) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
@@ -183,7 +157,7 @@ class Bounds:
                 return None
             least = smallest_bottleneck(all_loads.own)
             assert least is not None, "the same ranges are allowed"
-            return max(found.value + all_loads.chain_s, least.value), found.cuts
+            return max(found.value + all_loads.chain_s, least.value), self._whole(found.cuts)
         found = smallest_bottleneck(loads, once)
         if found is None:
             return None
@@ -209,14 +183,20 @@ class Bounds:
         """The bound of one cut; infinite where it does not fit into memory."""
         all_loads = self._loads(c)
         loads, works, once = all_loads.later, all_loads.first, all_loads.once
-        ranges = list(pairwise(cuts))
+        ranges = list(pairwise(cuts)) if c.pp > 1 else [(0, -1)]
         worst = max(float(load[span]) for load, span in zip(loads, ranges, strict=True))
         own = max(float(table[span]) for table, span in zip(all_loads.own, ranges, strict=True))
         through = sum(float(work[span]) for work, span in zip(works, ranges, strict=True))
-        return max(own, worst + float(once[cuts[1]]) + through)
+        return max(own, worst + float(once[ranges[0][1]]) + through)
+
+    def _whole(self, cuts: Cuts) -> Cuts:
+        """The cuts of the chain, where one stage has all of it as if it were one block."""
+        return cuts if len(cuts) > 2 else (0, len(self._layer))
 
     def _tables(self, c: Candidate, kinds: Sequence[StageKind]) -> dict[StageKind, StageTable]:
-        return {kind: self.stage_table(c, kind) for kind in dict.fromkeys(kinds)}
+        """Entries of blocks where ranges of them are looked at, and of alike blocks where the chain is one stage."""
+        make = self._entries if c.pp == 1 else self.stage_table
+        return {kind: make(c, kind) for kind in dict.fromkeys(kinds)}
 
     def _loads(self, c: Candidate) -> _Loads:
         if self._last is not None and self._last[0] == c:
@@ -238,7 +218,7 @@ class Bounds:
                 for stage, kind in enumerate(kinds)
             ],
             once=self._once(c, tables[kinds[0]]),
-            chain_s=float(range_sums(alike.forward_s + alike.backward_s)[0, -1]) if len(tables) == 1 else None,
+            chain_s=float(alike.blocks.sums(alike.forward_s + alike.backward_s)[0, -1]) if len(tables) == 1 else None,
         )
         self._last = (c, found)
         return found
@@ -250,18 +230,19 @@ class Bounds:
 
         Infinite where a range does not fit into memory with so many micro-batches in flight.
         """
-        m = c.num_micro_batches
-        work = range_sums(table.forward_s + table.backward_s)
-        load = range_sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
-        if bool(np.all(self._room(c, kind, in_flight)[1] | ~np.isfinite(load))):
+        m, sums = c.num_micro_batches, table.blocks.sums
+        work = sums(table.forward_s + table.backward_s)
+        load = sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
+        room = self._room(c, kind, in_flight, table.blocks)
+        if bool(np.all(room[1] | ~np.isfinite(load))):
             return load, load, work
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-        added = self._added(c, kind, in_flight, (1.0 if in_flight == 1 else 0.0, 1.0))
+        added = self._added(c, in_flight, table.blocks, room, (1.0 if in_flight == 1 else 0.0, 1.0))
         added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
-        plain = range_sums((m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s)
+        plain = sums((m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s)
         later = np.maximum(load + table.hidden_share * added, plain + added)
-        added = self._added(c, kind, in_flight, (1.0, 1.0))
-        plain = range_sums(table.plain_forward_s + table.plain_backward_s)
+        added = self._added(c, in_flight, table.blocks, room, (1.0, 1.0))
+        plain = sums(table.plain_forward_s + table.plain_backward_s)
         first = np.maximum(work + table.hidden_share * added, plain + added)
         finite = np.isfinite(first)
         more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
@@ -269,16 +250,13 @@ class Bounds:
 
     def _own(self, table: StageTable, later: Table, first: Table, in_flight: int) -> Table:
         """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
-        warm_up = range_sums((in_flight - 1) * table.plain_forward_s)
-        return later + first + warm_up + range_sums(table.once_beside_s)
+        return later + first + table.blocks.sums((in_flight - 1) * table.plain_forward_s + table.once_beside_s)
 
     def _once(self, c: Candidate, table: StageTable) -> Table:
         """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links."""
         kind = self._layout.kinds(c)[0]
-        keeps_all = self._room(c, kind, min(c.pp, c.num_micro_batches))[1][0]
-        once, beside = (
-            np.concatenate([[0.0], np.cumsum(each)]) for each in (table.once_s, table.once_beside_s)
-        )
+        keeps_all = self._room(c, kind, min(c.pp, c.num_micro_batches), table.blocks)[1][0]
+        once, beside = table.blocks.running(table.once_s), table.blocks.running(table.once_beside_s)
         sends_s = self._layout.sends_s(c, *self._least_sent(c))
         return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + sends_s)
 
@@ -292,8 +270,13 @@ class Bounds:
         return np.inf if found is None else found.value
 
     def memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
-        """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges."""
-        blocks = self._block_table(c, kind)
+        """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges.
+
+        Of a candidate of one stage [0, -1] is the whole chain, and there is nothing else.
+        """
+        return self._memory_table(c, in_flight, self._blocks_of(c, kind))
+
+    def _memory_table(self, c: Candidate, in_flight: int, blocks: BlockTable) -> Table:
         static, step = self._static_tables(c, blocks)
         held, beside = blocks.all_kept
         activations = in_flight * held + beside
@@ -301,7 +284,7 @@ class Bounds:
 
     def least_memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
         """The same for the variants that need least."""
-        blocks = self._block_table(c, kind)
+        blocks = self._blocks_of(c, kind)
         static, step = self._static_tables(c, blocks)
         rest, beside, entry = blocks.beside_layers
         numbers = blocks.numbers
@@ -314,20 +297,21 @@ class Bounds:
             least = np.minimum(least, in_flight * held + np.maximum(beside, level.extra_bytes))
         return np.asarray(static + np.maximum(least, step))
 
-    def _room(self, c: Candidate, kind: StageKind, in_flight: int) -> tuple[Table, NDArray[np.bool_]]:
-        """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
-        static, step = self._static_tables(c, self._block_table(c, kind))
-        left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
-        return left, self.memory_table(c, kind, in_flight) <= kind.memory_limit_bytes
+    def _blocks_of(self, c: Candidate, kind: StageKind) -> BlockTable:
+        alike = self._block_table(c, kind)
+        return alike if c.pp == 1 else alike.one_each
 
-    def _added(self, c: Candidate, kind: StageKind, in_flight: int, weights: Weights) -> Table:
+    def _room(self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable) -> Room:
+        """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
+        static, step = self._static_tables(c, blocks)
+        left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
+        return left, self._memory_table(c, in_flight, blocks) <= kind.memory_limit_bytes
+
+    def _added(self, c: Candidate, in_flight: int, blocks: BlockTable, room: Room, weights: Weights) -> Table:
         """For all ranges: the least seconds that variants add so that the range fits; infinite where it cannot."""
-        blocks = self._block_table(c, kind)
-        left, keeps_all = self._room(c, kind, in_flight)
+        left, keeps_all = room
         added = np.where(keeps_all, 0.0, np.inf)
         open_ = ~keeps_all & np.isfinite(left)
-        if c.pp == 1:
-            open_[1:], open_[:, :-1] = False, False
         if not open_.any():
             return added
         rest, beside, entry = (table[open_] for table in blocks.beside_layers)
@@ -348,13 +332,13 @@ class Bounds:
 
     def _make_static(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
         per_numel, per_unit, per_root, per_step = self._static(c)
-        in_layers = np.where(self._layer, blocks.numel, 0.0)
+        in_layers = np.where(blocks.kind >= 0, blocks.numel, 0.0)
         outside = blocks.numel - in_layers
-        static = range_sums(per_numel * blocks.numel + per_root * outside + blocks.buffer_bytes)
-        static += range_maxima(per_unit * in_layers)
+        static = blocks.sums(per_numel * blocks.numel + per_root * outside + blocks.buffer_bytes)
+        static += blocks.maxima(per_unit * in_layers)
         if c.offload_optimizer:
-            return static, np.maximum(range_maxima(per_step * in_layers), range_sums(per_step * outside))
-        return static, range_sums(per_step * blocks.numel)
+            return static, np.maximum(blocks.maxima(per_step * in_layers), blocks.sums(per_step * outside))
+        return static, blocks.sums(per_step * blocks.numel)
 
     def _static(self, c: Candidate) -> tuple[float, float, float, float]:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
@@ -381,23 +365,23 @@ class Bounds:
         room = 0.0
         for kind, table in tables.items():
             held = in_flight[[other is kind for other in kinds]]
-            # Layers that differ in size or class are each a row; there are few of those.
-            layers = np.unique(np.stack([table.blocks.numel, table.blocks.least_held()])[:, self._layer], axis=1)
-            smallest = (per_numel * layers[0][:, None] + layers[1][:, None] * held[None, :]).min(axis=0)
+            own = table.blocks.kind >= 0
+            numel, least = table.blocks.numel[own], table.blocks.least_held[own]
+            smallest = (per_numel * numel[:, None] + least[:, None] * held[None, :]).min(axis=0)
             if smallest.min() <= 0:
                 return True
-            beside = float(table.blocks.transient_bytes[self._layer].min())
+            beside = float(table.blocks.transient_bytes[own].min())
             room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
         return room >= int(self._layer.sum())
 
     def stage_table(self, c: Candidate, kind: StageKind) -> StageTable:
         """Times and bytes of each block on a stage of this kind under the candidate."""
+        return self._entries(c, kind).one_each()
+
+    def _entries(self, c: Candidate, kind: StageKind) -> StageTable:
+        """The same, of blocks that are alike once."""
         blocks = self._block_table(c, kind)
         forward, backward = blocks.forward_s, blocks.backward_s
-        most = tuple(
-            np.array([max(seconds(o) for o in blocks.kinds[k]) if k >= 0 else 0.0 for k in blocks.kind])
-            for seconds in (attrgetter("forward_s"), attrgetter("backward_s"))
-        )
         moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer)
         bandwidth = memory_bandwidth(kind.device)
         once = moved / bandwidth * blocks.numel
@@ -410,7 +394,7 @@ class Bounds:
             hidden_share=1.0, once_s=once, once_beside_s=once, blocks=blocks,
         )
         if c.dp * c.cp > 1:
-            made = self._data_parallel(c, kind, made, *most)
+            made = self._data_parallel(c, kind, made, *blocks.most_added)
         if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
             adding = (DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES) * blocks.numel / bandwidth
             made = replace(
@@ -425,31 +409,32 @@ class Bounds:
         numel, forward, backward = alone.blocks.numel, alone.forward_s, alone.backward_s
         wide, bandwidth = DTYPE_BYTES[self._request.dtype], memory_bandwidth(kind.device)
         # What lies outside layers moves as one; over several stages that is at least the chain's first or last block.
-        units = np.where(self._layer, numel, 0.0)
+        sorts, layer = alone.blocks.sorts, alone.blocks.kind >= 0
+        units = np.where(layer, numel, 0.0)
         if c.pp > 1:
-            units[[0, -1]] = numel[[0, -1]]
-        elif not self._layer.all():
-            units[int(np.argmin(self._layer))] = numel[~self._layer].sum()
-
-        def per_block(time_s: dict[float, float]) -> Table:
-            return np.array([time_s[float(n)] for n in units])
-
-        sizes = sorted({float(n) for n in units})
-        gathers = per_block({n: kind.shard.time_s(Collective.ALL_GATHER, wide * n) if c.zero else 0.0 for n in sizes})
+            units[sorts.ends] = numel[sorts.ends]
+        elif sorts.first_outside is not None:
+            units[sorts.first_outside] = (numel * sorts.counts)[~layer].sum()
+        sizes = units.tolist()
+        gathers = np.array([
+            self._collective_s(kind.shard, Collective.ALL_GATHER, wide * n) if c.zero else 0.0 for n in sizes
+        ])
         if c.zero == 0:
-            reductions = per_block({n: kind.whole.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * n) for n in sizes})
+            reductions = np.array([
+                self._collective_s(kind.whole, Collective.ALL_REDUCE, GRADIENT_BYTES * n) for n in sizes
+            ])
         else:
-            reductions = per_block({
-                n: kind.shard.time_s(Collective.REDUCE_SCATTER, GRADIENT_BYTES * n)
-                + kind.copies.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * n / c.num_shards)
+            reductions = np.array([
+                self._collective_s(kind.shard, Collective.REDUCE_SCATTER, GRADIENT_BYTES * n)
+                + self._collective_s(kind.copies, Collective.ALL_REDUCE, GRADIENT_BYTES * n / c.num_shards)
                 for n in sizes
-            })
+            ])
         copy_out = 2 * wide * numel / bandwidth
         copy_in = (wide + GRADIENT_BYTES) * numel / bandwidth
         none = np.zeros_like(numel)
         if waits(kind.device):
             if c.zero == 3:
-                in_layers = np.where(self._layer, gathers, 0.0)
+                in_layers = np.where(layer, gathers, 0.0)
                 forward, backward = forward + in_layers + copy_out, backward + in_layers + reductions + copy_out
                 return replace(
                     alone, forward_s=forward, backward_s=backward + copy_in, plain_forward_s=forward,
@@ -462,8 +447,9 @@ class Bounds:
                 alone, backward_s=backward + every, plain_backward_s=backward + every, once_s=step, once_beside_s=step,
             )
         if c.zero == 3:
-            in_layers = np.where(self._layer, gathers, 0.0)
-            behind = exposed(forward, in_layers), exposed(backward, in_layers + reductions)
+            in_layers = np.where(layer, gathers, 0.0)
+            counts = sorts.counts
+            behind = exposed(forward, in_layers, counts), exposed(backward, in_layers + reductions, counts)
             slowed = OVERLAP_SLOWDOWN * in_layers, OVERLAP_SLOWDOWN * (in_layers + reductions)
             all_slowed = all(np.array_equal(a, b) for a, b in zip(behind, slowed, strict=True))
             return replace(
@@ -474,8 +460,9 @@ class Bounds:
             )
 
         def once(forward: Table, backward: Table) -> Table:
-            start = exposed(forward, gathers) + copy_out if c.zero else none
-            return alone.once_s + start + exposed(backward, reductions) + (copy_in if c.zero < 2 else none)
+            start = exposed(forward, gathers, sorts.counts) + copy_out if c.zero else none
+            end = exposed(backward, reductions, sorts.counts)
+            return alone.once_s + start + end + (copy_in if c.zero < 2 else none)
 
         # Under ZeRO 2 every micro-batch reduces behind its backward; what is left at the end counts once.
         more = copy_in if c.zero == 2 else none
@@ -483,6 +470,12 @@ class Bounds:
             alone, backward_s=backward + more, plain_backward_s=backward + more, once_s=once(forward, backward),
             once_beside_s=once(forward + most_forward, backward + most_backward),
         )
+
+    def _collective_s(self, group: Group, kind: Collective, size_bytes: float) -> float:
+        key = id(group), kind, size_bytes
+        if key not in self._collectives:
+            self._collectives[key] = group.time_s(kind, size_bytes)
+        return self._collectives[key]
 
     def _least_sent(self, c: Candidate) -> tuple[float, float]:
         """Bytes that one device sends to the next stage for a micro-batch, and gets back, at the leanest border."""
@@ -534,29 +527,35 @@ class Bounds:
         }
 
     def _make_blocks(self, c: Candidate, kind: StageKind) -> BlockTable:
-        graph = self._graph
         costs = self.block_costs(c, kind)
-        chain = [costs[block.cls] for block in graph.blocks]
+        sorts = self._sorts[c.pp > 1]
         offload = self._request.offload
         number = int(self._layer.sum())
         options = {name: layer_options(cost, kind.device, number, offload=offload) for name, cost in costs.items()}
-        layers = [options[b.cls] if own else None for b, own in zip(graph.blocks, self._layer, strict=True)]
+        layers = [options[name] if own else None for name, own in zip(sorts.classes, sorts.is_layer, strict=True)]
         kinds = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
-        held = self._numel_first[c.pp > 1]
+        each = [costs[name] for name in sorts.classes]
         return BlockTable(
-            forward_s=np.array([x.forward_compute_s + x.forward_tp_comm_s for x in chain]),
-            backward_s=np.array([x.backward_compute_s + x.backward_tp_comm_s for x in chain]),
-            saved_bytes=np.array([x.saved_bytes for x in chain]),
-            boundary_bytes=np.array([x.boundary_bytes for x in chain]),
-            transient_bytes=np.array([x.transient_bytes for x in chain]),
-            buffer_bytes=np.array([x.buffer_bytes for x in chain]),
+            sorts=sorts,
+            forward_s=np.array([x.forward_compute_s + x.forward_tp_comm_s for x in each]),
+            backward_s=np.array([x.backward_compute_s + x.backward_tp_comm_s for x in each]),
+            saved_bytes=np.array([x.saved_bytes for x in each]),
+            boundary_bytes=np.array([x.boundary_bytes for x in each]),
+            transient_bytes=np.array([x.transient_bytes for x in each]),
+            buffer_bytes=np.array([x.buffer_bytes for x in each]),
             numel=np.array([
-                sum(n for n, own in zip(x.params, owned, strict=True) if own)
-                for x, owned in zip(chain, held, strict=True)
+                sum(n for n, own in zip(x.params, held, strict=True) if own)
+                for x, held in zip(each, sorts.held, strict=True)
             ]),
             kinds=kinds, kind=np.array([kinds.index(layer) if layer is not None else -1 for layer in layers]),
             levels=tuple(levels(kinds)),
         )
+
+
+def _is_measured(kind: StageKind) -> bool:
+    """Whether times of this kind of stage come from measurements, which need not grow evenly with the rows."""
+    groups = [group for group in (kind.tp_group, *(axis.group for axis in kind.context)) if group is not None]
+    return op_table(kind.device) is not None or any(group.link.fits or group.network.fits for group in groups)
 
 
 def waits(device: DeviceType) -> bool:
@@ -564,29 +563,12 @@ def waits(device: DeviceType) -> bool:
     return device.name.startswith("CPU") and op_table(device) is None
 
 
-def exposed(compute: Table, communication: Table) -> Table:
+def exposed(compute: Table, communication: Table, counts: Table) -> Table:
     """What hidden communication adds at least: its slow-down of the compute, or what does not fit behind it.
 
     Each of the two holds for the sums over any range of blocks; the one that says more of the whole chain is given.
+    `counts`: the blocks of each entry.
     """
     slowed = OVERLAP_SLOWDOWN * communication
     lacking = communication - (1 - OVERLAP_SLOWDOWN) * compute
-    return slowed if slowed.sum() >= lacking.sum() else lacking
-
-
-def _first_holders(graph: ModelGraph, *, ends_apart: bool) -> list[list[bool]]:
-    """For each block and each of its parameters: whether no earlier block that may be in its stage holds it too.
-
-    `ends_apart`: the chain's first and last block are in different stages.
-    """
-    seen: dict[str, int] = {}
-    last = len(graph.blocks) - 1
-    found = []
-    for index, block in enumerate(graph.blocks):
-        own = []
-        for name in block.params:
-            holder = seen.get(name)
-            own.append(holder is None or (ends_apart and index == last and holder == 0))
-            seen[name] = index
-        found.append(own)
-    return found
+    return slowed if slowed @ counts >= lacking @ counts else lacking

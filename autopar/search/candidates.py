@@ -144,13 +144,16 @@ def candidates(
     """Every candidate, in their order. InfeasibleError, naming near batches, where no mesh divides the batch."""
     found: list[Candidate] = []
     row_counts: set[int] = set()
-    one_part = chooser.needs_whole_batch
+    one_part, fixed_sizes, others = chooser.needs_whole_batch, dict(request.mesh), False
     offloads = (False, True) if _can_offload_state(cluster, request) else (False,)
     for pp, tp, dp in meshes(cluster, num_blocks, tp_across_nodes=tp_across_nodes):
         if one_part and (dp > 1 or (request.micro_batch or request.global_batch) < request.global_batch):
             continue
         row_counts.add(dp * (request.micro_batch or 1))
         if request.global_batch % (dp * (request.micro_batch or 1)):
+            continue
+        if any(fixed_sizes.get(axis, size) != size for axis, size in (("pp", pp), ("tp", tp), ("dp", dp), ("cp", 1))):
+            others = True  # shardings are not chosen for an axis that cannot be
             continue
         rows = request.global_batch // dp
         sizes = [request.micro_batch] if request.micro_batch else divisors(rows)
@@ -166,7 +169,7 @@ def candidates(
                     for size in sizes for offload in offloads
                 ]
     fixed = [candidate for candidate in found if request.allows(candidate)]
-    if found and not fixed and not any(axis == "cp" for axis, _ in request.mesh):
+    if (found or others) and not fixed and "cp" not in fixed_sizes:
         raise InputError(no_mesh(cluster, request))
     if not found and not row_counts:
         raise InfeasibleError(f"no plan computes the batch in one part: {one_part}")

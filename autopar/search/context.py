@@ -63,12 +63,17 @@ def context_candidates(
     return sorted(candidate for candidate in found if request.allows(candidate))
 
 
-def estimated(engine: Engine, c: Candidate) -> float:
-    """The quick bound of the candidate as if its context axis were a data axis of as many parts of a row."""
+def estimated(engine: Engine, c: Candidate, limit: float = float("inf")) -> float:
+    """The quick bound of the candidate as if its context axis were a data axis of as many parts of a row.
+
+    Where a rough one is not below the limit already, that one.
+    """
     if c.tp > 1 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel) is None:
         return float("inf")
     replicate, shard = (c.dp_replicate * c.cp, 1) if c.zero == 0 else (c.dp_replicate, c.dp_shard * c.cp)
-    return engine.bounds.quick(replace(c, cp=1, spread=c.cp, dp_replicate=replicate, dp_shard=shard))
+    like = replace(c, cp=1, spread=c.cp, dp_replicate=replicate, dp_shard=shard)
+    rough = engine.bounds.rough(like)
+    return rough if rough >= limit else engine.bounds.quick(like)
 
 
 def search_context(
@@ -105,7 +110,7 @@ def _promising(
     for candidate in space:
         if deadline is not None and time.monotonic() > deadline:
             return None
-        estimate = estimated(engine, candidate)
+        estimate = estimated(engine, candidate, limit)
         if estimate < limit:
             promising.append((estimate, candidate))
     most = MAX_SHARDINGS if best is not None else MAX_SHARDINGS_ALONE

@@ -49,6 +49,82 @@ class CostAxis:
     groups_per_node: int = 1
 
 
+class _Memo:
+    """Times by what they depend on, for all `ClassCosts` of the same device, dtype and axes."""
+
+    def __init__(self) -> None:
+        # An op at the sizes of its tensors, under the placements of operands and outputs.
+        self.times: dict[tuple[int, tuple[Placement, ...], tuple[Placement, ...]], OpTime] = {}
+        self.found: dict[tuple[int, tuple[Placement, ...], tuple[Placement, ...]], Found | None] = {}
+        self.ops: dict[tuple[object, ...], tuple[int, Op]] = {}  # ops are kept: their ids are in the keys
+        self.conversions: dict[tuple[float, bool, Placement, Placement], OpTime | None] = {}
+        self.collectives: dict[tuple[Collective, float, int], float] = {}
+
+
+_memos: dict[tuple[object, ...], tuple[DeviceType, _Memo]] = {}
+_MANY_MEMOS, _MANY_TIMES = 256, 1 << 17
+
+
+def _memo(device: DeviceType, dtype: str, axes: tuple[CostAxis, ...]) -> _Memo:
+    """The memo of this device (by identity), dtype and axes; begun anew where it or the number of memos gets large."""
+    key = (id(device), dtype, axes)
+    kept = _memos.get(key)
+    if kept is None or len(kept[1].times) > _MANY_TIMES:
+        if len(_memos) >= _MANY_MEMOS:
+            _memos.clear()
+        kept = _memos[key] = device, _Memo()
+    return kept[1]
+
+
+class _Facts:
+    """What costs ask of a class whatever the rows and axes."""
+
+    def __init__(self, cls: BlockClass) -> None:
+        self.cls = cls
+        self.static = frozenset(cls.params) | frozenset(cls.buffers)
+        self.num_consumers = Counter(name for op in cls.ops for name in set(op.operands))
+        self.copies = self._copies()
+
+    def _copies(self) -> frozenset[str]:
+        """Names of reshape-like ops whose operand is not contiguous, so that they copy.
+
+        Fused attention leaves its result as (batch, sequence, heads, features): out of order until it is transposed.
+        """
+        reordered: set[str] = set()
+        found = set()
+        for op in self.cls.ops:
+            name, kind = base_name(op.target), op_kind(op.target)
+            if kind is OpKind.ATTENTION:
+                reordered.add(op.outputs[0])
+            if kind is not OpKind.VIEW or not op.operands:
+                continue
+            is_reordered = op.operands[0] in reordered
+            if name in _MAY_COPY and is_reordered and self._shape_changes(op):
+                found.add(op.name)
+            elif name in _REORDERS or (name in _SWAPS) != is_reordered:
+                reordered.update(output for output in op.outputs if output)
+        return frozenset(found)
+
+    def _shape_changes(self, op: Op) -> bool:
+        """Whether a view op gives another shape than it takes (contiguous() always may copy)."""
+        given, got = self.cls.tensor[op.operands[0]].shape, self.cls.tensor[op.outputs[0]].shape
+        return given != got or base_name(op.target) == "contiguous"
+
+
+_kept_facts: dict[int, _Facts] = {}
+_MANY_CLASSES = 1024
+
+
+def _facts_of(cls: BlockClass) -> _Facts:
+    """The facts of this class, by identity; they keep it."""
+    found = _kept_facts.get(id(cls))
+    if found is None:
+        if len(_kept_facts) >= _MANY_CLASSES:
+            _kept_facts.clear()
+        found = _kept_facts[id(cls)] = _Facts(cls)
+    return found
+
+
 class ClassCosts:
     """Times and bytes of one class's ops for `rows` rows on one device of a tensor axis of `tp` ranks.
 
@@ -79,11 +155,9 @@ class ClassCosts:
         }
         self._by_rows = {info.name: tagged and graph.depends_on_rows(info.numel) for info in cls.tensors}
         self._ratio = ratio
-        self._times: dict[object, OpTime] = {}
         self._table = op_table(device)
-        self._found: dict[object, Found | None] = {}
-        self._conversion_times: dict[object, OpTime | None] = {}
-        self._collective_times: dict[tuple[Collective, float, int], float] = {}
+        self._memo, self._facts = _memo(device, dtype, self.axes), _facts_of(cls)
+        self._op_numbers: dict[str, int] = {}
 
     def of_first_axes(self, count: int) -> ClassCosts:
         """The costs where only the first `count` axes are there."""
@@ -169,13 +243,13 @@ class ClassCosts:
     def op_time(self, op: Op, strategy: Strategy | JointStrategy | None = None) -> OpTime:
         """Seconds of the op on this rank, forward and backward; without a strategy it runs whole."""
         inputs, outputs = self.placements(op, strategy)
-        key = (op.name, inputs, outputs)
-        found = self._times.get(key)
+        key = (self._number(op), inputs, outputs)
+        found = self._memo.times.get(key)
         if found is not None:
             return found
         measured = self._measured(op, strategy)
         if measured is not None:
-            self._times[key] = measured.time
+            self._memo.times[key] = measured.time
             return measured.time
         parts = self.parts(strategy)
         share = self.scale(op) / parts * self._padding(strategy)
@@ -194,22 +268,32 @@ class ClassCosts:
                 found.forward_s + max(moved.forward_moved_bytes / bandwidth, moved.forward_calls * launch_s),
                 found.backward_s + max(moved.backward_moved_bytes / bandwidth, moved.backward_calls * launch_s),
             )
-        self._times[key] = found
+        self._memo.times[key] = found
         return found
+
+    def _number(self, op: Op) -> int:
+        """Stands for the op at these rows: for its arguments, its tensors at their sizes, and whether it copies."""
+        number = self._op_numbers.get(op.name)
+        if number is None:
+            names = (*op.operands, *op.outputs, *op.saved)
+            key = (id(op), op.name in self.copies, self.scale(op), *(self._whole.get(name) for name in names))
+            number, _ = self._memo.ops.setdefault(key, (len(self._memo.ops), op))
+            self._op_numbers[op.name] = number
+        return number
 
     def _measured(self, op: Op, strategy: Strategy | JointStrategy | None) -> Found | None:
         """What the device's profile says of the op on this rank; None where it says nothing."""
         if self._table is None or any(own.lowering not in RUNS_AS_IT_IS for own in _strategies(strategy)):
             return None
         inputs, outputs = self.placements(op, strategy)
-        key = (op.name, inputs, outputs)
-        if key not in self._found:
-            self._found[key] = self._table.find(
+        key = (self._number(op), inputs, outputs)
+        if key not in self._memo.found:
+            self._memo.found[key] = self._table.find(
                 op, [self.local(name, state) for name, state in zip(op.operands, inputs, strict=True)],
                 [self.local(name, state) for name, state in zip(op.outputs, outputs, strict=False) if name],
                 self.dtype, is_copy=op.name in self.copies,
             )
-        return self._found[key]
+        return self._memo.found[key]
 
     def source(self, op: Op, strategy: Strategy | JointStrategy | None = None) -> Source:
         """Where the op's time comes from."""
@@ -244,15 +328,16 @@ class ClassCosts:
         """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
         whole = self._whole[name]
         key = (whole.size_bytes, whole.requires_grad, _each(src), _each(dst))
-        if key not in self._conversion_times:
+        known = self._memo.conversions
+        if key not in known:
             found = self.conversions(name, src, dst)
             times = None if found is None else [
                 self.step_time(name, step, axis=axis, share=share) for axis, share, step in found
             ]
-            self._conversion_times[key] = None if times is None else OpTime(
+            known[key] = None if times is None else OpTime(
                 sum(time.forward_s for time in times), sum(time.backward_s for time in times)
             )
-        return self._conversion_times[key]
+        return known[key]
 
     def step_time(self, name: str, step: Conversion, *, axis: int = -1, share: float = 1.0) -> OpTime:
         """Seconds of a conversion's collectives on an axis whose groups hold a share of the tensor."""
@@ -263,11 +348,11 @@ class ClassCosts:
 
     def _collective_s(self, kind: Collective, size_bytes: float, axis: int) -> float:
         key = (kind, size_bytes, axis)
-        found = self._collective_times.get(key)
+        found = self._memo.collectives.get(key)
         if found is None:
             own = self.axes[axis]
             found = collective_time_s(kind, size_bytes, own.group, groups_per_node=own.groups_per_node)
-            self._collective_times[key] = found
+            self._memo.collectives[key] = found
         return found
 
     def param_time_s(self, name: str, state: State | Placement, num_micro_batches: int = 8) -> float:
@@ -300,7 +385,7 @@ class ClassCosts:
     def fan_out_s(self, name: str, state: State | Placement) -> float:
         """Seconds of adding up a tensor's gradients from all its consumers."""
         tensor = self.local(name, state)
-        if not tensor.requires_grad or self.num_consumers[name] < 2 or name in self._static:
+        if not tensor.requires_grad or self.num_consumers[name] < 2 or name in self._facts.static:
             return 0.0
         again = self.num_consumers[name] - 1
         measured = measured_pass_s(self.device, "accumulate", tensor.numel, self.dtype)
@@ -308,40 +393,15 @@ class ClassCosts:
             return again * measured
         return again * 3 * tensor.size_bytes / memory_bandwidth(self.device)
 
-    @cached_property
-    def _static(self) -> frozenset[str]:
-        return frozenset(self.cls.params) | frozenset(self.cls.buffers)
-
-    @cached_property
+    @property
     def num_consumers(self) -> Counter[str]:
         """How many ops read each tensor."""
-        return Counter(name for op in self.cls.ops for name in set(op.operands))
+        return self._facts.num_consumers
 
-    @cached_property
+    @property
     def copies(self) -> frozenset[str]:
-        """Names of reshape-like ops whose operand is not contiguous, so that they copy.
-
-        Fused attention leaves its result as (batch, sequence, heads, features): out of order until it is transposed.
-        """
-        reordered: set[str] = set()
-        found = set()
-        for op in self.cls.ops:
-            name, kind = base_name(op.target), op_kind(op.target)
-            if kind is OpKind.ATTENTION:
-                reordered.add(op.outputs[0])
-            if kind is not OpKind.VIEW or not op.operands:
-                continue
-            is_reordered = op.operands[0] in reordered
-            if name in _MAY_COPY and is_reordered and self.shape_changes(op):
-                found.add(op.name)
-            elif name in _REORDERS or (name in _SWAPS) != is_reordered:
-                reordered.update(output for output in op.outputs if output)
-        return frozenset(found)
-
-    def shape_changes(self, op: Op) -> bool:
-        """Whether a view op gives another shape than it takes (contiguous() always may copy)."""
-        given, got = self.cls.tensor[op.operands[0]].shape, self.cls.tensor[op.outputs[0]].shape
-        return given != got or base_name(op.target) == "contiguous"
+        """Names of reshape-like ops whose operand is not contiguous, so that they copy."""
+        return self._facts.copies
 
     @cached_property
     def view_of(self) -> dict[str, str]:
