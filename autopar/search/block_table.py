@@ -1,15 +1,14 @@
-"""What the blocks of a chain cost and hold on one device; blocks that are alike share an entry."""
+"""What the blocks of a chain cost and hold on one device; blocks that are alike share an entry, and so do ranges."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.model_graph import ModelGraph
-from autopar.search.balance import range_maxima, range_sums
 from autopar.search.elimination import Table
 from autopar.search.variants import Level, Options
 
@@ -18,58 +17,96 @@ from autopar.search.variants import Level, Options
 class Sorts:
     """Which blocks are alike: of one class, holding the same of their parameters, and not at an end of the chain.
 
-    Entry `sort[i]` is block i's, and `counts` how many blocks an entry has. Where entries are `in_order`, one a block,
-    sums are over all ranges of blocks; else they are over the whole chain.
+    `sort[i]` is the entry of block i. Ranges with equally many blocks of every entry are alike too: `counts[r, e]` says
+    how many of entry e a range of sort r has, and `ranges[first, last]` is the sort of blocks[first:last], one beyond
+    the last where that range is empty or not looked at.
     """
 
     sort: NDArray[np.intp]
-    counts: Table
     classes: tuple[str, ...]  # of each entry
     is_layer: tuple[bool, ...]
     held: tuple[tuple[bool, ...], ...]  # which of its parameters no earlier block that may be in its stage holds too
     first_outside: int | None  # the entry of the first block that is no layer
-    in_order: bool = False
+    counts: Table
+    ranges: NDArray[np.intp]
+
+    @property
+    def whole(self) -> int:
+        """The sort of the whole chain."""
+        return int(self.ranges[0, -1])
+
+    @cached_property
+    def number(self) -> Table:
+        """How many blocks each entry has in the whole chain."""
+        return np.asarray(self.counts[self.whole])
 
     @property
     def ends(self) -> list[int]:
         """The entries of the chain's first and last block."""
         return [int(self.sort[0]), int(self.sort[-1])]
 
-    @cached_property
-    def one_each(self) -> Sorts:
-        """The same with an entry for each block."""
-        if self.in_order:
-            return self
-        outside = None if self.first_outside is None else int(np.flatnonzero(self.sort == self.first_outside)[0])
-        return Sorts(
-            sort=np.arange(len(self.sort)), counts=np.ones(len(self.sort)), first_outside=outside, in_order=True,
-            classes=tuple(self.classes[i] for i in self.sort), is_layer=tuple(self.is_layer[i] for i in self.sort),
-            held=tuple(self.held[i] for i in self.sort),
-        )
+    def sums(self, each: Table) -> Table:
+        """Of each sort of range the sum over its blocks."""
+        return np.asarray(self.counts @ each)
+
+    def maxima(self, each: Table) -> Table:
+        """Of each sort of range the largest of its blocks' values, which are at least 0."""
+        return np.asarray(np.where(self.counts > 0, each, 0.0).max(axis=1))
+
+    def table(self, of_sort: Table) -> Table:
+        """table[first, last]: the value of the range's sort; infinity where there is none."""
+        return np.asarray(np.append(of_sort, np.inf)[self.ranges])
+
+    def from_start(self, of_sort: Table) -> Table:
+        """The values of the ranges from the chain's start to each block; 0 for the empty one."""
+        found: Table = np.append(of_sort, np.inf)[self.ranges[0]]
+        found[0] = 0.0
+        return found
 
     @staticmethod
     def of(graph: ModelGraph, layer: NDArray[np.bool_], *, ends_apart: bool) -> Sorts:
-        """The sorts of a graph's blocks. `ends_apart`: the first and the last block are in different stages."""
+        """The sorts of a graph's blocks and ranges.
+
+        `ends_apart`: the chain's first and last block are in different stages; else the only range is the whole chain.
+        """
         last = len(graph.blocks) - 1
         outside = None if layer.all() else int(np.argmin(layer))
         holder: dict[str, int] = {}
         entries: dict[tuple[object, ...], int] = {}
         sort: list[int] = []
+        held: list[tuple[bool, ...]] = []
         for index, block in enumerate(graph.blocks):
-            held = tuple(
+            own = tuple(
                 name not in holder or (ends_apart and index == last and holder[name] == 0) for name in block.params
             )
             holder.update(dict.fromkeys(block.params, index))
-            special = index in (0, last, outside)
-            key = (block.cls, bool(layer[index]), held, index if special else -1)
+            key = (block.cls, bool(layer[index]), own, index if index in (0, last, outside) else -1)
+            if key not in entries:
+                held.append(own)
             sort.append(entries.setdefault(key, len(entries)))
         firsts = [sort.index(entry) for entry in range(len(entries))]
+        counts, ranges = _ranges(np.array(sort), len(entries), every=ends_apart)
         return Sorts(
-            sort=np.array(sort), counts=np.bincount(sort).astype(np.float64),
-            classes=tuple(graph.blocks[i].cls for i in firsts), is_layer=tuple(bool(layer[i]) for i in firsts),
-            held=tuple(key[2] for key in entries),  # type: ignore[misc]
+            sort=np.array(sort), classes=tuple(graph.blocks[i].cls for i in firsts), held=tuple(held),
+            is_layer=tuple(bool(layer[i]) for i in firsts), counts=counts, ranges=ranges,
             first_outside=None if outside is None else sort[outside],
         )
+
+
+def _ranges(sort: NDArray[np.intp], num_entries: int, *, every: bool) -> tuple[Table, NDArray[np.intp]]:
+    """The counts of each sort of range, and the sort of every range, or of the whole chain alone."""
+    size = len(sort) + 1
+    if not every:
+        ranges = np.ones((size, size), dtype=np.intp)
+        ranges[0, -1] = 0
+        return np.bincount(sort, minlength=num_entries)[None, :].astype(np.float64), ranges
+    running = np.zeros((size, num_entries), dtype=np.intp)
+    running[1:] = np.cumsum(sort[:, None] == np.arange(num_entries)[None, :], axis=0)
+    first, last = np.triu_indices(size, 1)
+    counts, of_pair = np.unique(running[last] - running[first], axis=0, return_inverse=True)
+    ranges = np.full((size, size), len(counts), dtype=np.intp)
+    ranges[first, last] = of_pair.reshape(-1)
+    return counts.astype(np.float64), ranges
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,43 +126,20 @@ class BlockTable:
     levels: tuple[Level, ...]
 
     @cached_property
-    def one_each(self) -> BlockTable:
-        """The same with an entry for each block."""
-        sort = self.sorts.sort
-        spread = {
-            item.name: value[sort] for item in fields(self)
-            if isinstance(value := getattr(self, item.name), np.ndarray)
-        }
-        return replace(self, sorts=self.sorts.one_each, **spread)
-
-    def sums(self, each: Table) -> Table:
-        """table[i, j]: the sum over blocks i to j; [0, 1] is the whole chain where entries are not in order."""
-        return range_sums(each) if self.sorts.in_order else _whole(float(each @ self.sorts.counts))
-
-    def maxima(self, each: Table) -> Table:
-        """The same for the largest, of what is at least 0."""
-        return range_maxima(each) if self.sorts.in_order else _whole(float(each.max()))
-
-    def running(self, each: Table) -> Table:
-        """The sums up to each block, or up to none and of all."""
-        if self.sorts.in_order:
-            return np.concatenate([[0.0], np.cumsum(each)])
-        return np.array([0.0, each @ self.sorts.counts])
-
-    @cached_property
     def beside_layers(self) -> tuple[Table, Table, Table]:
         """For all ranges: bytes held by blocks that are no layers, the most beside them, and the stage's own input."""
-        is_layer = self.kind >= 0
-        rest = self.sums(np.where(is_layer, 0.0, self.saved_bytes))
-        beside = self.maxima(np.where(is_layer, 0.0, self.transient_bytes))
-        entry = self.maxima(np.where(is_layer, self.boundary_bytes, 0.0))
-        entry[0] = np.where(np.isfinite(entry[0]), 0.0, entry[0])
-        return rest, beside, entry
+        is_layer, sorts = self.kind >= 0, self.sorts
+        entry = sorts.maxima(np.where(is_layer, self.boundary_bytes, 0.0))
+        return (
+            sorts.sums(np.where(is_layer, 0.0, self.saved_bytes)),
+            sorts.maxima(np.where(is_layer, 0.0, self.transient_bytes)),
+            np.where(sorts.counts[:, sorts.ends[0]] > 0, 0.0, entry),
+        )
 
     @cached_property
     def all_kept(self) -> tuple[Table, Table]:
         """For all ranges: bytes that a micro-batch holds and the most beside them, where all activations are kept."""
-        return self.sums(self.saved_bytes), self.maxima(self.transient_bytes)
+        return self.sorts.sums(self.saved_bytes), self.sorts.maxima(self.transient_bytes)
 
     @cached_property
     def least_held(self) -> Table:
@@ -146,11 +160,7 @@ class BlockTable:
     @cached_property
     def numbers(self) -> list[NDArray[np.intp]]:
         """For each kind, how many of its layers each range of blocks has."""
-        if not self.sorts.in_order:
-            found = [int(self.sorts.counts[self.kind == kind].sum()) for kind in range(len(self.kinds))]
-            return [np.array([[0, number], [0, 0]]) for number in found]
-        running = [np.concatenate([[0], np.cumsum(self.kind == kind)]) for kind in range(len(self.kinds))]
-        return [np.maximum(0, counts[None, :] - counts[:, None]) for counts in running]
+        return [self.sorts.counts[:, self.kind == kind].sum(axis=1).astype(np.intp) for kind in range(len(self.kinds))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -171,16 +181,11 @@ class StageTable:
     once_beside_s: Table
     blocks: BlockTable
 
-    def one_each(self) -> StageTable:
-        """The same with an entry for each block."""
-        sort = self.blocks.sorts.sort
-        return StageTable(
-            forward_s=self.forward_s[sort], backward_s=self.backward_s[sort],
-            plain_forward_s=self.plain_forward_s[sort], plain_backward_s=self.plain_backward_s[sort],
-            hidden_share=self.hidden_share, once_s=self.once_s[sort], once_beside_s=self.once_beside_s[sort],
-            blocks=self.blocks.one_each,
-        )
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageTimes:
+    """Times of a stage table, one for each block of the chain."""
 
-def _whole(value: float) -> Table:
-    return np.array([[np.inf, value], [np.inf, np.inf]])
+    forward_s: Table
+    backward_s: Table
+    once_beside_s: Table

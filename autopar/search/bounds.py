@@ -35,7 +35,7 @@ from autopar.cost_models.memory import (
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.search.balance import smallest_bottleneck, smallest_sum
-from autopar.search.block_table import BlockTable, Sorts, StageTable
+from autopar.search.block_table import BlockTable, Sorts, StageTable, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.shardings import ShardingChooser
@@ -119,10 +119,10 @@ class Bounds:
             return 0.0, 0.0
         endless = replace(c, micro_batch=ENDLESS_ROWS, spread=1)
         tables = [self._block_table(endless, kind) for kind in kinds]
-        counts = tables[0].sorts.counts
+        number = tables[0].sorts.number
         return (
-            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.forward_s for t in tables]) @ counts),
-            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.backward_s for t in tables]) @ counts),
+            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.forward_s for t in tables]) @ number),
+            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.backward_s for t in tables]) @ number),
         )
 
     def quick(self, c: Candidate) -> float:
@@ -134,14 +134,14 @@ class Bounds:
             return np.inf
         if c.pp == 1:
             loads = self._loads(c)
-            return float(loads.later[0][0, -1] + loads.first[0][0, -1] + loads.once[-1])
-        counts, first = self._sorts[True].counts, self._sorts[True].sort[0]
+            return float(loads.later[0][0] + loads.first[0][0] + loads.once[-1])
+        number, first = self._sorts[True].number, self._sorts[True].sort[0]
         work = np.minimum.reduce([t.forward_s + t.backward_s for t in tables.values()])
         load = np.minimum.reduce([(m - 1) * t.backward_s + (m - most) * t.forward_s for t in tables.values()])
-        through = float(work @ counts) + max(float(load @ counts) / c.pp, float(load.max()))
+        through = float(work @ number) + max(float(load @ number) / c.pp, float(load.max()))
         through += float(tables[kinds[0]].once_beside_s[first])
         own = np.minimum.reduce([m * (t.forward_s + t.backward_s) + t.once_beside_s for t in tables.values()])
-        return max(through, float(own @ counts) / c.pp)
+        return max(through, float(own @ number) / c.pp)
 
     def best_cut(self, c: Candidate) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
@@ -149,19 +149,22 @@ class Bounds:
         Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
         all cuts. Else the cuts are parted by their largest load, and each part has the time of its quickest cut.
         """
-        all_loads = self._loads(c)
-        loads, works, once = all_loads.later, all_loads.first, all_loads.once
+        all_loads, sorts = self._loads(c), self._sorts[c.pp > 1]
+        once = all_loads.once
         if all_loads.chain_s is not None:
-            found = smallest_bottleneck(all_loads.later_with_first, once)
+            found = smallest_bottleneck(_tables_of(sorts, all_loads.later_with_first), once)
             if found is None:
                 return None
-            least = smallest_bottleneck(all_loads.own)
+            least = smallest_bottleneck(_tables_of(sorts, all_loads.own))
             assert least is not None, "the same ranges are allowed"
-            return max(found.value + all_loads.chain_s, least.value), self._whole(found.cuts)
+            return max(found.value + all_loads.chain_s, least.value), found.cuts
+        loads, works, owns = (
+            _tables_of(sorts, each) for each in (all_loads.later, all_loads.first, all_loads.own)
+        )
         found = smallest_bottleneck(loads, once)
         if found is None:
             return None
-        least, alone = smallest_bottleneck(loads), smallest_bottleneck(all_loads.own)
+        least, alone = smallest_bottleneck(loads), smallest_bottleneck(owns)
         assert least is not None and alone is not None, "the same ranges are allowed"
         most = max(float(np.max(load, initial=0.0, where=np.isfinite(load))) for load in loads)
         parts = np.geomspace(max(least.value, 1e-3 * most), most, PARTS)[1:] if most > 0 else [0.0]
@@ -181,34 +184,26 @@ class Bounds:
 
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""
-        all_loads = self._loads(c)
-        loads, works, once = all_loads.later, all_loads.first, all_loads.once
-        ranges = list(pairwise(cuts)) if c.pp > 1 else [(0, -1)]
-        worst = max(float(load[span]) for load, span in zip(loads, ranges, strict=True))
-        own = max(float(table[span]) for table, span in zip(all_loads.own, ranges, strict=True))
-        through = sum(float(work[span]) for work, span in zip(works, ranges, strict=True))
-        return max(own, worst + float(once[ranges[0][1]]) + through)
+        loads, sorts = self._loads(c), self._sorts[c.pp > 1]
+        ranges = [sorts.ranges[span] for span in pairwise(cuts)]
 
-    def _whole(self, cuts: Cuts) -> Cuts:
-        """The cuts of the chain, where one stage has all of it as if it were one block."""
-        return cuts if len(cuts) > 2 else (0, len(self._layer))
+        def of_ranges(tables: Sequence[Table]) -> list[float]:
+            return [float(table[at]) for table, at in zip(tables, ranges, strict=True)]
 
-    def _tables(self, c: Candidate, kinds: Sequence[StageKind]) -> dict[StageKind, StageTable]:
-        """Entries of blocks where ranges of them are looked at, and of alike blocks where the chain is one stage."""
-        make = self._entries if c.pp == 1 else self.stage_table
-        return {kind: make(c, kind) for kind in dict.fromkeys(kinds)}
+        worst, through = max(of_ranges(loads.later)), sum(of_ranges(loads.first))
+        return max(*of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through)
 
     def _loads(self, c: Candidate) -> _Loads:
         if self._last is not None and self._last[0] == c:
             return self._last[1]
         kinds = self._layout.kinds(c)
-        tables = self._tables(c, kinds)
+        tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
         m = c.num_micro_batches
         made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
             if (kind, in_flight) not in made:
-                made[kind, in_flight] = self.stage_loads(c, kind, in_flight, tables[kind])
+                made[kind, in_flight] = self._stage_loads(c, kind, in_flight, tables[kind])
         every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
         found = _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
@@ -218,23 +213,30 @@ class Bounds:
                 for stage, kind in enumerate(kinds)
             ],
             once=self._once(c, tables[kinds[0]]),
-            chain_s=float(alike.blocks.sums(alike.forward_s + alike.backward_s)[0, -1]) if len(tables) == 1 else None,
+            chain_s=None if len(tables) > 1 else float(
+                (alike.forward_s + alike.backward_s) @ alike.blocks.sorts.number
+            ),
         )
         self._last = (c, found)
         return found
 
-    def stage_loads(
-        self, c: Candidate, kind: StageKind, in_flight: int, table: StageTable
-    ) -> tuple[Table, Table, Table]:
+    def stage_loads(self, c: Candidate, kind: StageKind, in_flight: int) -> tuple[Table, Table, Table]:
         """For all ranges: what micro-batches after the first take, that with what variants add to the first, the first.
 
         Infinite where a range does not fit into memory with so many micro-batches in flight.
         """
-        m, sums = c.num_micro_batches, table.blocks.sums
+        later, both, first = self._stage_loads(c, kind, in_flight, self._entries(c, kind))
+        sorts = self._sorts[c.pp > 1]
+        return sorts.table(later), sorts.table(both), sorts.table(first)
+
+    def _stage_loads(
+        self, c: Candidate, kind: StageKind, in_flight: int, table: StageTable
+    ) -> tuple[Table, Table, Table]:
+        m, sums = c.num_micro_batches, table.blocks.sorts.sums
         work = sums(table.forward_s + table.backward_s)
         load = sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
         room = self._room(c, kind, in_flight, table.blocks)
-        if bool(np.all(room[1] | ~np.isfinite(load))):
+        if room[1].all():
             return load, load, work
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
         added = self._added(c, in_flight, table.blocks, room, (1.0 if in_flight == 1 else 0.0, 1.0))
@@ -250,13 +252,14 @@ class Bounds:
 
     def _own(self, table: StageTable, later: Table, first: Table, in_flight: int) -> Table:
         """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
-        return later + first + table.blocks.sums((in_flight - 1) * table.plain_forward_s + table.once_beside_s)
+        return later + first + table.blocks.sorts.sums((in_flight - 1) * table.plain_forward_s + table.once_beside_s)
 
     def _once(self, c: Candidate, table: StageTable) -> Table:
         """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links."""
         kind = self._layout.kinds(c)[0]
-        keeps_all = self._room(c, kind, min(c.pp, c.num_micro_batches), table.blocks)[1][0]
-        once, beside = table.blocks.running(table.once_s), table.blocks.running(table.once_beside_s)
+        sorts, in_flight = table.blocks.sorts, min(c.pp, c.num_micro_batches)
+        keeps_all = sorts.from_start(self._room(c, kind, in_flight, table.blocks)[1].astype(np.float64)) == 1
+        once, beside = (sorts.from_start(sorts.sums(each)) for each in (table.once_s, table.once_beside_s))
         sends_s = self._layout.sends_s(c, *self._least_sent(c))
         return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + sends_s)
 
@@ -270,21 +273,21 @@ class Bounds:
         return np.inf if found is None else found.value
 
     def memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
-        """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges.
+        """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges."""
+        return self._sorts[c.pp > 1].table(self._memory(c, in_flight, self._block_table(c, kind)))
 
-        Of a candidate of one stage [0, -1] is the whole chain, and there is nothing else.
-        """
-        return self._memory_table(c, in_flight, self._blocks_of(c, kind))
+    def least_memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
+        """The same for the variants that need least."""
+        return self._sorts[c.pp > 1].table(self._least_memory(c, kind, in_flight))
 
-    def _memory_table(self, c: Candidate, in_flight: int, blocks: BlockTable) -> Table:
+    def _memory(self, c: Candidate, in_flight: int, blocks: BlockTable) -> Table:
         static, step = self._static_tables(c, blocks)
         held, beside = blocks.all_kept
         activations = in_flight * held + beside
         return np.asarray(static + np.maximum(activations, step))
 
-    def least_memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
-        """The same for the variants that need least."""
-        blocks = self._blocks_of(c, kind)
+    def _least_memory(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
+        blocks = self._block_table(c, kind)
         static, step = self._static_tables(c, blocks)
         rest, beside, entry = blocks.beside_layers
         numbers = blocks.numbers
@@ -297,15 +300,11 @@ class Bounds:
             least = np.minimum(least, in_flight * held + np.maximum(beside, level.extra_bytes))
         return np.asarray(static + np.maximum(least, step))
 
-    def _blocks_of(self, c: Candidate, kind: StageKind) -> BlockTable:
-        alike = self._block_table(c, kind)
-        return alike if c.pp == 1 else alike.one_each
-
     def _room(self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable) -> Room:
         """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
         static, step = self._static_tables(c, blocks)
         left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
-        return left, self._memory_table(c, in_flight, blocks) <= kind.memory_limit_bytes
+        return left, self._memory(c, in_flight, blocks) <= kind.memory_limit_bytes
 
     def _added(self, c: Candidate, in_flight: int, blocks: BlockTable, room: Room, weights: Weights) -> Table:
         """For all ranges: the least seconds that variants add so that the range fits; infinite where it cannot."""
@@ -334,11 +333,11 @@ class Bounds:
         per_numel, per_unit, per_root, per_step = self._static(c)
         in_layers = np.where(blocks.kind >= 0, blocks.numel, 0.0)
         outside = blocks.numel - in_layers
-        static = blocks.sums(per_numel * blocks.numel + per_root * outside + blocks.buffer_bytes)
-        static += blocks.maxima(per_unit * in_layers)
+        static = blocks.sorts.sums(per_numel * blocks.numel + per_root * outside + blocks.buffer_bytes)
+        static += blocks.sorts.maxima(per_unit * in_layers)
         if c.offload_optimizer:
-            return static, np.maximum(blocks.maxima(per_step * in_layers), blocks.sums(per_step * outside))
-        return static, blocks.sums(per_step * blocks.numel)
+            return static, np.maximum(blocks.sorts.maxima(per_step * in_layers), blocks.sorts.sums(per_step * outside))
+        return static, blocks.sorts.sums(per_step * blocks.numel)
 
     def _static(self, c: Candidate) -> tuple[float, float, float, float]:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
@@ -374,12 +373,15 @@ class Bounds:
             room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
         return room >= int(self._layer.sum())
 
-    def stage_table(self, c: Candidate, kind: StageKind) -> StageTable:
-        """Times and bytes of each block on a stage of this kind under the candidate."""
-        return self._entries(c, kind).one_each()
+    def stage_table(self, c: Candidate, kind: StageKind) -> StageTimes:
+        """Times of each block on a stage of this kind under the candidate."""
+        found, sort = self._entries(c, kind), self._sorts[c.pp > 1].sort
+        return StageTimes(
+            forward_s=found.forward_s[sort], backward_s=found.backward_s[sort], once_beside_s=found.once_beside_s[sort],
+        )
 
     def _entries(self, c: Candidate, kind: StageKind) -> StageTable:
-        """The same, of blocks that are alike once."""
+        """Times and bytes of blocks on a stage of this kind under the candidate."""
         blocks = self._block_table(c, kind)
         forward, backward = blocks.forward_s, blocks.backward_s
         moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer)
@@ -414,7 +416,7 @@ class Bounds:
         if c.pp > 1:
             units[sorts.ends] = numel[sorts.ends]
         elif sorts.first_outside is not None:
-            units[sorts.first_outside] = (numel * sorts.counts)[~layer].sum()
+            units[sorts.first_outside] = (numel * sorts.number)[~layer].sum()
         sizes = units.tolist()
         gathers = np.array([
             self._collective_s(kind.shard, Collective.ALL_GATHER, wide * n) if c.zero else 0.0 for n in sizes
@@ -448,8 +450,8 @@ class Bounds:
             )
         if c.zero == 3:
             in_layers = np.where(layer, gathers, 0.0)
-            counts = sorts.counts
-            behind = exposed(forward, in_layers, counts), exposed(backward, in_layers + reductions, counts)
+            number = sorts.number
+            behind = exposed(forward, in_layers, number), exposed(backward, in_layers + reductions, number)
             slowed = OVERLAP_SLOWDOWN * in_layers, OVERLAP_SLOWDOWN * (in_layers + reductions)
             all_slowed = all(np.array_equal(a, b) for a, b in zip(behind, slowed, strict=True))
             return replace(
@@ -460,8 +462,8 @@ class Bounds:
             )
 
         def once(forward: Table, backward: Table) -> Table:
-            start = exposed(forward, gathers, sorts.counts) + copy_out if c.zero else none
-            end = exposed(backward, reductions, sorts.counts)
+            start = exposed(forward, gathers, sorts.number) + copy_out if c.zero else none
+            end = exposed(backward, reductions, sorts.number)
             return alone.once_s + start + end + (copy_in if c.zero < 2 else none)
 
         # Under ZeRO 2 every micro-batch reduces behind its backward; what is left at the end counts once.
@@ -552,6 +554,12 @@ class Bounds:
         )
 
 
+def _tables_of(sorts: Sorts, of_sorts: Sequence[Table]) -> list[Table]:
+    """A table over ranges for each stage; stages with the same values share it."""
+    made: dict[int, Table] = {}
+    return [made[id(each)] if id(each) in made else made.setdefault(id(each), sorts.table(each)) for each in of_sorts]
+
+
 def _is_measured(kind: StageKind) -> bool:
     """Whether times of this kind of stage come from measurements, which need not grow evenly with the rows."""
     groups = [group for group in (kind.tp_group, *(axis.group for axis in kind.context)) if group is not None]
@@ -563,12 +571,12 @@ def waits(device: DeviceType) -> bool:
     return device.name.startswith("CPU") and op_table(device) is None
 
 
-def exposed(compute: Table, communication: Table, counts: Table) -> Table:
+def exposed(compute: Table, communication: Table, number: Table) -> Table:
     """What hidden communication adds at least: its slow-down of the compute, or what does not fit behind it.
 
     Each of the two holds for the sums over any range of blocks; the one that says more of the whole chain is given.
-    `counts`: the blocks of each entry.
+    `number`: the blocks of each entry.
     """
     slowed = OVERLAP_SLOWDOWN * communication
     lacking = communication - (1 - OVERLAP_SLOWDOWN) * compute
-    return slowed if slowed @ counts >= lacking @ counts else lacking
+    return slowed if slowed @ number >= lacking @ number else lacking

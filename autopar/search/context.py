@@ -1,16 +1,19 @@
 """Plans with a context axis, which splits sequences: tried where they promise to be faster than all without one.
 
 To choose the shardings of two axes at once takes seconds, so that candidates are first estimated: as if the context
-axis split rows instead, for free. Only where this is well below the best so far are the shardings searched.
+axis split rows instead, for free. Only where this is well below the best so far are the shardings searched, at first
+without rewrites of layers, which are taken to gain as much as without a context axis; and then with them.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.search.best_first import Engine, Found, Outcome, Progress
+from autopar.search.bounds import Bounds
 from autopar.search.candidates import Candidate, PlanRequest, divisors, meshes, node_size
 from autopar.search.shardings import ShardingChooser
 
@@ -70,10 +73,29 @@ def estimated(engine: Engine, c: Candidate, limit: float = float("inf")) -> floa
     """
     if c.tp > 1 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel) is None:
         return float("inf")
-    replicate, shard = (c.dp_replicate * c.cp, 1) if c.zero == 0 else (c.dp_replicate, c.dp_shard * c.cp)
-    like = replace(c, cp=1, spread=c.cp, dp_replicate=replicate, dp_shard=shard)
+    like = _without_axis(c)
     rough = engine.bounds.rough(like)
     return rough if rough >= limit else engine.bounds.quick(like)
+
+
+def _without_axis(c: Candidate) -> Candidate:
+    """The candidate with a data axis of as many parts of a row instead of its context axis."""
+    replicate, shard = (c.dp_replicate * c.cp, 1) if c.zero == 0 else (c.dp_replicate, c.dp_shard * c.cp)
+    return replace(c, cp=1, spread=c.cp, dp_replicate=replicate, dp_shard=shard)
+
+
+def _promises(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> bool:
+    """Whether any of these candidates, which have the same inner axes, is estimated below the limit.
+
+    `plain` bounds them with shardings of layers that are not rewritten.
+    """
+    for c in space:
+        like = _without_axis(c)
+        without = plain.quick(like)
+        gained = engine.bounds.quick(like) / without if 0 < without < float("inf") else 1.0
+        if plain.rough(c) * gained < limit and plain.quick(c) * gained < limit:
+            return True
+    return False
 
 
 def search_context(
@@ -114,12 +136,20 @@ def _promising(
         if estimate < limit:
             promising.append((estimate, candidate))
     most = MAX_SHARDINGS if best is not None else MAX_SHARDINGS_ALONE
-    keys: dict[tuple[int, int, bool], bool] = {}
+    groups: dict[tuple[int, int, bool], list[Candidate]] = {}
     for _, c in sorted(promising):
-        key = (c.cp, c.tp, c.sequence_parallel)
-        if key in keys:
-            continue
-        if len(keys) == most or (deadline is not None and time.monotonic() > deadline):
+        groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
+    chooser = ShardingChooser(
+        engine.graph, cluster, request.dtype, rows=request.micro_batch or 1, compile=request.compile
+    )
+    plain = Bounds(engine.graph, engine.layout, request, chooser)
+    found: list[Candidate] = []
+    for (cp, tp, sequence_parallel), alike in list(groups.items())[:most]:
+        if deadline is not None and time.monotonic() > deadline:
             break
-        keys[key] = engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None
-    return [c for _, c in promising if keys.get((c.cp, c.tp, c.sequence_parallel))]
+        if chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp) is None:
+            continue
+        if _promises(engine, plain, alike, limit):
+            chosen = engine.chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp)
+            found += alike if chosen is not None else ()
+    return found

@@ -142,8 +142,8 @@ class MixedCosts:
                 _improves(m * work + once, alone_s),
             )):
                 continue
-            _, _, first = self.engine.bounds.stage_loads(setting.candidate, setting.kind, in_flight, table)
-            all_kept = all_kept and np.array_equal(first, work)
+            _, _, first = self.engine.bounds.stage_loads(setting.candidate, setting.kind, in_flight)
+            all_kept = all_kept and np.allclose(first, work, rtol=1e-12, atol=0.0)
             alone = m * first + once
             first_s = np.minimum(first_s, _with_once(first, once, tied))
             own_s, alone_s = np.minimum(own_s, _with_once(m * first, once, tied)), np.minimum(alone_s, alone)

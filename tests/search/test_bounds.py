@@ -80,8 +80,8 @@ def assert_memory(
     )))
     for stage, (kept, own) in enumerate(zip(everything.rank_peak_bytes, timeline.rank_peak_bytes, strict=True)):
         span, in_flight = (cuts[stage], cuts[stage + 1]), min(c.pp - stage, c.num_micro_batches)
-        memory = bounds.memory_table(c, kinds[stage], in_flight)[span if c.pp > 1 else (0, -1)]
-        least = bounds.least_memory_table(c, kinds[stage], in_flight)[span if c.pp > 1 else (0, -1)]
+        memory = bounds.memory_table(c, kinds[stage], in_flight)[span]
+        least = bounds.least_memory_table(c, kinds[stage], in_flight)[span]
         assert memory <= kept * (1 + 1e-9)
         assert least <= own * (1 + 1e-9)
         if exact:
