@@ -18,7 +18,7 @@ from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.search.balance import range_sums
 from autopar.search.best_first import Engine
-from autopar.search.bounds import StageTable as BlockTimes
+from autopar.search.block_table import StageTimes as BlockTimes
 from autopar.search.candidates import Candidate, axis_variants, divisors
 from autopar.search.elimination import Table
 from autopar.search.runs import RunPool, StageTimes
