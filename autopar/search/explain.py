@@ -17,7 +17,7 @@ from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.errors import InputError
 from autopar.graph.model_graph import DTYPE_BYTES, Block, BlockClass, ModelGraph, Op
 from autopar.plan.plan import Certificate, Plan, Stage, is_layer
-from autopar.search.intra_op import Problem
+from autopar.search.block_problem import Problem
 from autopar.search.mathopt import minimize
 from autopar.search.other_plans import OtherPlan, other_plans
 from autopar.sharding.joint import JointStrategy, joint_strategies, placement_text

@@ -11,7 +11,8 @@ from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.loss_terms import needs_whole_batch
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
-from autopar.search.intra_op import is_hidden, is_image, shard_class, shard_class_jointly
+from autopar.search.block_problem import is_hidden, is_image
+from autopar.search.intra_op import shard_class, shard_class_jointly
 from autopar.search.rewriting import Variants, Weighed, best_rewrites
 from autopar.search.ties import TieSearch
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies

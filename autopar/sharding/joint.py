@@ -8,10 +8,14 @@ strategy has one strategy an axis in the same sense: the second is one of the op
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autopar.graph.model_graph import Arg, BlockClass, Op, Ref, TensorInfo
 from autopar.sharding.factors import OpFactors, Split
@@ -57,7 +61,53 @@ def can_be_placed(shape: tuple[int, ...], placement: Placement, sizes: Sequence[
     return True
 
 
-def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[JointStrategy, ...]]:
+class JointOptions(Sequence[JointStrategy]):
+    """The joint strategies of one op as rows of numbers: row i runs `strategies[ids[i, axis]]` on each axis."""
+
+    def __init__(self, strategies: Sequence[Strategy], ids: NDArray[np.intp]) -> None:
+        self.strategies, self.ids = tuple(strategies), ids
+
+    @staticmethod
+    def of(options: Sequence[JointStrategy], num_axes: int) -> JointOptions:
+        """The same strategies, in the same order."""
+        if isinstance(options, JointOptions):
+            return options
+        number: dict[Strategy, int] = {}
+        rows = [[number.setdefault(own, len(number)) for own in choice] for choice in options]
+        return JointOptions(tuple(number), np.array(rows, dtype=np.intp).reshape(len(options), num_axes))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> JointStrategy: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[JointStrategy, ...]: ...
+    def __getitem__(self, index: int | slice) -> JointStrategy | tuple[JointStrategy, ...]:
+        if isinstance(index, slice):
+            return tuple(map(self._row, self.ids[index]))
+        return self._row(self.ids[index])
+
+    def __iter__(self) -> Iterator[JointStrategy]:
+        return map(self._row, self.ids)
+
+    def __contains__(self, choice: object) -> bool:
+        if not isinstance(choice, tuple) or len(choice) != self.ids.shape[1]:
+            return False
+        found = np.ones(len(self), dtype=np.bool_)
+        for axis, own in enumerate(choice):
+            found &= np.array([own == other for other in self.strategies], dtype=np.bool_)[self.ids[:, axis]]
+        return bool(found.any())
+
+    def only(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> JointOptions:
+        """Some of the strategies."""
+        return JointOptions(self.strategies, self.ids[rows])
+
+    def _row(self, ids: NDArray[np.intp]) -> JointStrategy:
+        return tuple([self.strategies[i] for i in ids])
+
+
+def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, Sequence[JointStrategy]]:
     """Every way to run each op of the class on axes of these sizes, at most one factor an axis.
 
     Axes may split the same factor one after the other. A lowering that is no wrapper, because it depends on which part
@@ -66,7 +116,7 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[J
     single: dict[int, ClassStrategies] = {size: class_strategies(cls, size) for size in dict.fromkeys(sizes)}
     if len(sizes) == 1:
         return {name: tuple((strategy,) for strategy in found) for name, found in single[sizes[0]].items()}
-    result: dict[str, tuple[JointStrategy, ...]] = {}
+    result: dict[str, Sequence[JointStrategy]] = {}
     for op in cls.ops:
         factors = single[sizes[0]].factors.get(op.name)
         if factors is None:  # no rule, or no gradient: whole on every rank
@@ -81,16 +131,16 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, tuple[J
 def joint_strategies_with(
     op: Op, tensors: Mapping[str, TensorInfo], sizes: Sequence[int], factors: OpFactors,
     splits: Sequence[Sequence[Split]],
-) -> tuple[JointStrategy, ...]:
-    """Every way to run an op on axes of these sizes with each axis's splits, or none; each choice of states once.
-
-    Equal strategies are one object, in whichever choice they occur.
-    """
+) -> JointOptions:
+    """Every way to run an op on axes of these sizes with each axis's splits, or none; each choice of states once."""
     tree = _Choices(op, tensors, factors, tuple(sizes), splits)
-    kept: dict[tuple[int, ...], JointStrategy] = {}
-    for choice in tree.following(()):
-        kept.setdefault(tuple([tree.number[id(own)] for own in choice]), choice)
-    return tuple(kept.values())
+    ids = tree.following(())
+    same = np.array(tree.same)[ids]  # equal rows choose the same states
+    code = np.zeros(len(ids), dtype=np.intp)
+    for axis in range(len(sizes)):
+        _, code = np.unique(code * len(tree.same) + same[:, axis], return_inverse=True)
+    _, first = np.unique(code, return_index=True)
+    return JointOptions(tree.strategies, ids[np.sort(first)])
 
 
 class _Choices:
@@ -100,51 +150,51 @@ class _Choices:
         self, op: Op, tensors: Mapping[str, TensorInfo], factors: OpFactors, sizes: tuple[int, ...],
         splits: Sequence[Sequence[Split]],
     ) -> None:
-        self.sizes, self.splits = sizes, splits
+        self.sizes, self.splits, self.factors = sizes, splits, factors
         self.differentiable, _ = gradients(op, tensors)
-        self.unsplit = strategies_with(op, tensors, sizes[0], factors, ())
-        self.number: dict[int, int] = {}  # of a strategy's id: equal ones of the same states
-        self._numbers: dict[tuple[object, ...], int] = {}
-        self._strategies: dict[tuple[Split, tuple[int, ...]], Strategy] = {}
-        self._following: dict[tuple[int, tuple[tuple[Split, int], ...]], list[JointStrategy]] = {}
-        self.factors = factors
-        for own in self.unsplit:
-            self._count(own)
+        self.strategies: list[Strategy] = []
+        self.same: list[int] = []  # of each strategy, a number of its states
+        self._states: dict[tuple[object, ...], int] = {}
+        self._number: dict[tuple[Split, tuple[int, ...]], int] = {}
+        self._following: dict[tuple[int, tuple[tuple[Split, int], ...]], NDArray[np.intp]] = {}
+        self._unsplit = [self._count(own) for own in strategies_with(op, tensors, sizes[0], factors, ())]
 
-    def following(self, earlier: tuple[tuple[Split, int], ...], axis: int = 0) -> list[JointStrategy]:
+    def following(self, earlier: tuple[tuple[Split, int], ...], axis: int = 0) -> NDArray[np.intp]:
         """The strategies of the axes from `axis` on, on the op as the `earlier` splits (with their sizes) leave it."""
         if axis == len(self.sizes):
-            return [()]
+            return np.zeros((1, 0), dtype=np.intp)
         key = axis, earlier
         if key in self._following:
             return self._following[key]
-        size = self.sizes[axis]
-        left = dict(self.factors.sizes)
+        size, left = self.sizes[axis], dict(self.factors.sizes)
         for done, parts in earlier:
             left.update((name, left[name] // parts) for name, _ in self.factors.parts(done))
         factors = replace(self.factors, sizes=left)
         rest = self.following(earlier, axis + 1)
-        found = [(own, *others) for own in self.unsplit for others in rest]
+        found = [_before(own, rest) for own in self._unsplit]
         for split in self.splits[axis]:
             own = _seen_locally(factors, split, earlier)
             if own is None or factors.refusal(own, size) or not _may_follow(factors, own, earlier):
                 continue
-            strategy = self._strategy(factors, own)
-            found += [(strategy, *others) for others in self.following((*earlier, (own, size)), axis + 1)]
-        self._following[key] = found
-        return found
+            number = self._split(factors, own)
+            found.append(_before(number, self.following((*earlier, (own, size)), axis + 1)))
+        self._following[key] = np.concatenate(found)
+        return self._following[key]
 
-    def _strategy(self, factors: OpFactors, split: Split) -> Strategy:
+    def _split(self, factors: OpFactors, split: Split) -> int:
         key = split, tuple(factors.sizes.values())
-        if key not in self._strategies:
-            made = factors.strategy(split, self.differentiable)
-            self._strategies[key] = made
-            self._count(made)
-        return self._strategies[key]
+        if key not in self._number:
+            self._number[key] = self._count(factors.strategy(split, self.differentiable))
+        return self._number[key]
 
-    def _count(self, own: Strategy) -> None:
-        states = own.inputs, own.outputs, own.lowering
-        self.number[id(own)] = self._numbers.setdefault(states, len(self._numbers))
+    def _count(self, own: Strategy) -> int:
+        self.strategies.append(own)
+        self.same.append(self._states.setdefault((own.inputs, own.outputs, own.lowering), len(self._states)))
+        return len(self.strategies) - 1
+
+
+def _before(first: int, rest: NDArray[np.intp]) -> NDArray[np.intp]:
+    return np.concatenate([np.full((len(rest), 1), first, dtype=np.intp), rest], axis=1)
 
 
 def _seen_locally(

@@ -159,12 +159,12 @@ class ClassCosts:
         self._memo, self._facts = _memo(device, dtype, self.axes), _facts_of(cls)
         self._op_numbers: dict[str, int] = {}
 
-    def of_first_axes(self, count: int) -> ClassCosts:
-        """The costs where only the first `count` axes are there."""
-        last = self.axes[count - 1]
+    def on_axes(self, axes: Sequence[CostAxis]) -> ClassCosts:
+        """The costs on these axes instead, outermost first."""
+        last = axes[-1]
         return ClassCosts(
             self.graph, self.cls, tp=last.size, rows=self.rows, device=self.device, tp_group=last.group,
-            dtype=self.dtype, tp_groups_per_node=last.groups_per_node, outer=self.axes[: count - 1],
+            dtype=self.dtype, tp_groups_per_node=last.groups_per_node, outer=axes[:-1],
         )
 
     def whole(self, name: str) -> LocalTensor:

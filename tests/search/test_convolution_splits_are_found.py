@@ -16,8 +16,8 @@ from autopar.cluster.parse import parse_cluster
 from autopar.graph.capture import capture
 from autopar.graph.model_graph import BlockClass, ModelGraph, TensorInfo
 from autopar.plan.verify import verify_plan
+from autopar.search.block_problem import boundary_placement
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.search.intra_op import boundary_placement
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.search.shardings import ShardingChooser
 from autopar.sharding.lowering import Lowering

@@ -11,9 +11,9 @@ from toy_graphs import cluster, device, mlp_chain
 from autopar.errors import InputError
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
+from autopar.search.block_problem import Problem
 from autopar.search.explain import Explanation, explain, split_text
 from autopar.search.explain_text import explain_json, explain_table
-from autopar.search.intra_op import Problem
 from autopar.search.planner import Degrees, PlanRequest, find_plan, plan_from_degrees
 from autopar.sharding.joint import joint_strategies
 from autopar.sharding.state import R

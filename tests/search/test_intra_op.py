@@ -6,7 +6,8 @@ from toy_graphs import LINK, NETWORK, device, mlp_chain
 from autopar.cluster.cluster import GroupShape
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.sharding_checks import sharding_problems
-from autopar.search.intra_op import Problem, shard_class
+from autopar.search.block_problem import Problem
+from autopar.search.intra_op import shard_class
 from autopar.search.mathopt import solve
 from autopar.sharding.joint import joint_strategies
 from autopar.sharding.propagate import class_strategies

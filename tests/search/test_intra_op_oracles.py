@@ -14,9 +14,10 @@ from toy_graphs import LINK, NETWORK, ClassBuilder, device, empty_class
 
 from autopar.cluster.cluster import GroupShape, Link
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Ref
+from autopar.search.block_problem import Problem
 from autopar.search.elimination import FactorGraph, eliminate
 from autopar.search.explain import block_s
-from autopar.search.intra_op import Problem, best_sharding, shard_class_jointly
+from autopar.search.intra_op import best_sharding, shard_class_jointly
 from autopar.search.mathopt import solve
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies
 from autopar.sharding.state import R, shard
@@ -115,6 +116,8 @@ def check_search(cls: BlockClass, boundary: Placement, link: Link, seed: int, we
     """Search, brute force and simulator agree; whether the block can be split so at all."""
     costs, chance = costs_of(cls, len(boundary), link), np.random.default_rng(seed)
     strategies: Mapping[str, Sequence[JointStrategy]] = joint_strategies(cls, (2,) * len(boundary))
+    if len(boundary) > 2:  # so many that tables of pairs alone take long
+        strategies = fewer(strategies, 24, chance)
     problem = Problem(cls, strategies, boundary, costs, parameter_weight=weight)
     for most in (12, 8, 5, 4, 3, 2):
         if math.prod(problem.graph.sizes) <= MAX_ASSIGNMENTS:
@@ -155,6 +158,37 @@ def test_two_axes_equal_brute_force(
     cls: BlockClass, boundary: Placement, link: Link, seed: int, weight: float
 ) -> None:
     check_search(cls, boundary, link, seed, weight)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(
+    block_classes(3),
+    st.sampled_from([(R,) * 3, (shard(1), R, R), (shard(1), shard(1), R), (R,) * 4, (shard(1), shard(1), R, R)]),
+    st.sampled_from([LINK, FAST]), st.integers(0, 99), st.sampled_from([0.0, 1.0]),
+)
+def test_three_and_four_axes_equal_brute_force(
+    cls: BlockClass, boundary: Placement, link: Link, seed: int, weight: float
+) -> None:
+    check_search(cls, boundary, link, seed, weight)
+
+
+@pytest.mark.parametrize("link", [LINK, FAST], ids=lambda link: link.name)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_three_axes_equal_highs_on_real_blocks(name: str, link: Link) -> None:
+    """Four of each op's strategies, for HiGHS takes minutes with all of them."""
+    graph = real_graph(name)
+    cls = max(graph.classes, key=lambda own: len(own.ops))
+    outer = (CostAxis(2, group(link)),) * 2
+    costs = ClassCosts(
+        graph, cls, tp=2, rows=graph.rows, device=device(1e-4), tp_group=group(link), dtype="float32", outer=outer
+    )
+    strategies = fewer(joint_strategies(cls, (2, 2, 2)), 4, np.random.default_rng(0))
+    found = best_sharding(cls, strategies, (R,) * 3, costs)
+    oracle = solve(Problem(cls, strategies, (R,) * 3, costs).graph)
+    assert found is not None
+    assert oracle is not None
+    assert found.cost_s == pytest.approx(oracle.cost, rel=1e-9)
+    assert found.gap <= 1e-9
 
 
 def test_the_random_blocks_are_split_where_links_are_fast_and_whole_where_they_are_slow() -> None:

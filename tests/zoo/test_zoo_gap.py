@@ -10,8 +10,9 @@ from harness import DTYPE, captured
 from local_machines import slow_cluster
 
 from autopar.graph.model_graph import BlockClass, ModelGraph
+from autopar.search.block_problem import Problem
 from autopar.search.explain import block_s
-from autopar.search.intra_op import Problem, Proved, best_sharding
+from autopar.search.intra_op import Proved, best_sharding
 from autopar.search.shardings import slowest_device, tp_group
 from autopar.sharding.joint import joint_strategies
 from autopar.sharding.state import R
