@@ -246,6 +246,13 @@ class Engine:
             self.best = found
         return found
 
+    def quickest_pipelines(self, count: int) -> list[Found]:
+        """Of all that was simulated and fits the pipelines of least time, each candidate's best cut."""
+        best: dict[Candidate, Found] = {}
+        for found in sorted(own for own in self._simulated.values() if own is not None and own.candidate.pp > 1):
+            best.setdefault(found.candidate, found)
+        return list(best.values())[:count]
+
     def plan(self, c: Candidate, cuts: Cuts) -> Plan:
         """The candidate as a plan, with no certificate yet; layers recompute or offload so that every stage fits.
 

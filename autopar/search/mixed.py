@@ -20,13 +20,12 @@ from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, divisors
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
-from autopar.search.plan_schedules import other_schedule
+from autopar.search.plan_schedules import WORTH, other_schedule
 from autopar.search.runs import Passed, Runs, RunStage
 from autopar.sharding.rewrite import Rewrite
 from autopar.simulate.simulator import simulate
 
 log = logging.getLogger(__name__)
-WORTH = 0.002  # what an order of its own must gain
 CLOSE = 0.005  # what is not better by so much is not looked for
 MAX_PASSES = 6  # of one number of micro-batches, each after a better plan was found
 MAX_IMPROVED = 150  # simulations
@@ -139,6 +138,7 @@ class _Search:
                 if not self._pass(problem) or self.best_s == before_s:
                     break
         self._try_idle()
+        self._put_off_weights()
         for problem in open_:
             self._check_time()
             if problem.lower_s < self.goal_s:
@@ -197,6 +197,20 @@ class _Search:
                     step_time_s=least,
                     unused=", ".join(self.pools.name(pool) for pool in pools if not mask >> pool & 1),
                     used="+".join(self.pools.name(pool) for pool in pools if mask >> pool & 1),
+                )
+
+    def _put_off_weights(self) -> None:
+        """Takes the best plan in an order that puts off gradients of weights, where that is better."""
+        best = self.outcome.best
+        if best is None:
+            return
+        self._check_time()
+        other = other_schedule(self.engine.graph, self.cluster, replace(best.plan, actions=()))
+        if other is not None and other != best.plan:
+            timeline = simulate(self.engine.graph, self.cluster, other, detail=False)
+            if timeline.feasible and timeline.step_time_s < best.step_time_s * (1 - WORTH):
+                self.outcome.best = replace(
+                    best, plan=other, step_time_s=timeline.step_time_s, peak_bytes=timeline.rank_peak_bytes
                 )
 
     def _told(self) -> None:

@@ -1,21 +1,97 @@
-"""Other orders of a plan's micro-batches: warm-ups as deep as memory lets, and weights' gradients put off."""
+"""Other orders of a plan's micro-batches: deeper warm-ups, weights' gradients put off, several stages on a device."""
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import replace
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from autopar.cluster.cluster import Cluster
+from autopar.errors import AutoparError
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import actions_to_csv
-from autopar.plan.plan import Plan, Schedule
+from autopar.plan.plan import Plan, Recompute, Schedule
+from autopar.plan.verify import problems
+from autopar.search.best_first import Engine, Found
 from autopar.search.schedule_search import search_schedule
 from autopar.sharding.rewrites import rewritten
-from autopar.simulate.simulator import pipeline_times
+from autopar.simulate.simulator import pipeline_times, simulate
 from autopar.simulate.splitting import unsplit_reason
 
+log = logging.getLogger(__name__)
 MAX_ACTIONS = 20_000  # of a plan with an order of its own, all ranks together
 MAX_LISTED = 600  # actions up to which list schedules are tried
+WORTH = 0.002  # what another order must gain
+ORDERED = 3  # pipelines, those of least time under 1F1B, that are tried in other orders
+CHUNKS = (2, 4)  # stages on a device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ordered:
+    """A plan in another order than 1F1B, simulated and found to fit. Bytes are of each stage's devices."""
+
+    step_time_s: float
+    plan: Plan
+    peak_bytes: tuple[float, ...]
+    limit_bytes: tuple[float, ...]
+
+
+def search_orders(engine: Engine, best_s: float, deadline: float | None) -> Ordered | None:
+    """The best of the quickest pipelines in other orders; None where none is better than `best_s`."""
+    found: Ordered | None = None
+    for base in engine.quickest_pipelines(ORDERED):
+        for plan in _orders(engine, base, best_s):
+            if engine.interrupted or (deadline is not None and time.monotonic() > deadline):
+                return found
+            limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
+            made = _simulated(engine, base, plan)
+            if made is not None and made.step_time_s < limit_s:
+                found = made
+    return found
+
+
+def _simulated(engine: Engine, base: Found, plan: Plan) -> Ordered | None:
+    try:
+        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
+    except AutoparError as error:
+        log.info("a pipeline in another order cannot be simulated: %s", error)
+        return None
+    if not timeline.feasible or (problem := next(problems(plan, engine.graph), None)):
+        log.info("a pipeline in another order: %s", problem if timeline.feasible else timeline.infeasible_reason)
+        return None
+    ranks = [index % base.candidate.pp for index in range(plan.num_stages)]
+    return Ordered(
+        step_time_s=timeline.step_time_s, plan=plan,
+        peak_bytes=tuple(timeline.rank_peak_bytes[rank] for rank in ranks),
+        limit_bytes=tuple(base.limit_bytes[rank] for rank in ranks),
+    )
+
+
+def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:
+    """The pipeline in other orders, where its busiest stage leaves room for a gain."""
+    c, plan = base.candidate, engine.plan(base.candidate, base.cuts)
+    costs, _ = pipeline_times(rewritten(engine.graph, plan.rewrites), engine.cluster, plan)
+    busiest = max(
+        c.num_micro_batches * (cost.forward_s + cost.backward_s) + cost.step_once_s
+        for own in costs for cost in own.values()
+    )
+    if busiest >= best_s * (1 - WORTH):
+        return
+    other = other_schedule(engine.graph, engine.cluster, plan)
+    if other is not None:
+        yield other
+    plain = all(stage.recompute is Recompute.NONE and not stage.variants for stage in plan.stages)
+    for chunks in CHUNKS if plain and c.num_micro_batches % c.pp == 0 else ():
+        cuts = engine.even_cuts(c.pp * chunks)
+        if cuts is not None and c.pp * chunks * c.num_micro_batches * 2 <= MAX_ACTIONS:
+            stages = tuple(
+                replace(plan.stages[i % c.pp], first=first, last=last, virtual=i // c.pp)
+                for i, (first, last) in enumerate(pairwise(cuts))
+            )
+            yield replace(plan, stages=stages, schedule=Schedule.INTERLEAVED)
 
 
 def other_schedule(graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True) -> Plan | None:

@@ -20,6 +20,7 @@ from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.mixed import search_mixed
 from autopar.search.need import smallest_need
+from autopar.search.plan_schedules import ORDERED, search_orders
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
 
@@ -36,7 +37,10 @@ IN_RUNS = (
 )
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
 MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
-OTHER_ORDERS = "interleaved, zero-bubble and other schedules than 1F1B"
+OTHER_ORDERS = (
+    f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
+    "best pipelines"
+)
 ON_AN_AXIS = "expert parallelism on an axis of its own"
 OTHER_CHOICES = (
     "op strategies other than each block's own fastest at the smallest micro-batch",
@@ -52,7 +56,8 @@ NOT_SEARCHED = (
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (
-    "interleaved and zero-bubble schedules", ON_AN_AXIS, "leaving a part of a kind of nodes unused", *OTHER_CHOICES
+    "interleaved schedules of such stages, and zero-bubble but for the best plan", ON_AN_AXIS,
+    "leaving a part of a kind of nodes unused", *OTHER_CHOICES,
 )
 
 
@@ -118,10 +123,17 @@ def find_plan(
         if not space:
             raise InputError(no_mesh(cluster, request))
         raise InfeasibleError(smallest_need(engine, space, deadline))
+    ordered = search_orders(engine, step_s, deadline)
+    if ordered is not None:
+        step_s = ordered.step_time_s
+        outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))
     searched_s = time.monotonic() - began
     offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
-    if mixed.best is not None and mixed.best.step_time_s == step_s:
+    if ordered is not None:
+        plan = ordered.plan
+        memory = tuple(zip(ordered.peak_bytes, ordered.limit_bytes, strict=True))
+    elif mixed.best is not None and mixed.best.step_time_s == step_s:
         plan = mixed.best.plan
         memory = tuple(zip(mixed.best.peak_bytes, mixed.best.limit_bytes, strict=True))
     else:

@@ -7,13 +7,16 @@ from dataclasses import replace
 import fuzz_models
 import pytest
 import runtime_models
+from local_machines import slow_cluster
 from staged_plans import Layout, staged_plan
 from test_parity import graph_of
 
+from autopar.cluster.cluster import Cluster
 from autopar.errors import InputError
 from autopar.plan.plan import Mesh, Plan, Recompute, Schedule
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import ParityReport, capture_for, compare
+from autopar.search.planner import PlanRequest, find_plan
 
 pytestmark = pytest.mark.processes
 
@@ -125,3 +128,18 @@ def test_what_follows_from_no_input_of_its_stage_and_is_used_twice_keeps_the_bac
     report = compare(fuzz_models.t5, staged_plan(graph, layouts, actions=actions), steps=2, pool=pool)
     assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
     assert len(unsplit(report)) == 1 and "decoder.block.0" in unsplit(report)[0]
+
+
+def test_a_plan_that_was_found_for_unlike_nodes(pool: LocalPool) -> None:
+    """A node of two quick devices and a slow one of one: stages with meshes of their own, in an order of their own."""
+    quick = slow_cluster(2).nodes[0]
+    network = replace(quick.network, name="slow", bandwidth_bytes_per_s=5e6)
+    slow = replace(quick.device, name="slower", peak_flops=tuple((name, rate / 3) for name, rate in
+                                                               quick.device.peak_flops))
+    machine = Cluster(name="unlike", nodes=(
+        replace(quick, network=network), replace(quick, device=slow, num_devices=1, network=network)))
+    plan = find_plan(graph_of("llama_untied", "float64"), machine, PlanRequest(
+        global_batch=8, dtype="float64", param_dtype="float64", optimizer="sgd"))
+    assert plan.num_stages > 1
+    assert len({stage.mesh for stage in plan.stages}) > 1
+    check(pool, "llama_untied", plan)

@@ -1,0 +1,91 @@
+"""A pipeline takes another order of its micro-batches where that is faster and fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from toy_graphs import cluster, mlp_chain
+
+from autopar.cluster.cluster import Cluster
+from autopar.plan.actions import most_in_flight
+from autopar.plan.plan import Plan, Schedule
+from autopar.plan.verify import verify_plan
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.search.plan_schedules import other_schedule
+from autopar.search.planner import PlanRequest, find_plan
+from autopar.simulate.schedules import plan_actions
+from autopar.simulate.simulator import simulate
+
+GRAPH = mlp_chain(num_layers=8, hidden=512, inner=2048, seq_len=64)
+
+
+def machine(bandwidth: float = 1e11) -> Cluster:
+    """Four nodes of one device."""
+    nodes = cluster(per_node=1, speeds=(1.0,) * 4).nodes
+    return Cluster(name="four", nodes=tuple(
+        replace(node, network=replace(node.network, bandwidth_bytes_per_s=bandwidth)) for node in nodes
+    ))
+
+
+def pipeline(own: Cluster) -> Plan:
+    return plan_from_degrees(GRAPH, own, Degrees(global_batch=16, micro_batch=2, pp=4))
+
+
+def test_weights_are_put_off_where_that_shortens_the_bubble() -> None:
+    own = machine()
+    plan = pipeline(own)
+    other = other_schedule(GRAPH, own, plan)
+    assert other is not None
+    verify_plan(other, GRAPH, own)
+    assert simulate(GRAPH, own, other).step_time_s < simulate(GRAPH, own, plan).step_time_s
+    assert any("W" in row for row in other.actions) or other.schedule is Schedule.ZERO_BUBBLE
+
+
+def test_a_slow_link_is_hidden_by_a_deeper_warm_up() -> None:
+    own = machine(bandwidth=3e7)
+    plan = pipeline(own)
+    other = other_schedule(GRAPH, own, plan, split_backward=False)
+    assert other is not None and not any("W" in row for row in other.actions)
+    verify_plan(other, GRAPH, own)
+    assert simulate(GRAPH, own, other).step_time_s < simulate(GRAPH, own, plan).step_time_s
+    assert most_in_flight(plan_actions(other)[0])[0] > most_in_flight(plan_actions(plan)[0])[0]
+
+
+def test_no_more_is_in_flight_than_memory_holds() -> None:
+    own = machine(bandwidth=3e7)
+    plan = pipeline(own)
+    peak = max(group.memory.total for group in simulate(GRAPH, own, plan).groups)
+    tight = Cluster(name="tight", nodes=tuple(
+        replace(node, device=replace(node.device, memory_bytes=int(peak * 1.0001), usable_memory_fraction=1.0))
+        for node in own.nodes
+    ))
+    other = other_schedule(GRAPH, tight, plan, split_backward=False)
+    assert other is None or simulate(GRAPH, tight, other).feasible
+
+
+@cache
+def planned() -> tuple[Plan, Cluster]:
+    own = machine(bandwidth=1e8)
+    return find_plan(GRAPH, own, PlanRequest(global_batch=16, mesh=(("pp", 4),))), own
+
+
+def test_a_planned_pipeline_is_ordered_where_that_is_faster() -> None:
+    plan, own = planned()
+    verify_plan(plan, GRAPH, own)
+    timeline = simulate(GRAPH, own, plan)
+    assert timeline.feasible and plan.certificate is not None
+    assert plan.certificate.upper_bound_s == timeline.step_time_s
+    assert plan.certificate.lower_bound_s <= timeline.step_time_s
+    plain = replace(plan, actions=(), schedule=Schedule.ONE_F_ONE_B)
+    assert plan.actions or plan.schedule is not Schedule.ONE_F_ONE_B
+    if all(stage.virtual == 0 for stage in plan.stages):
+        assert timeline.step_time_s < simulate(GRAPH, own, plain).step_time_s
+
+
+@pytest.mark.parametrize("words", ["other schedules than 1F1B, but for"])
+def test_what_was_not_searched_names_the_other_orders(words: str) -> None:
+    plan, _ = planned()
+    assert plan.certificate is not None
+    assert any(own.startswith(words) for own in plan.certificate.not_searched)
