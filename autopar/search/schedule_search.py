@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 MAX_SHOP = 170  # tasks that CP-SAT is given
 WORK_LIMIT = 2.0  # its deterministic seconds
 Offer = Callable[[ActionLists, str], float]  # takes lists and their name, gives their step time
+MAX_ADJUSTED = 200_000  # actions that are executed to find depths of warm-ups
 TICKS = 2000  # the longest action in whole ticks, where times are no whole numbers
 
 
@@ -160,9 +161,10 @@ def _adjust_warmup(stages: Sequence[StageTimes], m: int, caps: Sequence[int], of
             seen[depths] = offer(one_f_one_b(p, m, depths), "1f1b, warm-up adjusted")
         return seen[depths]
 
-    depths = min(starts, key=tried)
+    most = max(8, MAX_ADJUSTED // (2 * p * m))
+    depths = min(list(dict.fromkeys(starts))[:most], key=tried)
     improved = True
-    while improved:
+    while improved and len(seen) < most:
         improved = False
         for r, change, alone in product(range(p), (1, -1), (True, False)):
             other = tuple(

@@ -48,12 +48,12 @@ def test_plans_are_legal_feasible_and_no_worse_than_their_baselines(
     assert certificate is not None
     assert certificate.upper_bound_s == timeline.step_time_s
     assert certificate.lower_bound_s <= certificate.upper_bound_s
-    assert len({stage.mesh for stage in plan.stages}) == 1
-    assert plan.schedule is Schedule.ONE_F_ONE_B
+    assert len({stage.mesh for stage in plan.stages}) == 1 or not machine.is_uniform
     for baseline in plan.baselines:
         assert baseline.step_time_s is None or certificate.upper_bound_s <= baseline.step_time_s
-    for stage, group in zip(plan.stages, timeline.groups, strict=True):
-        assert stage.peak_memory_bytes == group.memory.total
+    num_ranks = sum(stage.virtual == 0 for stage in plan.stages)
+    for index, stage in enumerate(plan.stages):
+        assert stage.peak_memory_bytes == timeline.rank_peak_bytes[index % num_ranks]
         assert stage.memory_limit_bytes is not None
         assert stage.peak_memory_bytes <= stage.memory_limit_bytes
 
