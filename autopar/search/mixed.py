@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 CLOSE = 0.005  # what is not better by so much is not looked for
 MAX_PASSES = 6  # of one number of micro-batches, each after a better plan was found
 MAX_IMPROVED = 150  # simulations
-MAX_POOLS = 8
+MAX_POOLS = 6
 SETTINGS_TRIED = 3  # of a stage, when a plan is improved
 
 
