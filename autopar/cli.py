@@ -17,6 +17,7 @@ import typer
 
 from autopar.cli_cluster import cluster_app
 from autopar.cli_doctor import doctor
+from autopar.cli_help import examples
 from autopar.cli_options import (
     Attention,
     AttentionKind,
@@ -86,7 +87,7 @@ from autopar.plan.plan import Recompute
 
 INTERRUPTED = 130
 
-app = typer.Typer(add_completion=False, help="Plans, checks and runs the parallel training of PyTorch models.",
+app = typer.Typer(help="Plans, checks and runs the parallel training of PyTorch models.",
                   pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -261,7 +262,7 @@ def _require_equal(parity: dict[str, Any]) -> None:
 
 
 for command in (demo, plan, simulate, sweep, show, viz, verify, export, profile, doctor):  # in the order of --help
-    app.command()(command)
+    app.command(epilog=examples(command.__name__))(command)
 app.add_typer(cluster_app, name="cluster")
 
 
@@ -284,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a usage error of the command line: a bug of ours
             raise
-        return _fail(f"{error.format_message()} (see `autopar --help`)", 2, words)
+        where = getattr(getattr(error, "ctx", None), "command_path", "autopar")
+        return _fail(f"{error.format_message()} (see `{where} --help`)", 2, words)
     if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code
         return _fail("interrupted", INTERRUPTED, words)
     return code if isinstance(code, int) else 0
@@ -293,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _with_explain(words: list[str]) -> list[str]:
     """The words, with the empty name after an `--explain` that has none."""
     given: list[str] = []
-    for word, following in zip(words, [*words[1:], "-"], strict=True):
+    for word, following in zip(words, [*words, "-"][1:], strict=True):
         given += [word, ""] if word == "--explain" and following.startswith("-") else [word]
     return given
 

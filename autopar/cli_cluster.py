@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from autopar.cli_help import examples
 from autopar.cli_options import Json, ProfileOption
 from autopar.cli_output import answer, check_writable
 from autopar.cli_requests import Simulations
@@ -33,7 +34,7 @@ def group() -> None:
     """Look at a cluster, as shorthand, a file or the running job describe it."""
 
 
-@cluster_app.command("show")
+@cluster_app.command("show", epilog=examples("cluster show"))
 def show_cluster(text: Described = "local", profile: ProfileOption = None, output: Exact = None,
                  json_: Json = False) -> None:
     """Print nodes, devices and links with their rates, and the source of each."""

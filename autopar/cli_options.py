@@ -34,7 +34,8 @@ ClusterText = Annotated[str, typer.Option(
     "--cluster", metavar="C", help="A YAML file, or shorthand such as 4x8xH100-80GB@3200Gbps, or `local`.")]
 OptionalCluster = Annotated[str | None, typer.Option("--cluster", metavar="C", help="As for `plan`.")]
 GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", min=1, help="Rows of one training step.")]
-OptionalGlobalBatch = Annotated[int | None, typer.Option("--global-batch", metavar="N", min=1)]
+OptionalGlobalBatch = Annotated[int | None, typer.Option(
+    "--global-batch", metavar="N", min=1, help="Rows of one training step.")]
 SeqLen = Annotated[int | None, typer.Option(
     "--seq-len", metavar="S", min=1, help="Tokens a row; the model's own if left out.")]
 Dtype = Annotated[str, typer.Option("--dtype", help=f"Compute dtype: {', '.join(SHORT_NAMES)}.")]

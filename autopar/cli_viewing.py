@@ -34,7 +34,7 @@ from autopar.files import write_text
 
 def show(path: OptionalPlanFile = None, compare: Compare = None, json_: Json = False) -> None:
     """Print a plan file as a table, or two of one model side by side."""
-    from autopar.plan.file import load_plan, plan_to_json
+    from autopar.plan.file import load_picture, load_plan, plan_to_json
     from autopar.plan.text import plan_table
     from autopar.plan.verify import verify_plan
 
@@ -48,7 +48,8 @@ def show(path: OptionalPlanFile = None, compare: Compare = None, json_: Json = F
         loaded = load_plan(path)
         verify_plan(loaded, None)
         reply.value = json.loads(plan_to_json(loaded))
-        reply.show(plan_table(loaded))
+        drawn = load_picture(path)
+        reply.show(plan_table(loaded, {**drawn["numbers"], "breakdown_s": drawn["breakdown_s"]} if drawn else None))
 
 
 def viz(

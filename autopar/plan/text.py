@@ -12,16 +12,30 @@ from rich.text import Text
 
 from autopar.plan.coverage import Coverage, TargetShare, coverage_line
 from autopar.plan.plan import Certificate, Mesh, Plan, Stage
+from autopar.plan.sketch import MOST_BOXES, bar, box_lines, stage_boxes, time_split
 
 GIB = 2.0**30
 Report = Mapping[str, Any]  # what Timeline.report() gives: DESIGN.md's keys
 
 
 def plan_table(plan: Plan, report: Report | None = None) -> Group:
-    """The printed plan: its settings, its stages, its certificate and its baselines, as a rich renderable."""
-    parts: list[Any] = [Text(headline(plan), style="bold"), _stages_table(plan, report)]
+    """The printed plan: its settings, its stages, its certificate and its baselines, as a rich renderable.
+
+    Several stages are sketched as boxes too; of `report`, the keys of the step's times are enough.
+    """
+    parts: list[Any] = [Text(headline(plan), style="bold")]
+    if 1 < plan.num_stages <= MOST_BOXES:
+        boxes = []
+        for i, stage in enumerate(plan.stages):
+            peak, limit = _memory_gib(plan, i, report)
+            boxes.append(box_lines(i, {
+                "blocks": _blocks_text(plan, stage, short=True), "ranks": ranges(stage.devices),
+                "num_devices": len(stage.devices), "mesh": mesh_text(stage.mesh), "peak_gib": peak, "limit_gib": limit,
+            }))
+        parts.append(stage_boxes(boxes))
+    parts.append(_stages_table(plan, report))
     if report is not None:
-        parts.append(Text(_performance(report)))
+        parts += [Text(_performance(report)), time_split(report["breakdown_s"], report["step_time_s"])]
     if plan.certificate is not None:
         parts.append(Text(certificate_line(plan.certificate)))
         if plan.certificate.not_searched:
@@ -101,8 +115,11 @@ def mesh_text(mesh: Mesh) -> str:
     return (" x ".join(named) or "1 device") + (f", ep {mesh.ep}" if mesh.ep > 1 else "")
 
 
-def _blocks_text(plan: Plan, stage: Stage) -> str:
+def _blocks_text(plan: Plan, stage: Stage, *, short: bool = False) -> str:
+    """The stage's blocks as first, last and number; `short`: "h.3" for "transformer.h.3"."""
     names = plan.blocks[stage.first : stage.last]
+    if short:
+        names = tuple(".".join(name.split(".")[-2:]) for name in names)
     if not names:
         return f"blocks {stage.first}-{stage.last - 1}"
     return names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
@@ -119,15 +136,21 @@ def _stages_table(plan: Plan, report: Report | None) -> Table:
     for name in ("stage", "blocks", "devices", "mesh", "zero", "recompute"):
         table.add_column(name)
     table.add_column("memory GiB (peak / limit)", justify="right")
-    peaks = _peaks(report)
     for index, stage in enumerate(plan.stages):
-        peak = stage.peak_memory_bytes / GIB if stage.peak_memory_bytes is not None else peaks.get(index)
-        limit = stage.memory_limit_bytes / GIB if stage.memory_limit_bytes is not None else None
+        peak, limit = _memory_gib(plan, index, report)
+        drawn = f"{bar(peak / limit, 10)} " if peak is not None and limit else ""
         table.add_row(
             str(index), _blocks_text(plan, stage), ranges(stage.devices), mesh_text(stage.mesh), str(stage.zero),
-            recompute_text(stage), f"{_gib(peak)} / {_gib(limit)}",
+            recompute_text(stage), f"{drawn}{_gib(peak)} / {_gib(limit)}",
         )
     return table
+
+
+def _memory_gib(plan: Plan, index: int, report: Report | None) -> tuple[float | None, float | None]:
+    """Peak and limit of a stage's fullest device, as the plan or else the report knows them."""
+    stage = plan.stages[index]
+    peak = stage.peak_memory_bytes / GIB if stage.peak_memory_bytes is not None else _peaks(report).get(index)
+    return peak, stage.memory_limit_bytes / GIB if stage.memory_limit_bytes is not None else None
 
 
 def _peaks(report: Report | None) -> dict[int, float]:
@@ -145,11 +168,9 @@ def _gib(size: float | None) -> str:
 
 
 def _performance(report: Report) -> str:
-    parts = report["breakdown_s"].items()
-    breakdown = ", ".join(f"{name} {seconds(time_s)}" for name, time_s in parts if time_s >= 1e-9)
     return (
         f"step {seconds(report['step_time_s'])}, {report['tokens_per_s_per_device']:.4g} tokens/s a device, "
-        f"MFU {report['mfu']:.1%}, bubble {report['bubble_fraction']:.1%}; {breakdown}"
+        f"MFU {report['mfu']:.1%}, bubble {report['bubble_fraction']:.1%}"
     )
 
 

@@ -14,15 +14,12 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.plan.plan import Plan, Stage
+from autopar.plan.sketch import PARTS
 from autopar.plan.text import mesh_text, ranges, recompute_text, seconds
 
 Picture = Mapping[str, Any]
 Pictures = tuple[Picture | None, Picture | None]
 
-PARTS = {
-    "compute": "compute", "tp_comm": "inside layers", "dp_comm": "data parallel", "pp_comm": "between stages",
-    "bubble": "bubble", "optimizer": "optimizer",
-}
 _NEGLIGIBLE = 0.005  # of the step: smaller changes of a part are not put in words
 
 
