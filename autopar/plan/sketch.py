@@ -17,7 +17,7 @@ BOXES_A_ROW = 4
 MOST_BOXES = 16  # of more stages the table alone is shown
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _NEGLIGIBLE_S = 1e-9
-_WIDEST = 24
+_WIDEST = 23  # four boxes and their arrows are 120 columns
 
 
 def bar(share: float, width: int) -> str:
