@@ -92,8 +92,8 @@ function chart(rows, [xKey, xName], [yKey, yName, text], axes) {
   names.forEach((label, i) => {
     const line = series.get(label), hue = `hsl(${(215 + i * 137.508) % 360} 55% var(--mid))`;
     if (xKey === "devices" && yKey === "tokens_per_s" && line.length > 1) {
-      const points = line.map((row) => [row.devices, line[0].tokens_per_s * row.devices / line[0].devices]).filter(([, value]) => value <= top * 1.6);
-      scene.append(svg("path", { d: path(points.map(([a, b]) => [px(a), Math.max(0, py(b))])), class: "ideal", stroke: hue }));
+      const ideal = line.map((row) => [px(row.devices), py(line[0].tokens_per_s * row.devices / line[0].devices)]);
+      scene.append(svg("path", { d: path(ideal), class: "ideal", stroke: hue }));
     }
     scene.append(svg("path", { d: path(line.map((row) => [px(row[xKey]), py(row[yKey])])), class: "line", stroke: hue }));
     for (const row of line) {
