@@ -183,7 +183,7 @@ def test_a_sweep_is_plotted(browser, tmp_path: Path, theme: str) -> None:
         page.locator("#plot circle[tabindex]").first.hover()
         assert "tokens/s" in page.locator(".tip").inner_text()
         before = page.locator("#plot svg").inner_html()
-        page.get_by_label("show").select_option("MFU")
-        page.get_by_label("over").select_option("global batch")
+        page.get_by_label("show", exact=True).select_option("MFU")
+        page.get_by_label("over", exact=True).select_option("global batch")
         assert page.locator("#plot path.line").count() == 3  # a line for each number of devices
         assert page.locator("#plot svg").inner_html() != before
