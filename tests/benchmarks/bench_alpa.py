@@ -57,8 +57,9 @@ def theirs_s(graph: ModelGraph, machine: Cluster, request: PlanRequest, groups: 
     ends = [0, *(round(n * sum(sizes[: i + 1]) / sum(sizes)) for i in range(len(sizes)))]
     for count in divisors(BATCH):
         for zero, meshes in product((0, 1, 2, 3), _meshes(groups)):
-            rewrites = engine.chooser.choose(meshes[0][1]).rewrites  # type: ignore[union-attr]
-            costs = MixedCosts(engine, pools, count, rewrites)
+            choice = engine.chooser.choose(max(tp for _, tp in meshes), sequence_parallel=False)
+            assert choice is not None, "GPT's layers split"
+            costs = MixedCosts(engine, pools, count, choice.rewrites)
             parts: list[Part] = []
             start = 0
             for (dp, tp), (first, last) in zip(meshes, pairwise(ends), strict=True):

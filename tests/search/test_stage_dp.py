@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from itertools import pairwise, product
@@ -13,6 +14,7 @@ import pytest
 from stage_brute_force import best_by_brute_force, random_tables
 
 from autopar.errors import InfeasibleError, InputError
+from autopar.search import tables as tables_module
 from autopar.search.objective import Goal, Objective
 from autopar.search.stage_dp import FoundStages, chosen_options, find_stages
 from autopar.search.tables import LayerOption, LayerStrategy, Link, Pool, StageTables, unequal_shares
@@ -214,3 +216,16 @@ def test_the_same_answer_whatever_the_hash_seed() -> None:
     ]
     assert runs[0] == runs[1]
     assert "FoundStages" in runs[0]
+
+
+def test_the_documented_example_of_tables_works() -> None:
+    """A fast device gets twice the layers of a slow one: 16 s a micro-batch each, 33 of those and the links."""
+    text = tables_module.__doc__ or ""
+    example = text[text.index("    from autopar") : text.index("    print(")]
+    names: dict[str, object] = {}
+    exec(textwrap.dedent(example), names)
+    found = names["found"]
+    assert isinstance(found, FoundStages)
+    assert [(stage.first, stage.last, stage.strategy) for stage in found.stages] == [(0, 8, 1), (8, 24, 0)]
+    assert found.step_time_s == pytest.approx(33 * 16 + 2 * 1e-3)
+    assert found.gap == 0
