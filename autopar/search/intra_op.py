@@ -29,7 +29,7 @@ from autopar.simulate.class_costs import ClassCosts
 log = logging.getLogger(__name__)
 ROUNDS = 12  # of moving costs, dropping strategies and looking for a better choice among the likeliest
 FEW = 400  # strategies of all ops together that are solved as they are
-MANY = 2500  # and the most that are solved at all
+MANY = 600  # and the most that are solved at all
 FEW_NODES = 4
 PRUNE_TO = 1 << 20  # entries of the largest table of an elimination after values were dropped
 _SAME = 1e-9  # of a cost, what rounding may add

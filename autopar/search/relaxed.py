@@ -25,6 +25,7 @@ from autopar.sharding.state import Kind, R, State
 from autopar.simulate.class_costs import RUNS_AS_IT_IS, ClassCosts
 
 Ints = NDArray[np.intp]
+_APART = 1e-10  # of the lower bound, shared by all ops; far above what rounding adds
 MOST_SHARING = 3  # consumers whose conversions are shared exactly; more are taken in groups, each with its part
 
 
@@ -246,6 +247,7 @@ class Relaxed:
             for slot in tensor.slots:
                 self._at[slot.op].append((tensor, slot))
         self.lower_bound = -math.inf
+        self._added = 0.0
 
     @property
     def count(self) -> int:
@@ -366,11 +368,20 @@ class Relaxed:
         return np.array(seconds)[inverse.reshape(-1)]
 
     def sweep(self) -> None:
-        """Costs are moved towards the last op and back; raises `lower_bound`."""
+        """Costs are moved towards the last op and back; raises `lower_bound`.
+
+        Alike axes make many choices equally good. The first sweep tells them apart by costs far below all others, so
+        that those which are likely go together; the bound is without them.
+        """
         for forwards in (True, False):
             for op in range(len(self.ids)) if forwards else range(len(self.ids) - 1, -1, -1):
                 self._visit(op, forwards=forwards)
-        self.lower_bound = max(self.lower_bound, self.constant + sum(float(own.min()) for own in self.unary))
+        found = self.constant + sum(float(own.min()) for own in self.unary) - self._added
+        if not self._added and 0 < found < math.inf:
+            self._added = _APART * found
+            chance, most = np.random.default_rng(0), self._added / len(self.unary)
+            self.unary = [own + most * chance.random(len(own)) for own in self.unary]
+        self.lower_bound = max(self.lower_bound, found)
 
     def _visit(self, op: int, *, forwards: bool) -> None:
         unary, ahead, behind = self.unary[op], [], 0
