@@ -29,7 +29,7 @@ from autopar.simulate.class_costs import ClassCosts
 log = logging.getLogger(__name__)
 ROUNDS = 12  # of moving costs, dropping strategies and looking for a better choice among the likeliest
 FEW = 400  # strategies of all ops together that are solved as they are
-MANY = 600  # and the most that are solved at all
+MANY, MANY_OF_TWO_AXES = 600, 2500  # and the most that are solved at all: on more axes conversions take longer
 FEW_NODES = 4
 PRUNE_TO = 1 << 20  # entries of the largest table of an elimination after values were dropped
 _SAME = 1e-9  # of a cost, what rounding may add
@@ -190,7 +190,8 @@ class _Joint:
         if math.isinf(relaxed.lower_bound):
             return None
         proved = self.cost - relaxed.lower_bound <= _SAME * self.cost
-        if self.rows is None or (not proved and relaxed.count <= MANY):
+        most = MANY if self.num_axes > 2 else MANY_OF_TWO_AXES
+        if self.rows is None or (not proved and relaxed.count <= most):
             return self._exactly(relaxed)
         problem = self.search.problem({name: [self.options[name][self.rows[name]]] for name in self.names})
         only = minimize(problem.graph)
