@@ -57,6 +57,13 @@ class Sorts:
         """table[first, last]: the value of the range's sort; infinity where there is none."""
         return np.asarray(np.append(of_sort, np.inf)[self.ranges])
 
+    def least(self, table: Table) -> Table:
+        """Of each sort of range the least value of its ranges in table[first, last]."""
+        found = np.full(len(self.counts), np.inf)
+        pairs = np.triu_indices(len(table), 1)
+        np.minimum.at(found, self.ranges[pairs], table[pairs])
+        return found
+
     def from_start(self, of_sort: Table) -> Table:
         """The values of the ranges from the chain's start to each block; 0 for the empty one."""
         found: Table = np.append(of_sort, np.inf)[self.ranges[0]]
@@ -180,6 +187,34 @@ class StageTable:
     once_s: Table
     once_beside_s: Table
     blocks: BlockTable
+    behind: Behind | None = None  # None: there is no communication, or nothing hides it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Behind:
+    """By entry, what a stage's ranges need to be timed with communication behind compute.
+
+    `gathers` and `reductions` of layers alone; `forward_s`, `backward_s` and `once_s` are without what they add.
+    """
+
+    gathers: Table
+    reductions: Table
+    forward_s: Table
+    backward_s: Table
+    once_s: Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RangeTimes:
+    """The times of a stage table by sort of range, not above the simulator's; `hidden_share` as there."""
+
+    forward_s: Table
+    backward_s: Table
+    plain_forward_s: Table
+    plain_backward_s: Table
+    hidden_share: float
+    once_s: Table
+    once_beside_s: Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

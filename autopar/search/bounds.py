@@ -15,6 +15,7 @@ with the simulator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -34,10 +35,11 @@ from autopar.cost_models.memory import (
 )
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
-from autopar.search.balance import smallest_bottleneck, smallest_sum
-from autopar.search.block_table import BlockTable, Sorts, StageTable, StageTimes
+from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum
+from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageTable, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
+from autopar.search.overlaps import backward_tables, forward_tables
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import Group, StageKind, StageLayout
 from autopar.search.variants import Weights, layer_options, least_added, levels
@@ -54,6 +56,7 @@ Room = tuple[Table, NDArray[np.bool_]]  # bytes left for activations, and whethe
 GENEROUS = 1e-9  # relative; sums over ranges are rounded
 ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothing else counts
 ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
+MANY_OVERLAPS = 256  # kept at once
 PARTS = 16  # into which the cuts over unlike stages are parted
 
 
@@ -63,9 +66,10 @@ class _Loads:
 
     `later`: what micro-batches after the first take, infinite where the range does not fit; `first`: what the first
     takes; `later_with_first`: `later` and what variants add to the first. `once`, by the end of stage 0's range: what
-    it does once a step, and the first micro-batch's time on links. `chain_s`: the first micro-batch's time through all
-    blocks where all stages are alike, but for what variants add. `own`: what a stage does in a step, whatever others
-    do: it counts where the step's end is long.
+    it does once a step, and the first micro-batch's time on links; `once_alone`: the same, where what variants add to
+    the first micro-batch on stage 0 is not counted. `chain_s`: the first micro-batch's time through all blocks where
+    all stages are alike, but for what variants add. `own`: what a stage does in a step, whatever others do: it counts
+    where the step's end is long.
     """
 
     later: list[Table]
@@ -73,6 +77,7 @@ class _Loads:
     first: list[Table]
     own: list[Table]
     once: Table
+    once_alone: Table
     chain_s: float | None
 
 
@@ -90,6 +95,7 @@ class Bounds:
         self._borders = tuple(dict.fromkeys(tuple(made[name] for name in names) for names in crossing))
         self._sorts = [Sorts.of(graph, self._layer, ends_apart=apart) for apart in (False, True)]
         self._blocks: dict[tuple[object, ...], BlockTable] = {}
+        self._overlaps: dict[tuple[object, ...], list[Table]] = {}
         self._limits: dict[tuple[object, ...], tuple[float, float]] = {}
         self._collectives: dict[tuple[int, Collective, float], float] = {}  # by a group's id; the layout keeps it
         self._last: tuple[Candidate, _Loads] | None = None
@@ -157,7 +163,15 @@ class Bounds:
                 return None
             least = smallest_bottleneck(_tables_of(sorts, all_loads.own))
             assert least is not None, "the same ranges are allowed"
-            return max(found.value + all_loads.chain_s, least.value), found.cuts
+            bound = max(found.value + all_loads.chain_s, least.value)
+            if c.pp > 1:
+                works = _tables_of(sorts, all_loads.first)
+                later, quickest = smallest_bottleneck(_tables_of(sorts, all_loads.later), once), smallest_sum(works)
+                assert later is not None and quickest is not None, "the same ranges are allowed"
+                bound = max(bound, later.value + quickest.value, _loops(works, once, c.num_micro_batches))
+                alone = smallest_bottleneck(_tables_of(sorts, all_loads.later), all_loads.once_alone)
+                bound = max(bound, all_loads.chain_s + (alone.value if alone is not None else 0.0))
+            return bound, found.cuts
         loads, works, owns = (
             _tables_of(sorts, each) for each in (all_loads.later, all_loads.first, all_loads.own)
         )
@@ -191,28 +205,33 @@ class Bounds:
             return [float(table[at]) for table, at in zip(tables, ranges, strict=True)]
 
         worst, through = max(of_ranges(loads.later)), sum(of_ranges(loads.first))
-        return max(*of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through)
+        return max(
+            *of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through,
+            worst + float(loads.once_alone[cuts[1]]) + (loads.chain_s or 0.0) if math.isfinite(through) else math.inf,
+        )
 
     def _loads(self, c: Candidate) -> _Loads:
         if self._last is not None and self._last[0] == c:
             return self._last[1]
         kinds = self._layout.kinds(c)
         tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
+        times = {kind: self._range_times(c, kind, table) for kind, table in tables.items()}
         m = c.num_micro_batches
         made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
             if (kind, in_flight) not in made:
-                made[kind, in_flight] = self._stage_loads(c, kind, in_flight, tables[kind])
+                made[kind, in_flight] = self._stage_loads(c, kind, in_flight, tables[kind].blocks, times[kind])
         every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
         found = _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
             first=[first for _, _, first in every],
             own=[
-                self._own(tables[kind], every[stage][0], every[stage][2], min(c.pp - stage, m))
+                self._own(times[kind], every[stage][0], every[stage][2], min(c.pp - stage, m))
                 for stage, kind in enumerate(kinds)
             ],
-            once=self._once(c, tables[kinds[0]]),
+            once=self._once(c, alike.blocks, times[kinds[0]], every[0][2]),
+            once_alone=self._once(c, alike.blocks, times[kinds[0]], None),
             chain_s=None if len(tables) > 1 else float(
                 (alike.forward_s + alike.backward_s) @ alike.blocks.sorts.number
             ),
@@ -225,43 +244,108 @@ class Bounds:
 
         Infinite where a range does not fit into memory with so many micro-batches in flight.
         """
-        later, both, first = self._stage_loads(c, kind, in_flight, self._entries(c, kind))
+        table = self._entries(c, kind)
+        later, both, first = self._stage_loads(c, kind, in_flight, table.blocks, _summed(table))
         sorts = self._sorts[c.pp > 1]
         return sorts.table(later), sorts.table(both), sorts.table(first)
 
     def _stage_loads(
-        self, c: Candidate, kind: StageKind, in_flight: int, table: StageTable
+        self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable, table: RangeTimes
     ) -> tuple[Table, Table, Table]:
-        m, sums = c.num_micro_batches, table.blocks.sorts.sums
-        work = sums(table.forward_s + table.backward_s)
-        load = sums((m - 1) * table.backward_s + (m - in_flight) * table.forward_s)
-        room = self._room(c, kind, in_flight, table.blocks)
+        m = c.num_micro_batches
+        work = table.forward_s + table.backward_s
+        load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
+        room = self._room(c, kind, in_flight, blocks)
         if room[1].all():
             return load, load, work
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-        added = self._added(c, in_flight, table.blocks, room, (1.0 if in_flight == 1 else 0.0, 1.0))
+        added = self._added(c, in_flight, blocks, room, (1.0 if in_flight == 1 else 0.0, 1.0))
         added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
-        plain = sums((m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s)
+        plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
         later = np.maximum(load + table.hidden_share * added, plain + added)
-        added = self._added(c, in_flight, table.blocks, room, (1.0, 1.0))
-        plain = sums(table.plain_forward_s + table.plain_backward_s)
+        added = self._added(c, in_flight, blocks, room, (1.0, 1.0))
+        plain = table.plain_forward_s + table.plain_backward_s
         first = np.maximum(work + table.hidden_share * added, plain + added)
         finite = np.isfinite(first)
         more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
         return later, np.where(finite, later + more, np.inf), first
 
-    def _own(self, table: StageTable, later: Table, first: Table, in_flight: int) -> Table:
+    def _own(self, table: RangeTimes, later: Table, first: Table, in_flight: int) -> Table:
         """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
-        return later + first + table.blocks.sorts.sums((in_flight - 1) * table.plain_forward_s + table.once_beside_s)
+        alone = table.forward_s + table.backward_s + table.once_s  # what variants add hides no more of `once_s`
+        return later + np.maximum(first + table.once_beside_s, alone) + (in_flight - 1) * table.plain_forward_s
 
-    def _once(self, c: Candidate, table: StageTable) -> Table:
-        """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links."""
+    def _once(self, c: Candidate, blocks: BlockTable, table: RangeTimes, first: Table | None) -> Table:
+        """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links.
+
+        Every second that variants add to a micro-batch can hide at most a second of it. `first`: what the first
+        micro-batch takes on stage 0, where that is counted with what variants add; else none of that may be.
+        """
         kind = self._layout.kinds(c)[0]
-        sorts, in_flight = table.blocks.sorts, min(c.pp, c.num_micro_batches)
-        keeps_all = sorts.from_start(self._room(c, kind, in_flight, table.blocks)[1].astype(np.float64)) == 1
-        once, beside = (sorts.from_start(sorts.sums(each)) for each in (table.once_s, table.once_beside_s))
+        sorts, in_flight = blocks.sorts, min(c.pp, c.num_micro_batches)
+        keeps_all = sorts.from_start(self._room(c, kind, in_flight, blocks)[1].astype(np.float64)) == 1
+        if first is None:
+            least = table.once_s
+        else:
+            more = np.where(np.isfinite(first), first - table.forward_s - table.backward_s, np.inf)
+            least = np.maximum(table.once_beside_s, table.once_s - more)
+        once, beside = sorts.from_start(table.once_s), sorts.from_start(least)
         sends_s = self._layout.sends_s(c, *self._least_sent(c))
         return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + sends_s)
+
+    def _range_times(self, c: Candidate, kind: StageKind, table: StageTable) -> RangeTimes:
+        """The times by sort of range; with communication behind compute unit by unit, over several stages.
+
+        A second that is added to the compute of a range adds at least as much to its time as it takes from the
+        communication that is exposed, which is at most all but the slow-down; the rest of ZeRO 2's is hidden more.
+        """
+        behind, sorts = table.behind, table.blocks.sorts
+        summed = _summed(table)
+        if behind is None or c.pp == 1:
+            return summed
+        key = id(table.blocks), id(kind), c.zero
+        if key not in self._overlaps:
+            if len(self._overlaps) >= MANY_OVERLAPS:
+                self._overlaps.clear()
+            self._overlaps[key] = self._overlap(c, kind, table.blocks, behind)
+        start, forward, backward, after, start_beside, after_beside = self._overlaps[key]
+        return replace(
+            summed, forward_s=sorts.sums(behind.forward_s) + forward,
+            backward_s=sorts.sums(behind.backward_s) + backward,
+            hidden_share=OVERLAP_SLOWDOWN if c.zero == 3 else 1.0, once_s=sorts.sums(behind.once_s) + start + after,
+            once_beside_s=sorts.sums(behind.once_s) + start_beside + after_beside,
+        )
+
+    def _overlap(self, c: Candidate, kind: StageKind, blocks: BlockTable, behind: Behind) -> list[Table]:
+        """By sort of range, what communication adds: at the start, to a forward and a backward, at the end.
+
+        And at the start and the end whatever layers do.
+        """
+        sorts, sort = blocks.sorts, blocks.sorts.sort
+        outside = range_sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)[sort])
+        sizes, of_range = np.unique(np.where(np.isfinite(outside), outside, 0.0), return_inverse=True)
+        gather, reduce = (
+            np.array([time_s(float(n)) if n else 0.0 for n in sizes])[of_range.reshape(outside.shape)]
+            for time_s in (lambda n: self._gather_s(c, kind, n), lambda n: self._reduce_s(c, kind, n))
+        )
+        gathers, reductions, nothing = behind.gathers[sort], behind.reductions[sort], np.zeros(len(sort))
+        least = blocks.forward_s[sort], blocks.backward_s[sort]
+        most = least[0] + blocks.most_added[0][sort], least[1] + blocks.most_added[1][sort]
+        zero = np.zeros(len(sorts.counts))
+        if c.zero == 3:
+            start = sorts.least(gather)
+            forward = sorts.least(forward_tables(least[0], gathers, np.zeros_like(gather)))
+            during, after = backward_tables(least[1], gathers, reductions, reduce)
+            return [start, forward, sorts.least(during + after), zero, start, zero]
+        found = []
+        for forward_s, backward_s in (least, most):
+            start = sorts.least(forward_tables(forward_s, gathers, gather)) if c.zero else zero
+            during, after = backward_tables(backward_s, nothing, reductions, reduce)
+            found.append((start, sorts.least(during), sorts.least(after), sorts.least(during + after)))
+        (start, during_s, after_s, both), (start_beside, _, after_beside, both_beside) = found
+        if c.zero == 2:
+            return [start, zero, during_s, after_s, start_beside, after_beside]
+        return [start, zero, zero, both, start_beside, both_beside]
 
     def smallest_need(self, c: Candidate) -> float:
         """The bytes that the fullest device holds, over its limit, under the cut and the variants that need least."""
@@ -399,8 +483,10 @@ class Bounds:
             made = self._data_parallel(c, kind, made, *blocks.most_added)
         if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
             adding = (DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES) * blocks.numel / bandwidth
+            behind = made.behind and replace(made.behind, backward_s=made.behind.backward_s + adding)
             made = replace(
-                made, backward_s=made.backward_s + adding, plain_backward_s=made.plain_backward_s + adding
+                made, backward_s=made.backward_s + adding, plain_backward_s=made.plain_backward_s + adding,
+                behind=behind,
             )
         return made
 
@@ -418,19 +504,8 @@ class Bounds:
         elif sorts.first_outside is not None:
             units[sorts.first_outside] = (numel * sorts.number)[~layer].sum()
         sizes = units.tolist()
-        gathers = np.array([
-            self._collective_s(kind.shard, Collective.ALL_GATHER, wide * n) if c.zero else 0.0 for n in sizes
-        ])
-        if c.zero == 0:
-            reductions = np.array([
-                self._collective_s(kind.whole, Collective.ALL_REDUCE, GRADIENT_BYTES * n) for n in sizes
-            ])
-        else:
-            reductions = np.array([
-                self._collective_s(kind.shard, Collective.REDUCE_SCATTER, GRADIENT_BYTES * n)
-                + self._collective_s(kind.copies, Collective.ALL_REDUCE, GRADIENT_BYTES * n / c.num_shards)
-                for n in sizes
-            ])
+        gathers = np.array([self._gather_s(c, kind, n) for n in sizes])
+        reductions = np.array([self._reduce_s(c, kind, n) for n in sizes])
         copy_out = 2 * wide * numel / bandwidth
         copy_in = (wide + GRADIENT_BYTES) * numel / bandwidth
         none = np.zeros_like(numel)
@@ -448,6 +523,16 @@ class Bounds:
             return replace(
                 alone, backward_s=backward + every, plain_backward_s=backward + every, once_s=step, once_beside_s=step,
             )
+        once_s = alone.once_s
+        if c.zero == 3:
+            forward_s, backward_s = forward + copy_out, backward + copy_out + copy_in
+        else:
+            forward_s, backward_s = forward, backward + (copy_in if c.zero == 2 else none)
+            once_s = once_s + (copy_out if c.zero else none) + (copy_in if c.zero < 2 else none)
+        alone = replace(alone, behind=Behind(
+            gathers=np.where(layer, gathers, 0.0), reductions=np.where(layer, reductions, 0.0), forward_s=forward_s,
+            backward_s=backward_s, once_s=once_s,
+        ))
         if c.zero == 3:
             in_layers = np.where(layer, gathers, 0.0)
             number = sorts.number
@@ -471,6 +556,20 @@ class Bounds:
         return replace(
             alone, backward_s=backward + more, plain_backward_s=backward + more, once_s=once(forward, backward),
             once_beside_s=once(forward + most_forward, backward + most_backward),
+        )
+
+    def _gather_s(self, c: Candidate, kind: StageKind, numel: float) -> float:
+        """Seconds of gathering so many of this rank's parameters for a forward."""
+        if not c.zero:
+            return 0.0
+        return self._collective_s(kind.shard, Collective.ALL_GATHER, DTYPE_BYTES[self._request.dtype] * numel)
+
+    def _reduce_s(self, c: Candidate, kind: StageKind, numel: float) -> float:
+        """Seconds of reducing the gradients of so many."""
+        if c.zero == 0:
+            return self._collective_s(kind.whole, Collective.ALL_REDUCE, GRADIENT_BYTES * numel)
+        return self._collective_s(kind.shard, Collective.REDUCE_SCATTER, GRADIENT_BYTES * numel) + self._collective_s(
+            kind.copies, Collective.ALL_REDUCE, GRADIENT_BYTES * numel / c.num_shards
         )
 
     def _collective_s(self, group: Group, kind: Collective, size_bytes: float) -> float:
@@ -552,6 +651,38 @@ class Bounds:
             kinds=kinds, kind=np.array([kinds.index(layer) if layer is not None else -1 for layer in layers]),
             levels=tuple(levels(kinds)),
         )
+
+
+def _loops(works: Sequence[Table], once: Table, num_micro_batches: int) -> float:
+    """What no cut is below: the loop between a stage and the last is gone round as often as micro-batches fill it.
+
+    A backward on the last stage leads to one on the first of the loop, to that one's next forward, and with it back to
+    the last, as many micro-batches on as the first stage has in flight (see `simulate/closed_form.py`). `works`: what a
+    micro-batch takes on each stage, forward and backward.
+    """
+    p, m, found = len(works), num_micro_batches, 0.0
+    for first in sorted({0, 1, p // 4, p // 2, 3 * p // 4} - {p - 1}):
+        ahead = min(p - 1 - first, m - 1) + 1
+        rounds = -(-(m - ahead) // ahead)
+        left = m - 1 - rounds * ahead
+        tables = [
+            (1 + (rounds if stage >= first else 0) + (left if stage == p - 1 else 0)) * work
+            for stage, work in enumerate(works)
+        ]
+        tables[0] = tables[0] + np.where(np.arange(len(once)) > 0, once, np.inf)[None, :]
+        cut = smallest_sum(tables)
+        found = max(found, cut.value if cut is not None else 0.0)
+    return found
+
+
+def _summed(table: StageTable) -> RangeTimes:
+    """The times by sort of range as sums over blocks."""
+    sums = table.blocks.sorts.sums
+    return RangeTimes(
+        forward_s=sums(table.forward_s), backward_s=sums(table.backward_s), hidden_share=table.hidden_share,
+        plain_forward_s=sums(table.plain_forward_s), plain_backward_s=sums(table.plain_backward_s),
+        once_s=sums(table.once_s), once_beside_s=sums(table.once_beside_s),
+    )
 
 
 def _tables_of(sorts: Sorts, of_sorts: Sequence[Table]) -> list[Table]:

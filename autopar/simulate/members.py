@@ -25,6 +25,9 @@ def stage_members(cluster: Cluster, plan: Plan, stage: Stage) -> tuple[Member, .
     """The kinds of devices of a stage, in the order of their first device."""
     found: dict[tuple[str, float], list[int]] = {}
     rows, inner = plan.rows_of(stage), stage.mesh.cp * stage.mesh.tp
+    if cluster.is_uniform and min(rows) == max(rows):
+        lanes = tuple(range(len(stage.devices)))
+        return (Member(device=cluster.device(stage.devices[0]), rows=float(rows[0]), lanes=lanes),)
     for lane, rank in enumerate(stage.devices):
         found.setdefault((cluster.device(rank).name, float(rows[lane // inner])), []).append(lane)
     return tuple(

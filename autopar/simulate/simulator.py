@@ -58,14 +58,15 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = 
     )
     host = _host_bytes(run, groups)
     reason = infeasible_reason(cluster, timelines) or host_lacks(cluster, [g.devices for g in groups], host)
-    devices = [cluster.device(rank) for group in groups for rank in group.devices]
+    kinds = [(cluster.device(group.devices[0]), len(group.devices)) for group in groups]  # a group's are alike
     flops = sum(
         cost.forward_flops * len(member.lanes) / (plan.stages[i].mesh.cp * plan.stages[i].mesh.tp)
         for i, own in enumerate(costs) for member, cost in own.items()
     )
     return Timeline(
-        step_time_s=step, tokens_per_step=plan.global_batch * (plan.seq_len or 1), num_devices=len(devices),
-        model_flops=3 * flops * plan.num_micro_batches, peak_flops=sum(device.peak(plan.dtype) for device in devices),
+        step_time_s=step, tokens_per_step=plan.global_batch * (plan.seq_len or 1),
+        num_devices=sum(number for _, number in kinds), model_flops=3 * flops * plan.num_micro_batches,
+        peak_flops=sum(number * device.peak(plan.dtype) for device, number in kinds),
         bubble_fraction=breakdown.bubble / step, feasible=reason is None, infeasible_reason=reason,
         breakdown=breakdown, groups=timelines, critical=critical,
         events=tuple(
@@ -232,7 +233,7 @@ def _group_timeline(
         steps = tuple((time, always + size) for time, size in found)
     devices, starts = group.devices, run.starts[group.rank]
     return GroupTimeline(
-        stage=group.rank, ranks=devices, types=tuple(cluster.device(rank).name for rank in devices), memory=memory,
+        stage=group.rank, ranks=devices, types=(cluster.device(devices[0]).name,) * len(devices), memory=memory,
         start_s=starts[0] if starts else 0.0, end_s=end, memory_steps=steps,
         busy_s=plan.num_micro_batches * sum(cost.forward_s + cost.backward_s for cost in own),
     )
