@@ -15,7 +15,6 @@ with the simulator.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -164,14 +163,7 @@ class Bounds:
             least = smallest_bottleneck(_tables_of(sorts, all_loads.own))
             assert least is not None, "the same ranges are allowed"
             bound = max(found.value + all_loads.chain_s, least.value)
-            if c.pp > 1:
-                works = _tables_of(sorts, all_loads.first)
-                later, quickest = smallest_bottleneck(_tables_of(sorts, all_loads.later), once), smallest_sum(works)
-                assert later is not None and quickest is not None, "the same ranges are allowed"
-                bound = max(bound, later.value + quickest.value, _loops(works, once, c.num_micro_batches))
-                alone = smallest_bottleneck(_tables_of(sorts, all_loads.later), all_loads.once_alone)
-                bound = max(bound, all_loads.chain_s + (alone.value if alone is not None else 0.0))
-            return bound, found.cuts
+            return max(bound, self._closer(c, bound)) if c.pp > 1 else bound, found.cuts
         loads, works, owns = (
             _tables_of(sorts, each) for each in (all_loads.later, all_loads.first, all_loads.own)
         )
@@ -196,6 +188,20 @@ class Bounds:
         cuts = min(own, key=lambda cuts: (own[cuts], cuts))
         return max(bound, alone.value, found.value + sum(float(np.min(work)) for work in works)), cuts
 
+    def _closer(self, c: Candidate, bound: float) -> float:
+        """A bound over all cuts of stages that are alike, from closer times of ranges, or the given one."""
+        loads, sorts = self._make_loads(c, closer=True), self._sorts[True]
+        assert loads.chain_s is not None, "stages are alike"
+        works, laters = _tables_of(sorts, loads.first), _tables_of(sorts, loads.later)
+        found = bound, _loops(works, loads.once, c.num_micro_batches)
+        quickest = smallest_sum(works)
+        cuts = (
+            (smallest_bottleneck(laters, loads.once), quickest.value if quickest else 0.0),
+            (smallest_bottleneck(laters, loads.once_alone), loads.chain_s),
+            (smallest_bottleneck(_tables_of(sorts, loads.own)), 0.0),
+        )
+        return max(*found, *(cut.value + more for cut, more in cuts if cut is not None))
+
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""
         loads, sorts = self._loads(c), self._sorts[c.pp > 1]
@@ -205,17 +211,22 @@ class Bounds:
             return [float(table[at]) for table, at in zip(tables, ranges, strict=True)]
 
         worst, through = max(of_ranges(loads.later)), sum(of_ranges(loads.first))
-        return max(
-            *of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through,
-            worst + float(loads.once_alone[cuts[1]]) + (loads.chain_s or 0.0) if math.isfinite(through) else math.inf,
-        )
+        return max(*of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through)
 
     def _loads(self, c: Candidate) -> _Loads:
         if self._last is not None and self._last[0] == c:
             return self._last[1]
+        found = self._make_loads(c)
+        self._last = (c, found)
+        return found
+
+    def _make_loads(self, c: Candidate, *, closer: bool = False) -> _Loads:
+        """The tables of a candidate; `closer`: with communication behind compute unit by unit."""
         kinds = self._layout.kinds(c)
         tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
-        times = {kind: self._range_times(c, kind, table) for kind, table in tables.items()}
+        times = {
+            kind: self._range_times(c, kind, table) if closer else _summed(table) for kind, table in tables.items()
+        }
         m = c.num_micro_batches
         made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
         for stage, kind in enumerate(kinds):
@@ -223,21 +234,20 @@ class Bounds:
             if (kind, in_flight) not in made:
                 made[kind, in_flight] = self._stage_loads(c, kind, in_flight, tables[kind].blocks, times[kind])
         every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
-        found = _Loads(
+        of_first = times[kinds[0]]
+        return _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
             first=[first for _, _, first in every],
             own=[
                 self._own(times[kind], every[stage][0], every[stage][2], min(c.pp - stage, m))
                 for stage, kind in enumerate(kinds)
             ],
-            once=self._once(c, alike.blocks, times[kinds[0]], every[0][2]),
-            once_alone=self._once(c, alike.blocks, times[kinds[0]], None),
+            once=self._once(c, alike.blocks, of_first, every[0][2] if closer else None),
+            once_alone=self._once(c, alike.blocks, replace(of_first, once_beside_s=of_first.once_s), None),
             chain_s=None if len(tables) > 1 else float(
                 (alike.forward_s + alike.backward_s) @ alike.blocks.sorts.number
             ),
         )
-        self._last = (c, found)
-        return found
 
     def stage_loads(self, c: Candidate, kind: StageKind, in_flight: int) -> tuple[Table, Table, Table]:
         """For all ranges: what micro-batches after the first take, that with what variants add to the first, the first.
@@ -279,13 +289,13 @@ class Bounds:
         """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links.
 
         Every second that variants add to a micro-batch can hide at most a second of it. `first`: what the first
-        micro-batch takes on stage 0, where that is counted with what variants add; else none of that may be.
+        micro-batch takes on stage 0, with what variants add, where all of that is counted beside this.
         """
         kind = self._layout.kinds(c)[0]
         sorts, in_flight = blocks.sorts, min(c.pp, c.num_micro_batches)
         keeps_all = sorts.from_start(self._room(c, kind, in_flight, blocks)[1].astype(np.float64)) == 1
         if first is None:
-            least = table.once_s
+            least = table.once_beside_s
         else:
             more = np.where(np.isfinite(first), first - table.forward_s - table.backward_s, np.inf)
             least = np.maximum(table.once_beside_s, table.once_s - more)
