@@ -334,10 +334,9 @@ class Bounds:
         sorts, sort = blocks.sorts, blocks.sorts.sort
         outside = range_sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)[sort])
         sizes, of_range = np.unique(np.where(np.isfinite(outside), outside, 0.0), return_inverse=True)
-        gather, reduce = (
-            np.array([time_s(float(n)) if n else 0.0 for n in sizes])[of_range.reshape(outside.shape)]
-            for time_s in (lambda n: self._gather_s(c, kind, n), lambda n: self._reduce_s(c, kind, n))
-        )
+        of_range = of_range.reshape(outside.shape)
+        gather = np.array([self._gather_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
+        reduce = np.array([self._reduce_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
         gathers, reductions, nothing = behind.gathers[sort], behind.reductions[sort], np.zeros(len(sort))
         least = blocks.forward_s[sort], blocks.backward_s[sort]
         most = least[0] + blocks.most_added[0][sort], least[1] + blocks.most_added[1][sort]
