@@ -47,7 +47,8 @@ def static_bytes(
 
     `unit_numel`: the largest layer, which is gathered and reduced as one; `root_numel`: the parameters outside layers,
     which stay gathered. ZeRO 3 holds two units at once (the one in use and the next) and the copy that an all-gather
-    delivers; ZeRO 2 and 3 hold a unit's gradients in the compute dtype and again in float32 while they are reduced.
+    delivers; ZeRO 2 and 3 hold a unit's gradients in the compute dtype and again in float32 while they are reduced, in
+    every micro-batch; what ZeRO 0 and 1 need once a step for that, `reduction_bytes` says.
     """
     shards = num_shards if zero > 0 else 1
     compute, rest = DTYPE_BYTES[dtype], DTYPE_BYTES[param_dtype]
@@ -60,8 +61,6 @@ def static_bytes(
         buffers += compute * 3 * unit_numel
     if zero < 2:
         gradients = GRADIENT_BYTES * numel
-        # At the end of the step unit after unit is reduced: its copy to send, and the shard that arrives.
-        buffers += GRADIENT_BYTES * unit_numel * (1 + 1 / shards) if num_shards > 1 or zero == 0 else 0.0
     else:
         gradients = GRADIENT_BYTES * numel / shards
         buffers += (compute + GRADIENT_BYTES) * unit_numel + compute * root_numel
@@ -71,10 +70,14 @@ def static_bytes(
     )
 
 
-# What the caching allocator keeps beyond the peak of what is allocated, as a share of what comes and goes (activations
-# and buffers): blocks of other sizes than are asked for. Assumed, range 0.1 to 0.3; it decides nothing: whether a plan
-# fits is asked of the allocated peak.
-RESERVE_SHARE = 0.25
+def reduction_bytes(unit_numel: float, *, zero: int, num_shards: int) -> float:
+    """Bytes beside the gradients while ZeRO 0 or 1 reduces a unit in the step's last backward; 0 for other levels.
+
+    FSDP2 copies the unit's gradients to send them, and the shard arrives. A shard axis of one rank sends nothing.
+    """
+    if zero > 1 or (zero == 1 and num_shards == 1):
+        return 0.0
+    return GRADIENT_BYTES * unit_numel * (1 + 1 / (num_shards if zero else 1))
 
 
 # What pinned copies reach of the host link's rate: 24 to 26 of 31.5 GB/s on PCIe 4, 50 to 55 of 63 on PCIe 5, one
@@ -102,13 +105,30 @@ def offloaded_step_s(numel: float, *, zero: int, num_shards: int, optimizer: str
     return 2 * host_copy_s(state, device) if state else 0.0
 
 
-def step_temporary_bytes(param_dtype: str, *, zero: int, num_shards: int, optimizer: str | None = None) -> float:
-    """Bytes of temporaries in the optimizer's step for each parameter that is stepped at once.
+def step_temporary_bytes(*, zero: int, num_shards: int, optimizer: str | None = None) -> float:
+    """Bytes beside the states in the optimizer's step, for each parameter that is stepped at once.
 
-    With the name of an `optimizer` whose state is streamed from host memory: the state that is fetched, too.
+    A fused step, which the trainer chooses on a GPU where the optimizer has one and its maker did not say otherwise,
+    has no temporaries. With the name of an `optimizer` whose state is streamed from host memory: what is fetched.
     """
     state = OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] if optimizer is not None else 0
-    return (DTYPE_BYTES[param_dtype] + state) / (num_shards if zero > 0 else 1)
+    return state / (num_shards if zero > 0 else 1)
+
+
+# Workspaces of the matrix library, which torch takes from the same allocator: CUDA's cuBLAS gets 32 MiB on Hopper and
+# newer, 8 MiB before (torch's documentation of CUBLAS_WORKSPACE_CONFIG; the larger is taken for all).
+WORKSPACE_BYTES = 32 * 2**20
+
+
+def workspace_bytes(device: DeviceType) -> float:
+    """Bytes that libraries take from the allocator for as long as the job runs."""
+    return 0.0 if device.name.startswith("CPU") else WORKSPACE_BYTES
+
+
+# What the caching allocator keeps beyond the peak of what is allocated, as a share of what comes and goes (activations
+# and buffers): blocks of other sizes than are asked for. Assumed; published runs show 0.1 to 0.3 (docs of SimuMax for
+# B200: 0.2 to 0.3). Reported as `reserved_memory_gib`; whether a plan fits is asked of the allocated peak.
+RESERVE_SHARE = 0.25
 
 
 def optimizer_step_bytes(numel: float, *, zero: int, num_shards: int, optimizer: str) -> float:

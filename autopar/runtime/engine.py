@@ -28,6 +28,7 @@ from autopar.runtime.batch import BatchReader
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage
+from autopar.runtime.fused_step import prefer_fused
 from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh, place_of
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
@@ -110,6 +111,8 @@ class Trainer:
         self._count = self._count_function(builder, constants)
         held: list[Any] = list(self.named_parameters().values())
         self.optimizer = optimizer(held or [{"params": []}])  # a stage of activations alone has nothing to train
+        if self.device.type == "cuda":  # as the memory of a plan is counted
+            prefer_fused(self.optimizer)
         own = {id(param) for param in self.named_parameters().values()}
         if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
             raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")

@@ -275,7 +275,7 @@ class Engine:
         cost = stage_cost(rewritten(self.graph, plan.rewrites), self.cluster, plan, index)
         left = kind.memory_limit_bytes - cost.static.total
         in_flight = min(plan.num_stages - index, c.num_micro_batches)
-        if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.optimizer_step_bytes) <= left:
+        if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.step_end_bytes) <= left:
             return None
         blocks = self.graph.blocks[stage.first : stage.last]
         found = self.bounds.block_costs(c, kind)
@@ -283,9 +283,12 @@ class Engine:
         others = [found[block.cls] for block in blocks if not is_layer(block)]
         if cost.optimizer_step_bytes > left:
             return None
+        beside = max((other.transient_bytes for other in others), default=0.0)
+        # One micro-batch is still there when gradients are reduced: what of the room it may fill, as if all could.
+        beside = max(beside, left - in_flight * (left - cost.reduction_bytes))
         room = Room(
             budget_bytes=left - in_flight * sum(other.saved_bytes for other in others), in_flight=in_flight,
-            extra_bytes=max((other.transient_bytes for other in others), default=0.0),
+            extra_bytes=beside,
             entry_bytes=max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0,
             host_bytes=(kind.device.host_memory_bytes or math.inf) - cost.host_state_bytes,
         )

@@ -29,6 +29,7 @@ from autopar.cost_models.memory import (
     GRADIENT_BYTES,
     offloaded_step_s,
     optimizer_step_bytes,
+    reduction_bytes,
     static_bytes,
     step_temporary_bytes,
 )
@@ -376,7 +377,7 @@ class Bounds:
     def _memory(self, c: Candidate, in_flight: int, blocks: BlockTable) -> Table:
         static, step = self._static_tables(c, blocks)
         held, beside = blocks.all_kept
-        activations = in_flight * held + beside
+        activations = np.maximum(in_flight * held + beside, self._with_reduction(c, blocks, held))
         return np.asarray(static + np.maximum(activations, step))
 
     def _least_memory(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
@@ -384,13 +385,16 @@ class Bounds:
         static, step = self._static_tables(c, blocks)
         rest, beside, entry = blocks.beside_layers
         numbers = blocks.numbers
-        least = in_flight * blocks.all_kept[0] + blocks.all_kept[1]
+        least = np.maximum(
+            in_flight * blocks.all_kept[0] + blocks.all_kept[1], self._with_reduction(c, blocks, blocks.all_kept[0])
+        )
         for level in blocks.levels:
             held = rest + (entry if level.offload else 0.0)
             for number, options in zip(numbers, level.allowed, strict=True):
                 fewest = min((option.held_bytes for option in options), default=np.inf)
                 held = held + np.where(number > 0, number * fewest if options else np.inf, 0.0)
-            least = np.minimum(least, in_flight * held + np.maximum(beside, level.extra_bytes))
+            need = in_flight * held + np.maximum(beside, level.extra_bytes)
+            least = np.minimum(least, np.maximum(need, self._with_reduction(c, blocks, held)))
         return np.asarray(static + np.maximum(least, step))
 
     def _room(self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable) -> Room:
@@ -407,6 +411,8 @@ class Bounds:
         if not open_.any():
             return added
         rest, beside, entry = (table[open_] for table in blocks.beside_layers)
+        room = left[open_] * (1 + GENEROUS)
+        beside = np.maximum(beside, room - in_flight * (room - self._reducing(c, blocks)[open_]))
         numbers = [number[open_] for number in blocks.numbers]
         least = np.full(rest.shape, np.inf)
         for level in blocks.levels:
@@ -432,6 +438,16 @@ class Bounds:
             return static, np.maximum(blocks.sorts.maxima(per_step * in_layers), blocks.sorts.sums(per_step * outside))
         return static, blocks.sorts.sums(per_step * blocks.numel)
 
+    def _with_reduction(self, c: Candidate, blocks: BlockTable, held: Table) -> Table:
+        """What the reduction needs with a micro-batch's activations; nothing where none is made in the end."""
+        reducing = self._reducing(c, blocks)
+        return np.where(reducing > 0, held + reducing, 0.0)
+
+    def _reducing(self, c: Candidate, blocks: BlockTable) -> Table:
+        """For all ranges: bytes beside one micro-batch's activations while the first gradients are reduced."""
+        per_unit = reduction_bytes(1.0, zero=c.zero, num_shards=c.num_shards)
+        return range_maxima(np.where(self._layer, per_unit * blocks.numel, 0.0))
+
     def _static(self, c: Candidate) -> tuple[float, float, float, float]:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
         def total(numel: float, unit: float, root: float) -> float:
@@ -443,7 +459,7 @@ class Bounds:
             return found.total - (found.optimizer if c.offload_optimizer else 0.0)
 
         step = step_temporary_bytes(
-            self._request.param_dtype, zero=c.zero, num_shards=c.num_shards,
+            zero=c.zero, num_shards=c.num_shards,
             optimizer=self._request.optimizer if c.offload_optimizer else None,
         )
         return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), step

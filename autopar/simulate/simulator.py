@@ -213,9 +213,9 @@ def _group_timeline(
     detail: bool,
 ) -> GroupTimeline:
     own = list(group.costs.values())
-    # Chunks take turns with their buffers. The optimizer step's temporaries come when activations are gone: what
-    # exceeds those counts.
-    stepping = sum(cost.optimizer_step_bytes for cost in own)
+    # Chunks take turns with their buffers. Reductions at the end of the step and the optimizer's temporaries come when
+    # most activations are gone: what exceeds those counts.
+    stepping = max(sum(cost.optimizer_step_bytes for cost in own), *(cost.step_end_bytes for cost in own))
     buffers = max(cost.static.buffers for cost in own)
     memory = MemoryBytes(
         parameters=sum(cost.static.parameters for cost in own), gradients=sum(cost.static.gradients for cost in own),

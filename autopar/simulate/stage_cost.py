@@ -14,8 +14,10 @@ from autopar.cost_models.memory import (
     StaticBytes,
     offloaded_step_s,
     optimizer_step_bytes,
+    reduction_bytes,
     static_bytes,
     step_temporary_bytes,
+    workspace_bytes,
 )
 from autopar.graph.model_graph import DTYPE_BYTES, Block, BlockClass, ModelGraph
 from autopar.plan.plan import Plan, Recompute, Stage, Variant
@@ -50,10 +52,20 @@ class StageCost:
     extra_bytes: float  # while a backward runs: what recomputation brings back, temporaries
     static: StaticBytes
     optimizer_step_bytes: float  # temporaries of the optimizer step, when no activation is held
+    reduction_bytes: float  # buffers of the first reduction in the last backward, under ZeRO 0 and 1
     host_bytes: float  # of activations in host memory, from a micro-batch's forward to its backward
     host_state_bytes: float  # of optimizer state in host memory
     forward_flops: float  # of the model, over the tensor axis, without recomputation
     param_numel: float
+
+    @property
+    def step_end_bytes(self) -> float:
+        """The most that the end of the step needs beside the static bytes.
+
+        The last micro-batch alone is there when the first layer's gradients are reduced; all of it counts.
+        """
+        reducing = self.reduction_bytes + self.held_bytes if self.reduction_bytes else 0.0
+        return max(self.optimizer_step_bytes, reducing)
 
     @property
     def forward_s(self) -> float:
@@ -132,7 +144,8 @@ def stage_cost(
         numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, dtype=plan.dtype, param_dtype=plan.param_dtype,
         optimizer=plan.optimizer, unit_numel=unit, root_numel=root_numel,
     )
-    static = replace(static, buffers=static.buffers + sum(cost.buffer_bytes for cost in costs))
+    always = workspace_bytes(device) + sum(cost.buffer_bytes for cost in costs)
+    static = replace(static, buffers=static.buffers + always)
     if stage.zero < 2 and plan.num_micro_batches > 1:
         # Gradients are added up in float32: one is read, the sum is read and written.
         adding = measured_pass_s(device, "accumulate", numel, plan.dtype)
@@ -146,14 +159,14 @@ def stage_cost(
     optimizer = measured_step_s(blocks, costs, plan, stage, device)
     if optimizer is None:
         optimizer = memory_time_s(device, moved) if moved else 0.0
-    step_bytes = step_temporary_bytes(plan.param_dtype, zero=stage.zero, num_shards=data_shards) * numel
+    step_bytes = step_temporary_bytes(zero=stage.zero, num_shards=data_shards) * numel
     state_bytes = 0.0
     if stage.offload_optimizer:
         optimizer += offloaded_step_s(
             numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer, device=device
         )
         per_numel = step_temporary_bytes(
-            plan.param_dtype, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer
+            zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer
         )
         step_bytes, state_bytes = per_numel * max(unit, root_numel), static.optimizer
         static = replace(static, optimizer=0.0)
@@ -165,7 +178,9 @@ def stage_cost(
         step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
         optimizer_s=optimizer,
         held_bytes=held, extra_bytes=extra, static=static,
-        optimizer_step_bytes=step_bytes, host_bytes=sum(more.host_bytes for more in added),
+        optimizer_step_bytes=step_bytes,
+        reduction_bytes=reduction_bytes(unit, zero=stage.zero, num_shards=data_shards),
+        host_bytes=sum(more.host_bytes for more in added),
         host_state_bytes=state_bytes,
         forward_flops=sum(cost.forward_flops for cost in costs), param_numel=numel,
     )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.cost_models.memory import check_optimizer, optimizer_step_bytes, static_bytes
+from autopar.cluster.tables import device_type
+from autopar.cost_models.memory import (
+    check_optimizer,
+    optimizer_step_bytes,
+    reduction_bytes,
+    static_bytes,
+    step_temporary_bytes,
+    workspace_bytes,
+)
 from autopar.errors import InputError
 
 N = 1000.0
@@ -47,6 +55,19 @@ def test_units_in_flight() -> None:
     assert held.optimizer == 0
 
 
+def test_reductions_of_a_step() -> None:
+    """A float32 copy of the unit to send, and its shard that arrives; ZeRO 2 and 3 have them in every micro-batch."""
+    assert reduction_bytes(100, zero=0, num_shards=1) == 4 * (100 + 100)
+    assert reduction_bytes(100, zero=1, num_shards=4) == 4 * (100 + 25)
+    assert reduction_bytes(100, zero=1, num_shards=1) == 0
+    assert reduction_bytes(100, zero=2, num_shards=4) == reduction_bytes(100, zero=3, num_shards=4) == 0
+
+
+def test_a_fused_step_has_no_temporaries_and_a_streamed_one_what_it_fetches() -> None:
+    assert step_temporary_bytes(zero=0, num_shards=1) == 0
+    assert step_temporary_bytes(zero=1, num_shards=4, optimizer="adamw") == 8 / 4
+
+
 def test_optimizers() -> None:
     assert per_parameter(0, 1, optimizer="sgd_momentum")[2] == 4
     assert optimizer_step_bytes(N, zero=1, num_shards=4, optimizer="adamw") == 28 * N / 4
@@ -54,3 +75,8 @@ def test_optimizers() -> None:
     assert check_optimizer("AdamW") == "adamw"
     with pytest.raises(InputError, match="did you mean adam or adamw"):
         check_optimizer("adamv")
+
+
+def test_libraries_take_their_workspace_on_gpus_alone() -> None:
+    assert workspace_bytes(device_type("H100-80GB")) == 32 * 2**20
+    assert workspace_bytes(device_type("CPU")) == 0
