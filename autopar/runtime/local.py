@@ -6,6 +6,7 @@ that dies, raises or takes too long ends the whole pool, with one line that name
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -172,6 +173,7 @@ def _work(pipe: Connection, rank: int) -> None:
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    gc.freeze()  # what is imported stays, and need not be looked at again
     while True:
         try:
             task = pipe.recv_bytes()
@@ -189,6 +191,7 @@ def _work(pipe: Connection, rank: int) -> None:
             return
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # FSDP's modules hold their groups, with their threads, in cycles
 
 
 def _end_with_parent() -> None:

@@ -411,12 +411,12 @@ class Bounds:
         if not open_.any():
             return added
         rest, beside, entry = (table[open_] for table in blocks.beside_layers)
-        room = left[open_] * (1 + GENEROUS)
-        beside = np.maximum(beside, room - in_flight * (room - self._reducing(c, blocks)[open_]))
+        allowed = left[open_] * (1 + GENEROUS)
+        beside = np.maximum(beside, allowed - in_flight * (allowed - self._reducing(c, blocks)[open_]))
         numbers = [number[open_] for number in blocks.numbers]
         least = np.full(rest.shape, np.inf)
         for level in blocks.levels:
-            held = (left[open_] * (1 + GENEROUS) - np.maximum(beside, level.extra_bytes)) / in_flight - rest
+            held = (allowed - np.maximum(beside, level.extra_bytes)) / in_flight - rest
             least = np.minimum(least, least_added(level, numbers, held - entry if level.offload else held, weights))
         added[open_] = least
         return added
@@ -446,7 +446,7 @@ class Bounds:
     def _reducing(self, c: Candidate, blocks: BlockTable) -> Table:
         """For all ranges: bytes beside one micro-batch's activations while the first gradients are reduced."""
         per_unit = reduction_bytes(1.0, zero=c.zero, num_shards=c.num_shards)
-        return range_maxima(np.where(self._layer, per_unit * blocks.numel, 0.0))
+        return blocks.sorts.maxima(np.where(blocks.kind >= 0, per_unit * blocks.numel, 0.0))
 
     def _static(self, c: Candidate) -> tuple[float, float, float, float]:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""

@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from autopar.errors import InputError
 from autopar.runtime.local import LocalPool, LocalRunError, run_local
@@ -97,6 +99,23 @@ def test_no_process_outlives_the_one_that_started_the_pool(tmp_path: Path) -> No
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(psutil.pid_exists, pids))
+
+
+def threads_before_fully_sharded() -> int:
+    """How many threads the worker has; then a fully sharded model is made, run and dropped."""
+    threads = psutil.Process().num_threads()
+    mesh = init_device_mesh("cpu", (2,))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh)
+    model(torch.ones(2, 4)).sum().backward()
+    return threads
+
+
+def test_groups_of_earlier_runs_are_gone() -> None:
+    with LocalPool(2) as pool:
+        threads = [pool.run(threads_before_fully_sharded)[0] for _ in range(5)]
+    assert threads[-1] == threads[1]
 
 
 def test_a_pool_for_one_run() -> None:
