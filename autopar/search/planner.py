@@ -36,6 +36,7 @@ IN_RUNS = (
     "whole nodes"
 )
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
+MAX_TO_ORDER = 12  # simulations of pipelines that are looked for only to be tried in other orders
 MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
 OTHER_ORDERS = (
     f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
@@ -123,6 +124,9 @@ def find_plan(
         if not space:
             raise InputError(no_mesh(cluster, request))
         raise InfeasibleError(smallest_need(engine, space, deadline))
+    if mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
+        # What is slower in the usual order may be quicker than stages of unlike meshes in another.
+        engine.search([own for own in space if own.pp > 1], deadline=deadline, max_simulations=MAX_TO_ORDER)
     ordered = search_orders(engine, step_s, deadline)
     if ordered is not None:
         step_s = ordered.step_time_s
