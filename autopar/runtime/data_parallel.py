@@ -2,7 +2,8 @@
 
 Level 0 and 1 keep the parameters whole during a step, add up whole gradients over the micro-batches and reduce them
 once; level 2 reduces the gradients of every micro-batch; level 3 also gathers the parameters anew for every forward
-and backward. Level 0 is a shard axis of one rank.
+and backward. Level 0 comes here only where parameters rest in another dtype, as a shard axis of one rank; else
+`replicas` runs it.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
+from autopar.runtime.replicas import Replicas
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.sharding.rewrites import rewritten
@@ -310,13 +311,16 @@ class Trainer:
                 module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
                 dtype=getattr(torch, plan.dtype), param_dtype=getattr(torch, plan.param_dtype),
             )
+        replicas = None
+        if self.groups.replicas is not None:
+            replicas = Replicas(dict.fromkeys(module.parameters()), self.groups.replicas)
         wanted = _batch_names(graph, plan, index)
         last = index == plan.num_stages - 1
         return LocalStage(
             index=index, module=module, zero=stage.zero, inputs=wanted,
             before=self._channel(index - 1) if index else None, after=None if last else self._channel(index),
             loss=graph.loss if graph.loss in module._autopar_leaving else None,
-            whole_backward=unsplit, splits=splits and not unsplit,
+            whole_backward=unsplit, splits=splits and not unsplit, replicas=replicas,
         )
 
     def _channel(self, boundary: int) -> Channel:

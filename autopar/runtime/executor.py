@@ -14,6 +14,7 @@ from autopar.plan.actions import COMPUTE, Action, ActionKind
 from autopar.runtime.data_parallel import end_evaluation, finish_gradients, prepare_backward
 from autopar.runtime.recording import REDUCE, WAIT_BACKWARD, WAIT_FORWARD, Recorder
 from autopar.runtime.regions import Crossing, Piece
+from autopar.runtime.replicas import Replicas
 from autopar.runtime.split_backward import Pending, backward_input, backward_weight
 from autopar.runtime.stage import StageModule
 
@@ -50,6 +51,19 @@ class LocalStage:
     loss: str | None  # the name of the loss where this stage computes it
     whole_backward: bool = False
     splits: bool = False
+    replicas: Replicas | None = None
+
+    def prepare_backward(self, *, is_last: bool, defers: bool = False) -> None:
+        """Say what the next backward is; see `data_parallel.prepare_backward`."""
+        prepare_backward(self.module, self.zero, is_last=is_last, defers=defers)
+        if self.replicas is not None:
+            self.replicas.overlaps = is_last and not defers
+
+    def finish_gradients(self, *, is_last: bool) -> None:
+        """Reduce what backwards outside FSDP2's hooks left whole."""
+        finish_gradients(self.module, self.zero, is_last=is_last)
+        if self.replicas is not None and is_last:
+            self.replicas.launch()
 
     def weights(self) -> list[nn.Parameter]:
         """The parameters that are trained, as they are now: FSDP2 puts gathered ones in the place of its shards."""
@@ -142,10 +156,13 @@ class Executor:
                 case ActionKind.REDUCE:
                     if self._ending[stage.index] == action:
                         with self._recorded(REDUCE, action.stage, -1):
-                            finish_gradients(stage.module, stage.zero, is_last=True)
+                            stage.finish_gradients(is_last=True)
                 case ActionKind.UNSHARD | ActionKind.RESHARD:
                     pass  # FSDP2 gathers and drops by itself
         self._end()
+        for one in self.stages.values():
+            if one.replicas is not None:
+                one.replicas.finish()
         return total
 
     @torch.no_grad()
@@ -211,11 +228,11 @@ class Executor:
         differentiable = [value for value in kept.received.values() if value.requires_grad]
         if action.kind is BACKWARD or stage.whole_backward:
             del self._in_flight[key]
-            prepare_backward(stage.module, stage.zero, is_last=ends)
+            stage.prepare_backward(is_last=ends)
             roots = [name for name, value in kept.produced.items() if value.requires_grad]
             torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
         elif differentiable:
-            prepare_backward(stage.module, stage.zero, is_last=False, defers=True)
+            stage.prepare_backward(is_last=False, defers=True)
             roots = [name for name, value in kept.produced.items() if value.requires_grad]
             kept.pending = backward_input(
                 [kept.produced[n] for n in roots], [kept.gradients[n] for n in roots], differentiable, stage.weights()
@@ -232,11 +249,11 @@ class Executor:
         if kept.pending is not None:
             backward_weight(stage.weights(), kept.pending)
         else:  # a stage whose inputs need no gradient
-            prepare_backward(stage.module, stage.zero, is_last=False, defers=True)
+            stage.prepare_backward(is_last=False, defers=True)
             roots = [name for name, value in kept.produced.items() if value.requires_grad]
             torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
         if ends or stage.zero >= 2:
-            finish_gradients(stage.module, stage.zero, is_last=ends)
+            stage.finish_gradients(is_last=ends)
 
     def _gradients(self, stage: LocalStage, micro_batch: int, kept: _InFlight) -> dict[str, Tensor]:
         """The gradients of what the stage produced."""

@@ -34,6 +34,7 @@ class Groups:
 
     `axes` are the axes inside the stage, outermost first; `tensor_axis` is the one of them called "tp". `data` holds
     the ranks that have other rows; `data_mesh` all those that have other tokens, which share the shards of parameters.
+    `replicas` holds the same ranks where each of them has whole parameters and no mesh is needed.
     `tied` maps a set of stages to the group of the ranks that hold the same part of the parameters which they share,
     `tied_whole` to all ranks of stages that hold them in unlike parts.
     `forward[i]` and `backward[i]` carry what passes between stages i and i + 1; on one device nothing need be carried.
@@ -45,6 +46,7 @@ class Groups:
     tensor: dist.ProcessGroup | None
     data: dist.ProcessGroup | None
     data_mesh: DeviceMesh | None  # ("dp_replicate", "dp_shard")
+    replicas: dist.ProcessGroup | None
     tied: dict[tuple[int, ...], dist.ProcessGroup]
     tied_whole: dict[tuple[int, ...], dist.ProcessGroup]
     forward: dict[int, dist.ProcessGroup]
@@ -69,8 +71,8 @@ def check_runnable(plan: Plan, world_size: int) -> None:
 
 
 def needs_data_mesh(plan: Plan, stage: Stage) -> bool:
-    """Whether FSDP2 runs the stage: it has data ranks, or computes in another dtype than its parameters'."""
-    return plan.dtype != plan.param_dtype or stage.mesh.dp * stage.mesh.cp > 1
+    """Whether FSDP2 runs the stage: its ranks share out states, or compute in another dtype than the parameters'."""
+    return plan.dtype != plan.param_dtype or (stage.zero > 0 and stage.mesh.dp * stage.mesh.cp > 1)
 
 
 def place_of(plan: Plan, rank: int) -> Place:
@@ -117,6 +119,8 @@ def make_groups(
             "tp": grid.flatten(0, 1).tolist(), "cp": grid.transpose(1, 2).flatten(0, 1).tolist(),
             "data": grid.flatten(1, 2).t().tolist(),
         }
+        if stage.zero == 0 and not needs_data_mesh(plan, stage):
+            rows["replicas"] = grid.flatten(0, 1).t().tolist()
         for axis, members in rows.items():
             for ranks in members:
                 if len(ranks) > 1:
@@ -152,5 +156,6 @@ def make_groups(
     }
     return Groups(
         place=place, axes=tuple(axes.values()), tensor_axis=axes.get("tp"), tensor=mine.get("tp"),
-        data=mine.get("data"), data_mesh=data_mesh, tied=tied, tied_whole=whole, forward=forward, backward=backward,
+        data=mine.get("data"), data_mesh=data_mesh, replicas=mine.get("replicas"), tied=tied, tied_whole=whole,
+        forward=forward, backward=backward,
     )

@@ -90,6 +90,8 @@ def main() -> None:
                 print(f"{found['outcome']}: {found['case']}: {why} [{', '.join(found['features'])}]", flush=True)
             if len(rows) % 20 == 0:
                 print(f"{len(rows)} plans in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: what ran so far", file=sys.stderr)
     finally:
         pool.close()
     equal = sum(found["outcome"] == "equal" for found in rows)
