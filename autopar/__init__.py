@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from autopar.errors import CaptureError as CaptureError
     from autopar.errors import InfeasibleError as InfeasibleError
     from autopar.errors import InputError as InputError
+    from autopar.errors import NotFiniteError as NotFiniteError
     from autopar.errors import PlanMismatchError as PlanMismatchError
     from autopar.plan.file import load_plan as load_plan
     from autopar.plan.plan import Plan as Plan
     from autopar.runtime.engine import Trainer as Trainer
+    from autopar.runtime.weights import empty_parameters as empty_parameters
     from autopar.sharding.rules import register_rule as register_rule
     from autopar.simulate.timeline import Timeline as Timeline
 else:
@@ -39,11 +41,13 @@ _HOMES = {
     "Cluster": "autopar.cluster.cluster",
     "InfeasibleError": "autopar.errors",
     "InputError": "autopar.errors",
+    "NotFiniteError": "autopar.errors",
     "Plan": "autopar.plan.plan",
     "PlanMismatchError": "autopar.errors",
     "PlannedModel": "autopar.api",
     "Timeline": "autopar.simulate.timeline",
     "Trainer": "autopar.runtime.engine",
+    "empty_parameters": "autopar.runtime.weights",
     "load_plan": "autopar.plan.file",
     "parallelize": "autopar.api",
     "parse_cluster": "autopar.cluster.parse",

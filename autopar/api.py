@@ -109,6 +109,7 @@ def parallelize(
     plan: Plan | str | Path | None = None, cluster: Cluster | str | None = None, global_batch: int | None = None,
     dtype: str | None = None, micro_batch: int | None = None, max_search_seconds: float | None = None,
     device: torch.device | str | None = None, timeout_s: float = 1800.0, offload: bool = False,
+    weights: str | Path | None = None, stop_on_nan: bool = False, log_every: int = 0,
 ) -> Trainer:
     """A Trainer that runs the model over all processes of the job, under torchrun or alone.
 
@@ -118,7 +119,10 @@ def parallelize(
     rows a step, or as many as the example has.
     `offload` lets that plan rest activations and optimizer state in host memory.
     `optimizer` makes a torch optimizer from parameters: `lambda p: torch.optim.AdamW(p, lr=3e-4)`. Every rank calls
-    it with the same arguments; rank 0's weights are used.
+    it with the same arguments; rank 0's weights are used, or those of the safetensors files in `weights`, of which
+    each rank reads its own parts; the model may then be made in `autopar.empty_parameters()`.
+    `stop_on_nan`: a loss that is not finite raises NotFiniteError on every rank before the optimizer steps.
+    `log_every`: every so many steps rank 0 logs step time, tokens/s, MFU and peak memory to "autopar.training".
     """
     place = _open_job(device, timeout_s)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -146,8 +150,22 @@ def parallelize(
     chosen = plan_from_json(_from_first(decide))
     if captured is None:
         captured = _captured(model, example_batch, loss_fn, chosen.dtype)
-    _agree(chosen, captured.graph)
-    return Trainer(model, chosen, captured, optimizer, device=place, timeout_s=timeout_s)
+    own = plan_to_json(plan if isinstance(plan, Plan) else load_plan(Path(plan))) if plan is not None else None
+    _agree(chosen, captured.graph, is_same=own is None or plan_from_json(own) == chosen)
+    return Trainer(
+        model, chosen, captured, optimizer, device=place, timeout_s=timeout_s, weights=weights,
+        stop_on_nan=stop_on_nan, log_every=log_every, peak_flops=_peak_flops(chosen, cluster) if log_every else None,
+    )
+
+
+def _peak_flops(plan: Plan, cluster: Cluster | str | None) -> float | None:
+    """FLOP/s of all devices of the plan's cluster; None, with a word, where its description is not at hand."""
+    try:
+        machine = parse_cluster(cluster or plan.cluster_name) if not isinstance(cluster, Cluster) else cluster
+        return sum(node.device.peak(plan.dtype) * node.num_devices for node in machine.nodes)
+    except AutoparError:
+        log.info("the peak of %s is not known: no MFU; give cluster=...", plan.cluster_name)
+        return None
 
 
 # -- the job
@@ -206,9 +224,9 @@ def _from_first(make: Callable[[], str]) -> str:
     return text
 
 
-def _agree(plan: Plan, graph: ModelGraph) -> None:
-    """Raise on every rank if the plan is not for the model of any one of them."""
-    problem: str | None = None
+def _agree(plan: Plan, graph: ModelGraph, *, is_same: bool) -> None:
+    """Raise on every rank if the plan is not for the model of any one of them, or was not given to it (`is_same`)."""
+    problem: str | None = None if is_same else "it was given another plan than rank 0; give every rank the same"
     try:
         verify_plan(plan, graph)
     except InputError as error:

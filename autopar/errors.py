@@ -27,3 +27,15 @@ class InfeasibleError(AutoparError):
     """No plan fits; the message says the smallest change that would make one fit. Exit code 1."""
 
     exit_code = 1
+
+
+class NotFiniteError(AutoparError, ArithmeticError):
+    """A loss that is NaN or infinite, where the user asked to stop then. Exit code 1."""
+
+    exit_code = 1
+
+
+class RankFailedError(AutoparError, RuntimeError):
+    """Another rank of the job died, failed or hangs; the message names it. Exit code 1."""
+
+    exit_code = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_files
@@ -29,6 +31,8 @@ from autopar.runtime.layout import ParamLayout, full_tensor, local_part
 
 if TYPE_CHECKING:
     from autopar.runtime.engine import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def own_parameters(trainer: Trainer) -> Iterator[tuple[int, ParamLayout, nn.Parameter]]:
@@ -84,7 +88,10 @@ def gather_to_first(own: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save(trainer: Trainer, directory: Path) -> None:
-    """Write a checkpoint to a directory beside `directory`, then put it in its place."""
+    """Write a checkpoint to a directory beside `directory`, then put it in its place.
+
+    At every moment `directory`, or what was it until then (`directory`.old), is whole.
+    """
     state: dict[str, Any] = {f"model.{name}": value for name, value in full_parameters(trainer).items()}
     options = _group_options(trainer)
     for stage, param, parameter in own_parameters(trainer):
@@ -102,12 +109,17 @@ def save(trainer: Trainer, directory: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier()
-    with _quiet():
-        write_files(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    try:
+        with _quiet():
+            write_files(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise InputError(
+            f"the checkpoint could not be written to {partial}: {_cause(error)}; {directory} is as it was"
+        ) from error
     _barrier()
     if _is_first():
-        shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
+            shutil.rmtree(old, ignore_errors=True)
             directory.rename(old)
         partial.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
@@ -115,10 +127,8 @@ def save(trainer: Trainer, directory: Path) -> None:
 
 
 def load(trainer: Trainer, directory: Path) -> None:
-    """Read a checkpoint of the same model, written under any plan."""
-    if not (directory / ".metadata").exists():
-        raise InputError(f"{directory} is no checkpoint (it has no .metadata file)")
-    metadata = FileSystemReader(directory).read_metadata().state_dict_metadata
+    """Read a checkpoint of the same model, written under any plan. Nothing changes unless all of it can be read."""
+    directory, metadata = _whole(directory)
     held = list(own_parameters(trainer))
     buffers = {name: value for stage in trainer.stages for name, value in stage.module.named_buffers()}
     wanted: dict[str, Any] = {}
@@ -138,8 +148,11 @@ def load(trainer: Trainer, directory: Path) -> None:
             raise InputError(
                 f"{param.name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model"
             )
-    with _quiet():
-        read_files(wanted, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    try:
+        with _quiet():
+            read_files(wanted, checkpoint_id=directory, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise InputError(f"checkpoint {directory} is damaged: {_cause(error)}; load another one") from error
     options = {}
     with torch.no_grad():
         for _, param, parameter in held:
@@ -161,6 +174,39 @@ def load(trainer: Trainer, directory: Path) -> None:
         saved = next((options[p] for p in group["params"] if options.get(p)), None)
         if saved is not None:
             _restore_options(group, json.loads(saved))
+
+
+def _whole(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with the metadata of its values, checked to be there as a whole; InputError where it is not.
+
+    Where a save was cut between taking away the old checkpoint and putting the new one there, it is the old one.
+    """
+    old = directory.with_name(directory.name + ".old")
+    if not directory.exists() and (old / ".metadata").exists():
+        log.warning("%s was being replaced when its writer ended: loading %s, which was it before", directory, old)
+        directory = old
+    if not (directory / ".metadata").exists():
+        raise InputError(f"{directory} is no checkpoint (it has no .metadata file)")
+    try:
+        metadata = FileSystemReader(directory).read_metadata()
+    except Exception as error:  # whatever unpickling half a file raises
+        raise InputError(f"checkpoint {directory} is damaged: its .metadata cannot be read ({_cause(error)})") from None
+    for info in (metadata.storage_data or {}).values():
+        file, end = directory / info.relative_path, info.offset + info.length
+        size = file.stat().st_size if file.exists() else 0
+        if size < end:
+            raise InputError(
+                f"checkpoint {directory} is damaged: {file.name} has {size} bytes and should have {end} or more; load "
+                "another one"
+            )
+    return directory, metadata.state_dict_metadata
+
+
+def _cause(error: BaseException) -> str:
+    """The first failure of any rank in one line."""
+    failures = getattr(error, "failures", None)
+    first = next(iter(failures.values()))[0] if failures else error
+    return f"{type(first).__name__}: {' '.join(str(first).split())[:200]}"
 
 
 def _state_on_device(trainer: Trainer, parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:

@@ -22,6 +22,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime import engine
 from autopar.runtime.data_parallel import local_tensor
 from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode
+from autopar.runtime.watch import Watch
 from autopar.simulate.schedules import Action
 from autopar.simulate.timeline import Timeline
 
@@ -86,10 +87,13 @@ def dry_run_of(
 
 
 class _DryTrainer(engine.Trainer):
-    """A trainer whose random generator is left alone: a seed that another rank sends has no value here."""
+    """A trainer that asks no other rank: what one would send, a seed or word of its plan, has no value here."""
 
     def _seed(self) -> None:
         pass
+
+    def _meet(self) -> Watch:
+        return Watch(alone=True)
 
 
 def dry_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,31 +16,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar.errors import InputError, PlanMismatchError
+from autopar.errors import InputError, NotFiniteError, PlanMismatchError
 from autopar.gloo import one_worker_thread
 from autopar.graph.capture import Captured
 from autopar.graph.model_graph import ModelGraph
 from autopar.graph.rows import at_rows
 from autopar.plan.actions import Action, ActionKind, ActionLists, check_actions, with_communication
+from autopar.plan.file import plan_to_json
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
 from autopar.runtime.clipping import clip_gradients
-from autopar.runtime.data_parallel import local_tensor, shard_stage
+from autopar.runtime.data_parallel import like_parameter, local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage
 from autopar.runtime.fused_step import prefer_fused
 from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh, place_of
 from autopar.runtime.layout import local_part, parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
+from autopar.runtime.metrics import StepLog
 from autopar.runtime.optimizer_offload import OffloadedState
+from autopar.runtime.optimizers import check_optimizer
 from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
 from autopar.runtime.replicas import Replicas
 from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
+from autopar.runtime.watch import Watch
+from autopar.runtime.weights import WeightFiles, unwritten
+from autopar.sharding.joint import placed_shape
 from autopar.sharding.rewrites import rewritten
-from autopar.sharding.state import RP
+from autopar.sharding.state import RP, R
 from autopar.simulate.schedules import plan_actions
 from autopar.simulate.splitting import unsplit_reason
 
@@ -59,11 +66,16 @@ class Trainer:
     def __init__(
         self, model: nn.Module, plan: Plan, captured: Captured, optimizer: OptimizerFactory, *,
         device: torch.device | str = "cpu", timeout_s: float = 1800.0, same_weights: bool = True,
+        weights: str | Path | None = None, stop_on_nan: bool = False, log_every: int = 0,
+        peak_flops: float | None = None,
     ) -> None:
         """Compile the plan for this rank.
 
         `captured` is the model with tagged rows, or at `plan.micro_batch` rows. `same_weights` sends rank 0's
-        parameters to all ranks first.
+        parameters to all ranks first; `weights` are safetensors files to read them from instead, and the model may
+        have none. `stop_on_nan`: a step whose loss is not finite raises NotFiniteError on every rank, before the
+        optimizer steps. `log_every`: rank 0 logs metrics every so many steps, MFU against `peak_flops` a second of
+        all devices.
         The global random generator is seeded: alike on the ranks of a tensor axis, differently elsewhere.
         """
         self.plan, self.device = plan, torch.device(device)
@@ -87,10 +99,12 @@ class Trainer:
         self.terms = loss_terms(graph, tagged, num_parts=plan.num_micro_batches * plan.stages[-1].mesh.dp)
         self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(lists))
         self.batch = BatchReader(captured.graph, plan)
+        self.watch = self._meet()
         self._seed()
         persistent = frozenset(model.state_dict(keep_vars=True))
+        files = WeightFiles(weights) if weights is not None else None
         sent = same_weights and world > 1
-        params = self._local_parameters(model, sent=sent)
+        params = self._unwritten_parameters(model) if files else self._local_parameters(model, sent=sent)
         constants = {
             name: self._from_first(value) if sent and name in persistent else value.detach().to(self.device)
             for name, value in captured.constants.items()
@@ -102,6 +116,8 @@ class Trainer:
             for index in place.stages
         )
         del params
+        if files is not None:
+            self._read(files)
         known = {name for param in self.layout.params for name in param.names} | {info.name for info in graph.buffers}
         self.extra_state = {
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
@@ -117,7 +133,9 @@ class Trainer:
         own = {id(param) for param in self.named_parameters().values()}
         if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
             raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")
-
+        check_optimizer(self.optimizer, plan, self.layout)
+        self.stop_on_nan, self.num_steps = stop_on_nan, 0
+        self.metrics = StepLog(captured.graph, plan, self.device, every=log_every, peak_flops=peak_flops)
         units = self._offloaded_units()
         self.offloaded_state = OffloadedState(self.optimizer, units) if units else None
 
@@ -133,10 +151,12 @@ class Trainer:
         """Train on the global batch (the same on every rank) and return its loss, equal on every rank."""
         loss = self.forward_backward(batch, observe)
         self.optimizer_step()
+        self.metrics.after(self.num_steps, loss)
         return loss
 
     def optimizer_step(self) -> None:
         """Step the optimizer with the gradients that are there."""
+        self.num_steps += 1
         with self._recorded(OPTIMIZER):
             if self.offloaded_state is not None:
                 self.offloaded_state.step()
@@ -149,11 +169,19 @@ class Trainer:
             self.executor.recorder.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
         place = self.groups.place
-        rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
-        total = self.executor.run(rows, self._factors(rows), observe)
-        with self._recorded(REDUCE):
-            self._reduce_gradients()
-        return self._global_loss(total)
+        self.watch.step = self.num_steps + 1
+        with self.watch.names_failures():
+            rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
+            total = self.executor.run(rows, self._factors(rows), observe)
+            with self._recorded(REDUCE):
+                self._reduce_gradients()
+            loss = self._global_loss(total)
+        if self.stop_on_nan and not torch.isfinite(loss):
+            raise NotFiniteError(
+                f"the loss is {loss.item()} in step {self.num_steps + 1}; the optimizer has not stepped with it: go on "
+                "from a checkpoint with a lower learning rate, or clip gradients"
+            )
+        return loss
 
     def evaluate(self, batch: Batch) -> Tensor:
         """The loss of a global batch as a model in evaluation has it, without gradients; equal on every rank.
@@ -161,11 +189,12 @@ class Trainer:
         Nothing is dropped out, batch norms use their running statistics, and no state changes.
         """
         place = self.groups.place
-        rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         recorder, self.executor.recorder = self.executor.recorder, None  # a trace is of training steps alone
         try:
-            with torch.random.fork_rng(devices=devices):  # what is random in training draws, and drops nothing
+            # What is random in training draws, and drops nothing.
+            with self.watch.names_failures(), torch.random.fork_rng(devices=devices):
+                rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
                 return self._global_loss(self.executor.evaluate(rows, self._factors(rows)))
         finally:
             self.executor.recorder = recorder
@@ -201,15 +230,18 @@ class Trainer:
 
         Between `forward_backward` and `optimizer_step`, on all ranks.
         """
-        return clip_gradients(self, max_norm)
+        with self.watch.names_failures():
+            return clip_gradients(self, max_norm)
 
     def save(self, directory: str | Path) -> None:
         """Write parameters, buffers and optimizer state as full tensors under the model's own names."""
-        checkpoint.save(self, Path(directory))
+        with self.watch.names_failures():
+            checkpoint.save(self, Path(directory))
 
     def load(self, directory: str | Path) -> None:
         """Read what any plan of the same model saved."""
-        checkpoint.load(self, Path(directory))
+        with self.watch.names_failures():
+            checkpoint.load(self, Path(directory))
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's whole state dict, on the CPU of rank 0; empty elsewhere. All ranks must call it."""
@@ -221,6 +253,7 @@ class Trainer:
 
     def close(self) -> None:
         """Destroy the process group if the trainer made it."""
+        self.watch.close()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self._owns_group = False
@@ -275,11 +308,50 @@ class Trainer:
                 found[index][param.name] = nn.Parameter(part, requires_grad=value.requires_grad)
         return found
 
+    def _unwritten_parameters(self, model: nn.Module) -> dict[int, dict[str, nn.Parameter]]:
+        """This rank's parts of the model's parameters, by stage, without values."""
+        own = dict(model.named_parameters(remove_duplicate=False))
+        found: dict[int, dict[str, nn.Parameter]] = {index: {} for index in self.groups.place.stages}
+        for index, params in found.items():
+            for param in self.layout.of_stage(index):
+                info = self.graph.param[param.name]
+                dtype = getattr(torch, self.plan.param_dtype) if own[param.name].is_floating_point() else None
+                size = self.groups.tensor_axis.size if self.groups.tensor_axis is not None else 1
+                shape = placed_shape(info.shape, (param.state,), (size,)) if size > 1 else info.shape
+                part = unwritten(shape, dtype or own[param.name].dtype)
+                params[param.name] = nn.Parameter(part, requires_grad=own[param.name].requires_grad)
+        return found
+
+    @torch.no_grad()
+    def _read(self, files: WeightFiles) -> None:
+        """Fill parameters, and the buffers that are there, from files."""
+        for _, param, parameter in checkpoint.own_parameters(self):
+            shape = self.graph.param[param.name].shape
+            part = files.part(param.names, shape, param.state, self.groups.tensor_axis)
+            part = part.to(device=parameter.device, dtype=parameter.dtype)
+            parameter.copy_(like_parameter(part.contiguous(), parameter, self.groups.data_mesh))
+        for stage in self.stages:
+            for name, value in stage.module.named_buffers():
+                if files.has([name]):
+                    value.copy_(files.part([name], tuple(value.shape), R, None))
+
     def _from_first(self, value: Tensor) -> Tensor:
         """Rank 0's value, as a new tensor on this rank's device."""
         received = value.detach().to(self.device, copy=True).contiguous()
         dist.broadcast(received, src=0)
         return received
+
+    def _meet(self) -> Watch:
+        """The watch over all ranks, once they have found that they run one plan."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            own = hashlib.sha256(plan_to_json(self.plan).encode()).hexdigest()
+            found: list[str] = [""] * dist.get_world_size()
+            dist.all_gather_object(found, own)
+            if other := [rank for rank, text in enumerate(found) if text != found[0]]:
+                raise PlanMismatchError(
+                    f"rank {other[0]} has another plan than rank 0; give every rank the same plan, or its file"
+                )
+        return Watch()
 
     def _seed(self) -> None:
         seed = torch.tensor([torch.initial_seed() % 2**62], dtype=torch.int64, device=self.device)

@@ -1,0 +1,47 @@
+"""Which optimizers step a shard of a parameter as they would step the whole."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from autopar.errors import InputError
+from autopar.plan.plan import Plan
+from autopar.runtime.layout import Layout
+from autopar.sharding.state import Kind
+
+log = logging.getLogger(__name__)
+
+# Each element's step follows from that element's gradient and state alone, whatever `foreach` and `fused` say.
+ELEMENTWISE = frozenset((
+    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+))
+
+
+def sharded_because(plan: Plan, layout: Layout) -> str:
+    """What of the plan leaves some rank a part of a parameter; "" where every parameter is whole where it is used."""
+    for index, stage in enumerate(plan.stages):
+        if stage.zero > 0 and stage.mesh.dp_shard * stage.mesh.cp > 1:
+            return f"stage {index} shards its states (zero {stage.zero})"
+        if any(param.state.kind is Kind.SHARDED for param in layout.of_stage(index)):
+            return f"stage {index} splits parameters over its tensor axis"
+    return ""
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, layout: Layout) -> None:
+    """InputError for an optimizer that cannot step under the plan; a warning for one of which that is not known."""
+    kind = type(optimizer)
+    name = kind.__name__
+    from_torch = kind.__module__.startswith("torch.optim")
+    if from_torch and name == "LBFGS":
+        raise InputError("LBFGS evaluates the loss anew within its step, which a trainer does not offer: use AdamW")
+    why = sharded_because(plan, layout)
+    if not why or (from_torch and name in ELEMENTWISE):
+        return
+    if from_torch:
+        raise InputError(
+            f"{name} looks at whole parameters, and {why}: use AdamW or SGD, or a plan of whole replicas and pipeline "
+            "stages"
+        )
+    log.warning("%s is not known to step each element by itself, and %s: it steps each shard as a whole", name, why)
