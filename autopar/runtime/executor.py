@@ -162,7 +162,8 @@ class Executor:
         self._end()
         for one in self.stages.values():
             if one.replicas is not None:
-                one.replicas.finish()
+                with self._recorded(REDUCE, one.index, -1):
+                    one.replicas.finish()
         return total
 
     @torch.no_grad()
