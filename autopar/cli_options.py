@@ -18,6 +18,7 @@ class Attention(StrEnum):
 
 
 class Target(StrEnum):
+    SCRIPT = "script"
     TORCHTITAN = "torchtitan"
     MEGATRON = "megatron"
 
@@ -86,6 +87,8 @@ DemoFolder = Annotated[Path, typer.Option("-o", "--output", help="Folder for pla
 ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help="The plan's model, as for `plan`.")]
 PictureModel = Annotated[str | None, typer.Option(
     "--model", metavar="MODEL", help="The plan's model, for a plan that was saved without its picture.")]
+ScriptModel = Annotated[str | None, typer.Option(
+    "--model", metavar="MODEL", help="The plan's model, which a script builds.")]
 CheckedDtype = Annotated[str | None, typer.Option(
     "--dtype", help="Compare in this dtype; the plan's own if left out, fp32 for a plan in two bytes.")]
 Live = Annotated[Path | None, typer.Option(

@@ -22,6 +22,7 @@ from autopar.cli_options import (
     PictureModel,
     PlanFile,
     ProfileOption,
+    ScriptModel,
     SeqLen,
     Target,
     To,
@@ -87,8 +88,8 @@ def viz(
         reply.show(f"written to {target}: open it in a browser")
 
 
-def export(path: PlanFile, to: To, output: Output = None, json_: Json = False) -> None:
-    """Print a plan as another training system's settings, and what those cannot say."""
+def export(path: PlanFile, to: To, model: ScriptModel = None, output: Output = None, json_: Json = False) -> None:
+    """Print a plan as a script of plain PyTorch or another system's settings, and what those cannot say."""
     from autopar.export.megatron import to_megatron
     from autopar.export.torchtitan import to_torchtitan
     from autopar.plan.file import load_plan
@@ -98,7 +99,14 @@ def export(path: PlanFile, to: To, output: Output = None, json_: Json = False) -
     with answer(as_json=json_) as reply:
         loaded = load_plan(path)
         verify_plan(loaded, None)
-        settings = {Target.TORCHTITAN: to_torchtitan, Target.MEGATRON: to_megatron}[to](loaded)
+        if to is Target.SCRIPT:
+            from autopar.export.script import script_model, to_script
+
+            if model is None:
+                raise InputError("a script builds the model: give --model MODEL, as for `autopar plan`")
+            settings = to_script(loaded, script_model(model, loaded))
+        else:
+            settings = {Target.TORCHTITAN: to_torchtitan, Target.MEGATRON: to_megatron}[to](loaded)
         reply.value = {"target": settings.target, "settings": settings.text, "not_expressed": settings.not_expressed}
         if output is not None:
             write_text(output, settings.text)
