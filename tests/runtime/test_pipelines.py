@@ -123,8 +123,8 @@ def test_zero_bubble_over_unlike_stages(pool: LocalPool) -> None:
 def test_what_follows_from_no_input_of_its_stage_and_is_used_twice_keeps_the_backward_whole(pool: LocalPool) -> None:
     """T5's decoder begins inside a stage: torch would go through its cross-attention twice."""
     graph = capture_for(fuzz_models.t5, "float64").graph
-    actions = ("0F0,0F1,0B0,0B1", "1F0,1F1,1I1,1I0,1W0,1W1")
-    layouts = [Layout(blocks=5), Layout(blocks=len(graph.blocks) - 5)]
+    actions = ("0F0,0F1,0B0,0B1", "1F0,1F1,1I0,1I1,1W0,1W1", "2F0,2F1,2B0,2B1")
+    layouts = [Layout(blocks=5), Layout(blocks=len(graph.blocks) - 6), Layout(blocks=1)]  # the head is the embedding
     report = compare(fuzz_models.t5, staged_plan(graph, layouts, actions=actions), steps=2, pool=pool)
     assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
     assert len(unsplit(report)) == 1 and "decoder.block.0" in unsplit(report)[0]
