@@ -26,7 +26,7 @@ from autopar.errors import AutoparError
 GIB = 2**30
 TORCH_FROM, TORCH_BELOW = (2, 11), (2, 14)  # as pyproject.toml asks
 PYTHON_FROM = (3, 11)
-PACKAGES = ("transformers", "ortools", "numpy", "pydantic", "pyyaml", "rich", "typer")
+PACKAGES = ("transformers", "ortools", "numpy", "pydantic", "pyyaml", "rich", "safetensors", "typer")
 NEEDED_BYTES_A_PROCESS = 0.7 * GIB  # what a local process holds after importing torch and transformers, with some room
 LEAST_SHM_BYTES = 512 * 2**20  # a container's own 64 MiB is too little for NCCL among 8 devices
 LEAST_DISK_BYTES = GIB

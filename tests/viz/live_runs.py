@@ -8,6 +8,7 @@ from autopar.plan.file import load_plan
 from autopar.runtime.recording import Span, trace_json
 
 SLOWER = 3.0
+KINDS = ("F", "B", "I", "W", "optimizer")
 
 
 def slower_run(drawn: Drawn) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def slower_run(drawn: Drawn) -> dict[str, Any]:
             own += [
                 Span(step=step, kind=kinds[kind], stage=stage, micro_batch=batch, begin_s=start * factor,
                      end_s=end * factor)
-                for kind, stage, batch, start, end in rank_row[rank]["events"] if kinds[kind] in ("F", "B", "optimizer")
+                for kind, stage, batch, start, end in rank_row[rank]["events"] if kinds[kind] in KINDS
             ]
         spans.append(own)
     return trace_json(spans, plan, "cuda", "AdamW")
