@@ -11,6 +11,8 @@ for each s, and the best cut is found exactly for the largest of these (`balance
 costs at least its slow-down of the compute, and at least what does not fit behind it (`simulate/overlap.py`). The links
 between stages count for the first micro-batch, with the least that any cut sends. A property test compares these bounds
 with the simulator.
+
+The file is long because time and memory bounds share one candidate's cached tables; memory is what to split off first.
 """
 
 from __future__ import annotations
