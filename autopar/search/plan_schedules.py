@@ -40,16 +40,22 @@ class Ordered:
 
 
 def search_orders(engine: Engine, best_s: float, deadline: float | None) -> Ordered | None:
-    """The best of the quickest pipelines in other orders; None where none is better than `best_s`."""
+    """The best of the quickest pipelines in other orders; None where none is better than `best_s`.
+
+    An interrupt ends it with the best so far.
+    """
     found: Ordered | None = None
-    for base in engine.quickest_pipelines(ORDERED):
-        for plan in _orders(engine, base, best_s):
-            if engine.interrupted or (deadline is not None and time.monotonic() > deadline):
-                return found
-            limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
-            made = _simulated(engine, base, plan)
-            if made is not None and made.step_time_s < limit_s:
-                found = made
+    try:
+        for base in engine.quickest_pipelines(ORDERED):
+            for plan in _orders(engine, base, best_s):
+                if engine.interrupted or (deadline is not None and time.monotonic() > deadline):
+                    return found
+                limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
+                made = _simulated(engine, base, plan)
+                if made is not None and made.step_time_s < limit_s:
+                    found = made
+    except KeyboardInterrupt:
+        engine.interrupted = True
     return found
 
 

@@ -124,10 +124,15 @@ def find_plan(
         if not space:
             raise InputError(no_mesh(cluster, request))
         raise InfeasibleError(smallest_need(engine, space, deadline))
-    if mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
+    if mixed.best is not None and not engine.interrupted and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
         # What is slower in the usual order may be quicker than stages of unlike meshes in another.
-        engine.search([own for own in space if own.pp > 1], deadline=deadline, max_simulations=MAX_TO_ORDER)
+        try:
+            engine.search([own for own in space if own.pp > 1], deadline=deadline, max_simulations=MAX_TO_ORDER)
+        except KeyboardInterrupt:
+            engine.interrupted = True
     ordered = search_orders(engine, step_s, deadline)
+    if engine.interrupted:
+        outcome = replace(outcome, complete=False)
     if ordered is not None:
         step_s = ordered.step_time_s
         outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))

@@ -12,7 +12,7 @@ from autopar.cluster.parse import parse_cluster
 from autopar.errors import InfeasibleError
 from autopar.plan.text import certificate_line
 from autopar.plan.verify import verify_plan
-from autopar.search import best_first
+from autopar.search import best_first, plan_schedules
 from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import Bounds, Cuts
 from autopar.search.candidates import Candidate, candidates
@@ -76,6 +76,18 @@ def test_an_interrupt_gives_the_best_so_far(after: int, monkeypatch: pytest.Monk
     assert plan.certificate.searched.endswith("an interrupt came first")
     assert plan.certificate.upper_bound_s == min(found.step_time_s for found in seen if found)
     assert plan.certificate.lower_bound_s <= whole.upper_bound_s
+    verify_plan(plan, GRAPH, MACHINE)
+
+
+def test_an_interrupt_while_orders_are_tried_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan_schedules, "other_schedule", interrupted)
+    plan = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24))
+    assert plan.certificate is not None
+    assert plan.certificate.stopped_early
+    assert plan.certificate.searched.endswith("an interrupt came first")
     verify_plan(plan, GRAPH, MACHINE)
 
 
