@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from autopar.errors import InputError as InputError
     from autopar.errors import NotFiniteError as NotFiniteError
     from autopar.errors import PlanMismatchError as PlanMismatchError
+    from autopar.hugging_face import parallelize_trainer as parallelize_trainer
     from autopar.plan.file import load_plan as load_plan
     from autopar.plan.plan import Plan as Plan
     from autopar.runtime.engine import Trainer as Trainer
@@ -50,6 +51,7 @@ _HOMES = {
     "empty_parameters": "autopar.runtime.weights",
     "load_plan": "autopar.plan.file",
     "parallelize": "autopar.api",
+    "parallelize_trainer": "autopar.hugging_face",
     "parse_cluster": "autopar.cluster.parse",
     "register_rule": "autopar.sharding.rules",
 }

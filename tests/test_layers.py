@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("export", "viz"),
     ("api", "local_check", "doctor"),
-    ("demo",),
+    ("demo", "hugging_face"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -20,6 +20,11 @@ SAID = {
     "read_plan": r"where the step goes: compute [\d.]+ s",
 }
 
+LOOPS = {
+    "hugging_face_loop": "tensors are back in the Hugging Face model",
+    "hugging_face_trainer": "parameters is saved as any other",
+}
+
 
 def run(folder: Path, *command: str) -> str:
     """What a program printed that ran in a folder of its own."""
@@ -38,7 +43,7 @@ def losses(printed: str) -> list[float]:
 
 def test_every_example_is_run() -> None:
     elsewhere = {"train"}  # tests/runtime/test_api.py
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SAID, "hugging_face_loop", *elsewhere}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SAID, *LOOPS, *elsewhere}
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -56,14 +61,15 @@ def test_example(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_the_loop_prints_the_same_on_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LOOPS)
+def test_loops_print_the_same_on_two_processes(name: str, tmp_path: Path) -> None:
     alone, pair = tmp_path / "alone", tmp_path / "pair"
     alone.mkdir()
     pair.mkdir()
-    path = str(EXAMPLES / "hugging_face_loop.py")
+    path = str(EXAMPLES / f"{name}.py")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path)
     expected, printed = losses(run(alone, path)), run(pair, *launch)
-    assert "tensors are back in the Hugging Face model" in printed
+    assert LOOPS[name] in printed
     assert len(expected) == 3
     assert expected[-1] < 0.95 * expected[0]
     assert losses(printed) == pytest.approx(expected, abs=2e-4)
