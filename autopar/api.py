@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.local import local_cluster
+from autopar.cluster.job import auto_cluster
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError, PlanMismatchError
 from autopar.files import write_text
@@ -115,8 +115,8 @@ def parallelize(
 
     `example_batch` is a dict of keyword arguments or a tuple; `model(**example_batch)` returns a scalar loss or an
     object with `.loss`, or `loss_fn(output, batch)` gives it, for which the dict may hold more than the model takes.
-    Without `plan` (a Plan or its file), rank 0 plans for `cluster`, or for the machines at hand, and `global_batch`
-    rows a step, or as many as the example has.
+    Without `plan` (a Plan or its file), rank 0 plans for `cluster`, or for the job's machines as `auto` finds them, and
+    `global_batch` rows a step, or as many as the example has.
     `offload` lets that plan rest activations and optimizer state in host memory.
     `optimizer` makes a torch optimizer from parameters: `lambda p: torch.optim.AdamW(p, lr=3e-4)`. Every rank calls
     it with the same arguments; rank 0's weights are used, or those of the safetensors files in `weights`, of which
@@ -132,7 +132,8 @@ def parallelize(
         nonlocal captured
         if plan is not None:
             return plan_to_json(plan if isinstance(plan, Plan) else load_plan(Path(plan)))
-        machine = parse_cluster(cluster) if isinstance(cluster, str) else cluster or _machines(world, place)
+        machine = parse_cluster(cluster) if isinstance(cluster, str) else cluster or auto_cluster(
+            os.environ, num_processes=world, device_type=place.type)
         if machine.num_devices != world:
             raise PlanMismatchError(
                 f"cluster {machine.name} has {machine.num_devices} devices, and the job has {world} processes"
@@ -191,17 +192,6 @@ def _open_job(device: torch.device | str | None, timeout_s: float) -> torch.devi
 def _close_job() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _machines(world: int, place: torch.device) -> Cluster:
-    """The job's machines, taken to be like this one."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    node = local_cluster(local, device=place.type)
-    if world == local:
-        return node
-    if world % local:
-        raise InputError(f"{world} processes on machines of {local}: describe the machines with cluster=...")
-    return replace(node, name=f"{world // local} x {node.name}", nodes=node.nodes * (world // local))
 
 
 def _from_first(make: Callable[[], str]) -> str:

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "sweep": (
         "autopar sweep llama-3.1-8b --cluster 4x8xH100-80GB --global-batch 512,1024 --seq-len 4096,8192 -o sweep.csv",
         "autopar sweep gpt2-xl --cluster 1x8xA100-80GB --nodes 1,2,4,8 --global-batch 256 -o sweep.csv",
+        "autopar sweep gpt2-xl --cluster 1x8xA100-80GB --nodes 1,2,4,8 --global-batch 64 --scaling weak -o weak.csv",
     ),
     "show": ("autopar show plan.json", "autopar show --compare old.json new.json"),
     "viz": (

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,9 +44,10 @@ if TYPE_CHECKING:
 MOST_POINTS = 10_000
 # The columns of the CSV, and the keys of a row under --json.
 COLUMNS = (
-    "cluster", "nodes", "devices", "global_batch", "seq_len", "feasible", "reason", "step_time_s", "tokens_per_s",
-    "tokens_per_s_per_device", "mfu", "bubble_fraction", "memory_share", "gap", "stages", "mesh", "zero", "micro_batch",
-    "num_micro_batches", "recompute", "price_per_million_tokens", "search_seconds", "stopped_early",
+    "cluster", "nodes", "devices", "scaling", "first_batch", "global_batch", "seq_len", "feasible", "reason",
+    "step_time_s", "tokens_per_s", "tokens_per_s_per_device", "mfu", "bubble_fraction", "memory_share", "gap", "stages",
+    "mesh", "zero", "micro_batch", "num_micro_batches", "recompute", "price_per_million_tokens", "search_seconds",
+    "stopped_early",
 )
 
 Clusters = Annotated[list[str], typer.Option("--cluster", metavar="C", help="As for `plan`; may be repeated.")]
@@ -61,17 +63,28 @@ Table_ = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Wr
 Plot = Annotated[Path | None, typer.Option(
     "--plot", metavar="FILE", help="Write the page with the plot to this file; beside the CSV if left out.")]
 
+
+
+class Scaling(StrEnum):
+    STRONG = "strong"  # each batch at each size
+    WEAK = "weak"  # as many rows for each device at every size
+
+
+ScalingOption = Annotated[Scaling, typer.Option(
+    help="strong: each batch on each size of cluster. weak: the batch is that of the smallest cluster and grows with "
+    "the devices.")]
+
 Row = dict[str, Any]
 
 
 def sweep(
     model: Model, cluster: Clusters, global_batch: Batches, seq_len: SeqLens = None, nodes: Nodes = None,
-    dtype: Dtype = "bf16", optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None,
-    max_search_seconds: PointSeconds = None, compile_: Compile = False, attention: AttentionKind = Attention.SDPA,
-    profile: ProfileOption = None, offload: OffloadOption = True, output: Table_ = Path("sweep.csv"),
-    plot: Plot = None, json_: Json = False,
+    scaling: ScalingOption = Scaling.STRONG, dtype: Dtype = "bf16", optimizer: Optimizer = "adamw",
+    micro_batch: SearchedMicroBatch = None, max_search_seconds: PointSeconds = None, compile_: Compile = False,
+    attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None, offload: OffloadOption = True,
+    output: Table_ = Path("sweep.csv"), plot: Plot = None, json_: Json = False,
 ) -> None:
-    """Plan at each batch, sequence and cluster size: a CSV, a plot, and what twice the nodes would buy."""
+    """Plan at each batch, sequence and cluster size: a CSV, a plot, and what twice the nodes would buy, in words."""
     from autopar.search.planner import PlanRequest, find_plan
     from autopar.simulate.simulator import simulate
     from autopar.viz.page import page_html
@@ -91,11 +104,15 @@ def sweep(
     with answer(as_json=json_) as reply:
         machines = _clusters(simulations, cluster, nodes, profile)
         points = list(product(machines, lengths, batches))
+        smallest = min(machine.num_devices for machine in machines)
+        if scaling is Scaling.WEAK:
+            _check_weak(machines, batches, smallest)
         if len(points) > MOST_POINTS:
             raise InputError(f"{len(points)} points are more than {MOST_POINTS}: give fewer batches, lengths or sizes")
         with _bar(len(points), as_json=json_) as news:
             try:
-                for machine, length, batch in points:
+                for machine, length, first in points:
+                    batch = first * machine.num_devices // smallest if scaling is Scaling.WEAK else first
                     news(f"{machine.name}, batch {batch}" + (f", sequence {length}" if length else ""))
                     graph = simulations.graph(model, length, name, attention)
                     request = PlanRequest(
@@ -105,10 +122,11 @@ def sweep(
                     )
                     try:
                         found = find_plan(graph, machine, request)
-                        rows.append(point_row(machine, found, simulate(graph, machine, found)))
+                        row = point_row(machine, found, simulate(graph, machine, found))
                     except AutoparError as error:
                         failure = failure or error
-                        rows.append(failed_row(graph, machine, batch, error))
+                        row = failed_row(graph, machine, batch, error)
+                    rows.append(row | {"scaling": str(scaling), "first_batch": first})
                     write_text(output, rows_csv(rows))
             except KeyboardInterrupt:
                 stopped = True
@@ -119,7 +137,7 @@ def sweep(
                        "stopped": stopped, "num_points": len(points)}
         if rows:
             write_text(page, page_html({"sweep": {"model": model, "rows": rows, "doublings": gains}}))
-            reply.show(_table(rows), *map(doubling_line, gains))
+            reply.show(_table(rows), *(f"{gain['words']}." for gain in gains))
             if early := sum(row["stopped_early"] is True for row in rows):
                 reply.show(f"note: the search of {early} of {len(rows)} points was stopped early: there may be better "
                            "plans for them")
@@ -143,6 +161,16 @@ def _clusters(
     elif len(machines) == 1 and machines[0].is_uniform and not machines[0].name.startswith("local"):
         machines.append(with_nodes(machines[0], 2 * len(machines[0].nodes)))
     return list({machine.name: machine for machine in machines}.values())
+
+
+def _check_weak(machines: Sequence[Cluster], batches: Sequence[int], smallest: int) -> None:
+    """InputError where a batch that grows with the devices would not be whole."""
+    for machine, batch in product(machines, batches):
+        if batch * machine.num_devices % smallest:
+            raise InputError(
+                f"--global-batch {batch} on {smallest} devices is no whole number of rows on the "
+                f"{machine.num_devices} of {machine.name}: give a multiple of {smallest}"
+            )
 
 
 def point_row(cluster: Cluster, plan: Plan, timeline: Timeline) -> Row:
@@ -198,30 +226,49 @@ def rows_csv(rows: Sequence[Row]) -> str:
 
 
 def doublings(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Pairs of points that differ in having twice the devices alone, and how many times the tokens/s that gives."""
+    """Pairs of points that differ in having twice the devices alone, or twice the devices and the batch.
+
+    `speedup`: how many times the tokens/s; `device_time`: how many times the devices' time that each token takes.
+    """
     found = []
-    for one in rows:
-        for other in rows:
-            alike = all(one[key] == other[key] for key in ("global_batch", "seq_len", "device"))
-            if alike and other["devices"] == 2 * one["devices"] and other["nodes"] >= one["nodes"]:
-                both = one["feasible"] and other["feasible"]
-                found.append({
-                    "from": one["cluster"], "to": other["cluster"], "global_batch": one["global_batch"],
-                    "seq_len": one["seq_len"], "speedup": other["tokens_per_s"] / one["tokens_per_s"] if both else None,
-                    "only": None if both else other["cluster"] if other["feasible"] else (
-                        one["cluster"] if one["feasible"] else "neither"
-                    ),
-                })
+    for one, other in product(rows, rows):
+        alike = all(one[key] == other[key] for key in ("seq_len", "device"))
+        growth = other["global_batch"] / one["global_batch"]
+        if not alike or other["devices"] != 2 * one["devices"] or other["nodes"] < one["nodes"] or growth not in (1, 2):
+            continue
+        both = one["feasible"] and other["feasible"]
+        speedup = other["tokens_per_s"] / one["tokens_per_s"] if both else None
+        found.append({
+            "from": one["cluster"], "to": other["cluster"], "global_batch": one["global_batch"],
+            "to_global_batch": other["global_batch"], "seq_len": one["seq_len"], "speedup": speedup,
+            "device_time": 2 / speedup if speedup else None,
+            "step_times_s": [one["step_time_s"], other["step_time_s"]] if both else None,
+            "only": None if both else other["cluster"] if other["feasible"] else (
+                one["cluster"] if one["feasible"] else "neither"
+            ),
+        })
+    for gain in found:
+        gain["words"] = doubling_line(gain)
     return found
 
 
 def doubling_line(gain: dict[str, Any]) -> str:
     """What twice the devices buy, in words."""
-    where = f"batch {gain['global_batch']}" + (f", sequence {gain['seq_len']}" if gain["seq_len"] else "")
-    head = f"twice the devices, {gain['from']} to {gain['to']}, at {where}: "
+    from autopar.plan.text import seconds
+
+    grown = gain["to_global_batch"] != gain["global_batch"]
+    batch = f"and twice the batch ({gain['global_batch']} to {gain['to_global_batch']})" if grown else (
+        f"at the same batch of {gain['global_batch']}")
+    where = f" and sequence {gain['seq_len']}" if gain["seq_len"] else ""
+    head = f"Twice the devices ({gain['from']} to {gain['to']}) {batch}{where}: "
     if gain["speedup"] is None:
         return head + ("neither fits" if gain["only"] == "neither" else f"only {gain['only']} has a plan that fits")
-    return head + f"{gain['speedup']:.2f}x the throughput ({gain['speedup'] / 2:.0%} of twice)"
+    before, after = map(seconds, gain["step_times_s"])
+    told = head + f"{gain['speedup']:.2f} times the tokens/s, a step takes {after} instead of {before}"
+    waste = gain["device_time"] - 1
+    if abs(waste) < 0.005:
+        return f"{told}, and each token takes as much of the devices' time"
+    return f"{told}, and each token takes {abs(waste):.0%} {'more' if waste > 0 else 'less'} of the devices' time"
 
 
 def _table(rows: Sequence[Row]) -> Table:

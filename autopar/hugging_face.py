@@ -97,7 +97,7 @@ class _Planned:
                 self.model, self._first_batch(), lambda params: kind(params, **settings), **options
             )
             if self.autopar.offloaded_state is not None:
-                raise InputError("the plan keeps optimizer state in host memory, which the Trainer's step does not know")
+                raise InputError("the plan keeps optimizer state in host memory, which the Trainer's loop cannot step")
             self._decay(self.autopar.optimizer)
             log.info("training under a plan: %s", headline(self.autopar.plan))
             # Accelerate would take the norm of this rank's parts alone.

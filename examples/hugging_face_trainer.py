@@ -1,4 +1,4 @@
-"""Train a small Llama with Hugging Face's Trainer, its arguments, scheduler, clipping and checkpoints, and one line more.
+"""Train a small Llama with Hugging Face's Trainer, its scheduler, clipping and checkpoints, and one line more.
 
 pip install accelerate             (which the Trainer needs)
 python examples/hugging_face_trainer.py

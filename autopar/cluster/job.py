@@ -46,24 +46,30 @@ def job_of(environment: Mapping[str, str]) -> Job | None:
     return None
 
 
-def auto_cluster(environment: Mapping[str, str], device: str | None = None) -> Cluster:
+def auto_cluster(
+    environment: Mapping[str, str], device: str | None = None, *, num_processes: int | None = None,
+    device_type: str | None = None,
+) -> Cluster:
     """The job's machines; this machine where there is no job. `device` names the preset of their devices.
 
     Without it the job's own word for them, or this machine's devices. Nodes get the usual links and network.
+    `num_processes`: what is known of a job that runs; one process alone is on this machine, whatever allocation it
+    was started in. `device_type`: "cpu" or "cuda" where it is known on which of them it computes.
     """
-    job = job_of(environment)
+    job = job_of(environment) if num_processes != 1 else None
     if job is None:
-        job = Job(source="this machine", processes=(None,))
-    return cluster_of(job, device)
+        job = Job(source="this machine", processes=(num_processes,))
+    return cluster_of(job, device, device_type=device_type)
 
 
-def cluster_of(job: Job, device: str | None = None) -> Cluster:
+def cluster_of(job: Job, device: str | None = None, *, device_type: str | None = None) -> Cluster:
     """A node for each of the job's, with a device for each of its processes."""
     from autopar.cluster.parse import check_num_devices
 
-    name = device if device is not None else _preset_name(job.device)
+    name = device if device is not None or device_type == "cpu" else _preset_name(job.device)
     check_num_devices(sum(count or 1 for count in job.processes), f"the job ({job.source})")
-    nodes = tuple(_node(count, name) for count in job.processes)
+    kinds = {count: _node(count, name, device_type) for count in dict.fromkeys(job.processes)}
+    nodes = tuple(kinds[count] for count in job.processes)
     if name is not None and len(set(nodes)) == 1:
         return Cluster(name=f"{len(nodes)}x{nodes[0].num_devices}x{nodes[0].device.name}", nodes=nodes)
     if len(nodes) == 1:
@@ -71,11 +77,11 @@ def cluster_of(job: Job, device: str | None = None) -> Cluster:
     return Cluster(name=f"auto, {len(nodes)} nodes of {job.source}", nodes=nodes)
 
 
-def _node(count: int | None, device: str | None) -> Node:
+def _node(count: int | None, device: str | None, device_type: str | None) -> Node:
     from autopar.cluster.local import local_cluster  # imports torch
 
     if device is None:
-        return local_cluster(count).nodes[0]
+        return local_cluster(count, device=device_type).nodes[0]
     kind = preset(device)
     number = count or kind.devices_per_node
     return Node(device=kind.device, num_devices=number, link=kind.link, network=default_network(kind, number))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from autopar.cli_sweep import COLUMNS, doubling_line, doublings
+from autopar.cli_sweep import COLUMNS, doublings
 from autopar.errors import InfeasibleError
 from autopar.search import planner
 
@@ -33,6 +33,8 @@ def test_every_point_is_the_plan_that_plan_finds(autopar, llama: Path, tmp_path:
     assert rows[3]["tokens_per_s"] == pytest.approx(4 * 64 / planned["step_time_s"])
     expected = [rows[i + 2]["tokens_per_s"] / rows[i]["tokens_per_s"] for i in (0, 1)]
     assert [gain["speedup"] for gain in run.value["doublings"]] == expected
+    assert all(gain["words"].startswith("Twice the devices (1x1xH100-80GB to 2x1xH100-80GB) at the same batch of 4 ")
+               for gain in run.value["doublings"])
     assert '{"sweep":' in page.read_text()
 
 
@@ -54,6 +56,19 @@ def test_a_point_without_a_plan_is_a_row_that_says_why(
     run = autopar("sweep", llama, *words, "--global-batch", "6")
     assert run.code == 1
     assert run.err.splitlines() == ["autopar: no point of the sweep has a plan, the first one: needs 99 GiB"]
+
+
+def test_weak_scaling_keeps_the_rows_of_a_device(autopar, llama: Path, tmp_path: Path) -> None:
+    words = ("--cluster", "1x2xH100-80GB", "--nodes", "1,2,3", "--seq-len", "32", "--scaling", "weak")
+    run = autopar("sweep", llama, *words, "--global-batch", "4", "-o", tmp_path / "s.csv", "--json")
+    assert run.code == 0, run.err
+    assert [(row["devices"], row["global_batch"], row["first_batch"]) for row in run.value["rows"]] == [
+        (2, 4, 4), (4, 8, 4), (6, 12, 4)]
+    (gain,) = run.value["doublings"]
+    assert (gain["global_batch"], gain["to_global_batch"]) == (4, 8)
+    assert "and twice the batch (4 to 8)" in gain["words"]
+    refused = autopar("sweep", llama, *words, "--nodes", "2,3", "--global-batch", "3", "-o", tmp_path / "t.csv")
+    assert refused.code == 2 and "multiple of 4" in refused.err
 
 
 def test_an_interrupt_keeps_what_is_done(
@@ -97,11 +112,19 @@ def test_bad_input_is_one_line_and_no_file(
 
 def point(cluster: str, devices: int, rate: float | None, batch: int = 8) -> dict[str, object]:
     return {"cluster": cluster, "devices": devices, "nodes": devices, "device": "T4", "global_batch": batch,
-            "seq_len": 9, "feasible": rate is not None, "tokens_per_s": rate}
+            "seq_len": 9, "feasible": rate is not None, "tokens_per_s": rate,
+            "step_time_s": 9 * batch / rate if rate else None}
 
 
-def test_twice_the_devices_are_compared_at_the_same_batch_alone() -> None:
-    found = doublings([point("a", 1, 10.0), point("b", 2, 15.0), point("c", 4, None), point("d", 2, 99.0, batch=16)])
-    assert [(gain["from"], gain["to"], gain["speedup"]) for gain in found] == [("a", "b", 1.5), ("b", "c", None)]
-    assert "1.50x the throughput (75% of twice)" in doubling_line(found[0])
-    assert "only b has a plan" in doubling_line(found[1])
+def test_twice_the_devices_are_compared_at_the_same_batch_and_at_twice_the_batch() -> None:
+    found = doublings([point("a", 1, 10.0), point("b", 2, 15.0), point("c", 4, None), point("d", 2, 19.98, batch=16),
+                       point("e", 2, 99.0, batch=24)])
+    assert [(gain["from"], gain["to"], gain["speedup"]) for gain in found] == [
+        ("a", "b", 1.5), ("a", "d", 1.998), ("b", "c", None)]
+    assert [gain["words"] for gain in found] == [
+        "Twice the devices (a to b) at the same batch of 8 and sequence 9: 1.50 times the tokens/s, a step takes 4.8 s "
+        "instead of 7.2 s, and each token takes 33% more of the devices' time",
+        "Twice the devices (a to d) and twice the batch (8 to 16) and sequence 9: 2.00 times the tokens/s, a step "
+        "takes 7.207 s instead of 7.2 s, and each token takes as much of the devices' time",
+        "Twice the devices (b to c) at the same batch of 8 and sequence 9: only b has a plan that fits",
+    ]

@@ -48,6 +48,15 @@ def test_auto_takes_the_device_from_its_text_and_else_is_this_machine(monkeypatc
     assert parse_cluster("auto").num_devices == 16
 
 
+def test_what_is_known_of_a_running_job_comes_first() -> None:
+    alone = auto_cluster({**SLURM, "SLURM_GPUS_PER_NODE": "h100-80gb:8"}, num_processes=1, device_type="cpu")
+    assert (alone.name, alone.device(0).name) == ("local:1", "CPU")
+    spawned = auto_cluster({}, num_processes=3, device_type="cpu")
+    assert spawned.name == "local:3"
+    cpus = auto_cluster({**SLURM, "SLURM_GPUS_PER_NODE": "h100-80gb:8"}, num_processes=40, device_type="cpu")
+    assert (cpus.num_devices, {node.device.name for node in cpus.nodes}) == (40, {"CPU"})
+
+
 def test_pbs_lists_a_host_for_each_process(tmp_path: Path) -> None:
     path = tmp_path / "nodes"
     path.write_text("n1\nn1\nn2\nn2\n")

@@ -60,6 +60,19 @@ def test_nccl_s_dump_gives_gpus_links_and_network() -> None:
     assert str(A100_XML) in node.network.source
 
 
+@pytest.mark.parametrize(("number", "device", "link"), [
+    ("0x2335", "H200", "NVLink4"), ("0x2342", "GH200", "NVLink4"), ("0x2901", "B200", "NVLink5"),
+    ("0x2941", "GB200", "NVLink5"), ("0x2330", "H100-80GB", "NVLink4"),
+])
+def test_newer_cards_are_known_by_their_numbers(tmp_path: Path, number: str, device: str, link: str) -> None:
+    path = tmp_path / "topo.xml"
+    path.write_text(A100_XML.read_text().replace("0x20b2", number).replace('count="2"', 'count="3"'))
+    (node,) = read(path).nodes
+    assert node.device.name == device
+    assert node.link.name == link, node.link
+    assert node.link.bandwidth_bytes_per_s == link_preset(link).bandwidth_bytes_per_s
+
+
 def test_the_narrowest_slot_decides_where_there_is_no_nvlink() -> None:
     (node,) = read(RTX_XML).nodes
     assert (node.num_devices, node.device.name) == (2, "RTX-3090")

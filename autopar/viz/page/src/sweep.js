@@ -31,13 +31,13 @@ export function sweep({ sweep: data }, themeButton) {
     best ? h("div", { class: "tiles" }, [[`${digits(best.tokens_per_s, 4)}`, `most tokens/s: ${best.cluster}, batch ${best.global_batch}`],
       ...bestOf(fitting, "mfu", (row) => [percent(row.mfu), `highest MFU: ${row.cluster}, batch ${row.global_batch}`]),
       ...bestOf(doublings.filter((gain) => gain.speedup !== null), "speedup",
-        (gain) => [`${digits(gain.speedup, 3)}\u00d7`, `most that twice the devices buy: ${gain.from} to ${gain.to}, batch ${gain.global_batch}`]),
+        (gain) => [`${digits(gain.speedup, 3)}\u00d7`, `most that twice the devices buy: ${gain.from} to ${gain.to}, ${batches(gain)}`]),
     ].map(([value, name]) => h("div", { class: "tile" }, h("b", {}, value), h("span", {}, name)))) : null,
     h("section", { id: "plot" }, h("div", { class: "head" }, h("h2", {}, "Plot"), h("p", {}, "each point is the best plan found there; hover for it"),
       measures.length > 1 ? choose("show", measures, y, (picked) => { y = picked; }) : null,
       axes.length > 1 ? choose("over", axes, x, (picked) => { x = picked; }) : null), place),
     doublings.length ? h("section", { id: "doublings" }, h("div", { class: "head" }, h("h2", {}, "What twice the devices would buy"),
-      h("p", {}, "the same batch on twice as many")), h("div", {}, doublings.map(gainBar))) : null,
+      h("p", {}, "the bar is full where twice the devices give twice the tokens/s")), h("div", {}, doublings.map(gainBar))) : null,
     h("section", { id: "points" }, h("div", { class: "head" }, h("h2", {}, "All points")), h("div", { class: "scroll" }, pointsTable(rows))));
 }
 
@@ -47,12 +47,15 @@ function bestOf(rows, key, make) {
 }
 
 function gainBar(gain) {
-  const where = `batch ${gain.global_batch}${gain.seq_len ? `, sequence ${gain.seq_len}` : ""}`;
   const told = gain.speedup === null ? (gain.only === "neither" ? "neither fits" : `only ${gain.only} fits`)
     : `${digits(gain.speedup, 3)}\u00d7 (${percent(gain.speedup / 2, 0)} of twice)`;
-  return h("div", { class: "baseline gain" }, h("div", {}, `${gain.from} \u2192 ${gain.to}`, h("div", { class: "soft" }, where)),
-    h("div", { class: "track" }, h("i", { style: { width: `${Math.min(100, 50 * (gain.speedup ?? 0))}%`, background: "var(--accent)" } })), h("div", { class: "num" }, told));
+  return h("div", { class: "gains" }, h("div", { class: "baseline gain" }, h("div", {}, `${gain.from} \u2192 ${gain.to}`,
+    h("div", { class: "soft" }, `${batches(gain)}${gain.seq_len ? `, sequence ${gain.seq_len}` : ""}`)),
+    h("div", { class: "track" }, h("i", { style: { width: `${Math.min(100, 50 * (gain.speedup ?? 0))}%`, background: "var(--accent)" } })), h("div", { class: "num" }, told)),
+    h("p", { class: "soft" }, `${gain.words}.`));
 }
+
+const batches = (gain) => `batch ${gain.global_batch}${gain.to_global_batch === gain.global_batch ? "" : ` \u2192 ${gain.to_global_batch}`}`;
 
 function pointsTable(rows) {
   return table(["cluster", right("devices"), right("batch"), right("sequence"), right("step"), right("tokens/s"), right("a device"), right("MFU"), right("memory"),
@@ -67,7 +70,8 @@ const WIDE = 1000, HIGH = 380, LEFT = 78, BELOW = 46, ABOVE = 14, RIGHT = 200;
 
 // Lines of all points that agree in everything but x; a dashed one shows what x times as many devices would give at best.
 function chart(rows, [xKey, xName], [yKey, yName, text], axes) {
-  const others = axes.filter(([key]) => key !== xKey), several = new Set(rows.map((row) => row.device)).size > 1;
+  const grows = xKey === "devices" && rows.every((row) => row.scaling === "weak");  // with the devices grows the batch
+  const others = axes.filter(([key]) => key !== xKey).map(([key, word]) => (grows && key === "global_batch" ? ["first_batch", "batch grows from"] : [key, word])), several = new Set(rows.map((row) => row.device)).size > 1;
   const known = rows.filter((row) => row.feasible && row[yKey] !== null && row[yKey] !== undefined && row[xKey] !== null);
   if (!known.length) return h("p", { class: "soft" }, "no point has a plan that fits");
   const name = (row) => [...(several && xKey !== "devices" ? [row.cluster] : several ? [row.device] : []),
