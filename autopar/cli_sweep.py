@@ -259,7 +259,7 @@ def doubling_line(gain: dict[str, Any]) -> str:
     grown = gain["to_global_batch"] != gain["global_batch"]
     batch = f"and twice the batch ({gain['global_batch']} to {gain['to_global_batch']})" if grown else (
         f"at the same batch of {gain['global_batch']}")
-    where = f" and sequence {gain['seq_len']}" if gain["seq_len"] else ""
+    where = f", sequence {gain['seq_len']}" if gain["seq_len"] else ""
     head = f"Twice the devices ({gain['from']} to {gain['to']}) {batch}{where}: "
     if gain["speedup"] is None:
         return head + ("neither fits" if gain["only"] == "neither" else f"only {gain['only']} has a plan that fits")

@@ -122,9 +122,9 @@ def test_twice_the_devices_are_compared_at_the_same_batch_and_at_twice_the_batch
     assert [(gain["from"], gain["to"], gain["speedup"]) for gain in found] == [
         ("a", "b", 1.5), ("a", "d", 1.998), ("b", "c", None)]
     assert [gain["words"] for gain in found] == [
-        "Twice the devices (a to b) at the same batch of 8 and sequence 9: 1.50 times the tokens/s, a step takes 4.8 s "
+        "Twice the devices (a to b) at the same batch of 8, sequence 9: 1.50 times the tokens/s, a step takes 4.8 s "
         "instead of 7.2 s, and each token takes 33% more of the devices' time",
-        "Twice the devices (a to d) and twice the batch (8 to 16) and sequence 9: 2.00 times the tokens/s, a step "
+        "Twice the devices (a to d) and twice the batch (8 to 16), sequence 9: 2.00 times the tokens/s, a step "
         "takes 7.207 s instead of 7.2 s, and each token takes as much of the devices' time",
-        "Twice the devices (b to c) at the same batch of 8 and sequence 9: only b has a plan that fits",
+        "Twice the devices (b to c) at the same batch of 8, sequence 9: only b has a plan that fits",
     ]

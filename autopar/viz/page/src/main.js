@@ -28,7 +28,7 @@ function build(plan) {
   const s = plan.settings;
   const words = [`${s.devices} devices`, `${plan.stages.length} stage${plan.stages.length > 1 ? "s" : ""}`, s.schedule,
     `global batch ${s.global_batch}`, s.sequence ? `sequence ${s.sequence}` : null,
-    `${s.num_micro_batches} micro-batches of ${s.micro_batch}`, `${s.dtype} compute, ${s.param_dtype} parameters`, s.optimizer,
+    `${s.num_micro_batches} micro-batch${s.num_micro_batches === 1 ? "" : "es"} of ${s.micro_batch}`, `${s.dtype} compute, ${s.param_dtype} parameters`, s.optimizer,
     s.sequence_parallel ? "sequence parallel" : null, s.compile ? "compiled" : null].filter(Boolean).join(" \u00b7 ");
   document.getElementById("page").replaceWith(h("main", {},
     h("header", { class: "top" }, h("div", {}, h("h1", {}, `${plan.model} on ${s.cluster}`), h("div", { class: "soft" }, words),

@@ -66,7 +66,7 @@ function pointsTable(rows) {
 }
 
 const plan = (row) => `${row.stages} stage${row.stages > 1 ? "s" : ""}, ${row.mesh}, ZeRO ${row.zero}, ${row.num_micro_batches} \u00d7 ${row.micro_batch} rows, recompute ${row.recompute}`;
-const WIDE = 1000, HIGH = 380, LEFT = 78, BELOW = 46, ABOVE = 14, RIGHT = 200;
+const WIDE = 1000, HIGH = 380, LEFT = 78, BELOW = 46, ABOVE = 34, RIGHT = 200;
 
 // Lines of all points that agree in everything but x; a dashed one shows what x times as many devices would give at best.
 function chart(rows, [xKey, xName], [yKey, yName, text], axes) {
@@ -91,7 +91,7 @@ function chart(rows, [xKey, xName], [yKey, yName, text], axes) {
   }
   for (const value of xs) scene.append(svg("text", { x: px(value), y: HIGH - BELOW + 20, "text-anchor": "middle" }, digits(value, 6)));
   scene.append(svg("text", { x: (LEFT + WIDE - RIGHT) / 2, y: HIGH - 6, "text-anchor": "middle", class: "sub" }, xName),
-    svg("text", { x: 0, y: ABOVE + 2, class: "sub" }, yName));
+    svg("text", { x: 0, y: 14, class: "sub" }, yName));
   const names = [...series.keys()];
   names.forEach((label, i) => {
     const line = series.get(label), hue = `hsl(${(215 + i * 137.508) % 360} 55% var(--mid))`;
