@@ -107,9 +107,11 @@ def compare(
     `factory` is importable and returns (model, example batch of any number of rows, loss function or None), all real;
     its random weights follow `seed`. Both sides run plain SGD steps between gradients, so that errors don't hide
     behind an optimizer's normalization. `captured` is what `capture_for` gave for the factory and dtype; without it
-    every process captures the model for itself. Where `trace` is given, some more steps are recorded and written there.
+    the model is captured here, once for all ranks. Where `trace` is given, some more steps are recorded and written
+    there.
     """
     chosen = plan.dtype if dtype is None else dtype
+    captured = captured or capture_for(factory, chosen, seed=seed)
     task = (distributed_numbers, factory, plan, chosen, steps, seed, captured, trace)
     if pool is None:
         with LocalPool(plan.num_devices) as own:

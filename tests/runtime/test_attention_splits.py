@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import runtime_models
 from local_machines import slow_cluster
-from test_parity import graph_of, plan_of
+from test_parity import captured_of, graph_of, plan_of
 
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import Plan, Recompute, is_layer
@@ -85,7 +85,9 @@ def test_queries_are_split_against_gathered_keys_and_values(pool: LocalPool, mod
     assert moved(graph.block_class[choice.cls], choice) == {Collective.ALL_GATHER}
     lowerings = {strategy.lowering for _, strategy in choice.ops}
     assert (Lowering.CAUSAL_CONTEXT in lowerings) == (model != "gpt2_eager")
-    report = compare(getattr(runtime_models, model), plan, steps=2, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), plan, steps=2, pool=pool, captured=captured_of(model, "float64")
+    )
     assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"
 
 
@@ -94,7 +96,9 @@ def test_heads_are_exchanged_for_the_sequence(pool: LocalPool, model: str) -> No
     plan, graph = split_plan(model, HEADS), graph_of(model, "float64")
     choice = next(choice for choice in plan.shardings if is_layer_class(graph, choice.cls))
     assert moved(graph.block_class[choice.cls], choice) == {Collective.ALL_TO_ALL}
-    report = compare(getattr(runtime_models, model), plan, steps=2, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), plan, steps=2, pool=pool, captured=captured_of(model, "float64")
+    )
     assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import runtime_models
 import torch
-from test_parity import plan_of
+from test_parity import captured_of, plan_of
 
 from autopar.errors import InputError
 from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, make_batch, precision
+from autopar.runtime.parity import make_batch, precision
 
 pytestmark = pytest.mark.processes
 
@@ -23,7 +23,7 @@ def make_trainer(model: str, plan: Plan, seed: int, learning_rate: float) -> Tra
     torch.manual_seed(seed)
     module = factory()[0].double()
     return Trainer(
-        module, plan, capture_for(factory, "float64"), lambda p: torch.optim.AdamW(p, lr=learning_rate, foreach=False)
+        module, plan, captured_of(model, "float64"), lambda p: torch.optim.AdamW(p, lr=learning_rate, foreach=False)
     )
 
 

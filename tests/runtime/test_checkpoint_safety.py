@@ -12,7 +12,7 @@ import runtime_models
 import torch
 from local_machines import slow_cluster
 from test_checkpoint import train
-from test_parity import graph_of, plan_of
+from test_parity import captured_of, graph_of, plan_of
 from torch import Tensor
 
 from autopar.errors import InputError
@@ -20,7 +20,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime import checkpoint
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, make_batch, make_model, precision
+from autopar.runtime.parity import make_batch, make_model, precision
 from autopar.search.degrees import Degrees, plan_from_degrees
 
 
@@ -39,7 +39,7 @@ def fully_sharded(size: int) -> Plan:
 def make_trainer(plan: Plan, seed: int) -> Trainer:
     model, _, _ = make_model(runtime_models.llama, "float64", seed)
     return Trainer(
-        model, plan, capture_for(runtime_models.llama, "float64"), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-6)
+        model, plan, captured_of("llama", "float64"), lambda p: torch.optim.AdamW(p, lr=1e-2, eps=1e-6)
     )
 
 

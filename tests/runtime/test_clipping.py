@@ -6,13 +6,13 @@ import pytest
 import runtime_models
 import torch
 from staged_plans import Layout, staged_plan
-from test_parity import graph_of, plan_of
+from test_parity import captured_of, graph_of, plan_of
 from torch import Tensor
 
 from autopar.plan.plan import Mesh, Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, make_batch, precision, relative_error
+from autopar.runtime.parity import make_batch, precision, relative_error
 
 pytestmark = pytest.mark.processes
 MAX_NORM = 0.05
@@ -26,7 +26,7 @@ def model_of(name: str) -> torch.nn.Module:
 
 def clipped(name: str, plan: Plan) -> tuple[float, float, dict[str, Tensor]]:
     factory = getattr(runtime_models, name)
-    trainer = Trainer(model_of(name), plan, capture_for(factory, "float64"), lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = Trainer(model_of(name), plan, captured_of(name, "float64"), lambda p: torch.optim.SGD(p, lr=0.1))
     with precision("float64"):
         trainer.forward_backward(make_batch(factory()[1], 8, 0))
     norm = trainer.clip_gradients(MAX_NORM).item()

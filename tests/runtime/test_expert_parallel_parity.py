@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import runtime_models
 from local_machines import slow_cluster
+from test_parity import captured_of
 from test_several_axes import graph_of, plan_of, random_shardings
 
 from autopar.plan.plan import Plan, Recompute
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, compare
+from autopar.runtime.parity import compare
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.shardings import at_rows
 from autopar.sharding.lowering import Lowering
@@ -32,7 +33,7 @@ def exchanged(plan: Plan) -> bool:
 def test_exchanged_tokens_give_the_numbers_of_one_process(
     pool: LocalPool, tp: int, dp_shard: int, recompute: Recompute
 ) -> None:
-    graph = capture_for(runtime_models.mixture, "float64").graph
+    graph = graph_of("mixture", "float64")
     wanted = Degrees(
         global_batch=8, micro_batch=2, tp=tp, dp_shard=dp_shard, zero=3 if dp_shard > 1 else 0, dtype="float64",
         param_dtype="float64", optimizer="sgd", sequence_parallel=True,
@@ -40,7 +41,9 @@ def test_exchanged_tokens_give_the_numbers_of_one_process(
     plan = plan_from_degrees(graph, slow_cluster(tp * dp_shard), wanted)
     assert exchanged(plan)
     plan = replace(plan, stages=tuple(replace(stage, recompute=recompute) for stage in plan.stages))
-    report = compare(runtime_models.mixture, plan, steps=2, pool=pool)
+    report = compare(
+        runtime_models.mixture, plan, steps=2, pool=pool, captured=captured_of("mixture", "float64")
+    )
     assert report.passed, (report.loss_error, report.worst)
     assert len(report.gradient_errors) == len(graph.params)
 
@@ -59,5 +62,7 @@ def test_tokens_that_two_axes_split_are_exchanged_over_one(pool: LocalPool) -> N
 
     shardings = next(found for seed in range(100) if exchanges(found := drawn(seed)))
     plan = replace(plan, shardings=at_rows(tuple(shardings), graph, plan.micro_batch))
-    report = compare(runtime_models.mixture, plan, steps=2, pool=pool)
+    report = compare(
+        runtime_models.mixture, plan, steps=2, pool=pool, captured=captured_of("mixture", "float64")
+    )
     assert report.passed, (report.loss_error, report.worst)

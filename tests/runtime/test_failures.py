@@ -10,13 +10,13 @@ import pytest
 import runtime_models
 import torch
 import torch.distributed as dist
-from test_parity import plan_of
+from test_parity import captured_of, plan_of
 
 from autopar.errors import AutoparError, InputError, PlanMismatchError, RankFailedError
 from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool, LocalRunError
-from autopar.runtime.parity import capture_for, make_batch, make_model
+from autopar.runtime.parity import make_batch, make_model
 from autopar.runtime.watch import Sign, verdict
 
 
@@ -41,7 +41,7 @@ def test_a_rank_that_is_behind_hangs_or_else_one_that_does_not_wait() -> None:
 
 def trainer_of(plan: Plan, timeout_s: float = 60.0) -> tuple[Trainer, dict[str, object]]:
     model, example, _ = make_model(runtime_models.llama, "float64", 0)
-    captured = capture_for(runtime_models.llama, "float64")
+    captured = captured_of("llama", "float64")
     trainer = Trainer(model, plan, captured, lambda params: torch.optim.SGD(params, lr=0.1), timeout_s=timeout_s)
     return trainer, dict(example)
 

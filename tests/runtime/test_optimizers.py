@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import runtime_models
 import torch
-from test_parity import plan_of
+from test_parity import captured_of, plan_of
 from torch import Tensor
 
 from autopar.errors import InputError
 from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, make_batch, make_model, precision
+from autopar.runtime.parity import make_batch, make_model, precision
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", dict(lr=0.1, momentum=0.9, nesterov=True, foreach=True)),
@@ -35,7 +35,7 @@ def make(name: str, params: Any) -> tuple[torch.optim.Optimizer, Any]:
 def trained(plan: Plan) -> dict[str, tuple[list[float], list[float], dict[str, Tensor]]]:
     """For each optimizer: losses, learning rates, and the parameters at the end (on rank 0)."""
     found = {}
-    captured = capture_for(runtime_models.llama, "float64")
+    captured = captured_of("llama", "float64")
     for name in OPTIMIZERS:
         model, example, _ = make_model(runtime_models.llama, "float64", 0)
         trainer = Trainer(model, plan, captured, lambda params, name=name: make(name, params)[0])  # type: ignore[misc]
@@ -73,7 +73,7 @@ def test_optimizers_and_a_scheduler_step_as_one_process(pool: LocalPool, name: s
 
 def refused(plan: Plan, kind: str) -> str:
     model, _, _ = make_model(runtime_models.llama, "float64", 0)
-    captured = capture_for(runtime_models.llama, "float64")
+    captured = captured_of("llama", "float64")
     try:
         Trainer(model, plan, captured, getattr(torch.optim, kind))
     except InputError as error:
@@ -101,7 +101,7 @@ def warned(plan: Plan) -> list[str]:
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("autopar.runtime.optimizers")
     logger.addHandler(handler)
-    Trainer(model, plan, capture_for(runtime_models.llama, "float64"), lambda params: Unknown(params, lr=0.1))
+    Trainer(model, plan, captured_of("llama", "float64"), lambda params: Unknown(params, lr=0.1))
     logger.removeHandler(handler)
     return seen
 

@@ -9,7 +9,7 @@ import pytest
 import runtime_models
 from local_machines import slow_cluster
 from staged_plans import Layout, staged_plan
-from test_parity import graph_of
+from test_parity import captured_of, graph_of
 
 from autopar.cluster.cluster import Cluster
 from autopar.errors import InputError
@@ -25,7 +25,9 @@ DP2, FSDP2, TP2 = Mesh(dp_replicate=2), Mesh(dp_shard=2), Mesh(tp=2)
 
 
 def check(pool: LocalPool, model: str, plan: Plan, steps: int = 2) -> ParityReport:
-    report = compare(getattr(runtime_models, model), plan, steps=steps, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), plan, steps=steps, pool=pool, captured=captured_of(model, "float64")
+    )
     assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
     return report
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import runtime_models
-from test_parity import graph_of, plan_of
+from test_parity import captured_of, graph_of, plan_of
 
 from autopar.graph.model_graph import BlockClass
 from autopar.runtime.local import LocalPool
@@ -67,5 +67,8 @@ def test_random_strategies(pool: LocalPool, model: str, seed: int) -> None:
     )
     shardings = at_rows(shardings, graph, plan.micro_batch)
     lowerings = {strategy.lowering for choice in shardings for _, strategy in choice.ops}
-    report = compare(getattr(runtime_models, model), replace(plan, shardings=shardings), steps=2, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), replace(plan, shardings=shardings), steps=2, pool=pool,
+        captured=captured_of(model, "float64"),
+    )
     assert report.passed, f"{sorted(lowerings)}: loss {report.loss_error:.1e}, {report.worst}"

@@ -9,7 +9,7 @@ import pytest
 import runtime_models
 import torch
 from test_attention_splits import QUERIES, is_layer_class, split_plan
-from test_parity import graph_of
+from test_parity import captured_of, graph_of
 from test_runtime_collectives import world_axis
 from torch.utils.checkpoint import checkpoint
 
@@ -157,5 +157,8 @@ def test_models_whose_attention_goes_round(pool: LocalPool, model: str, kind: Re
     choice = next(choice for choice in plan.shardings if is_layer_class(graph, choice.cls))
     assert Lowering.RING_ATTENTION in {strategy.lowering for _, strategy in choice.ops}
     stages = tuple(replace(stage, recompute=kind) for stage in plan.stages)
-    report = compare(getattr(runtime_models, model), replace(plan, stages=stages), steps=2, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), replace(plan, stages=stages), steps=2, pool=pool,
+        captured=captured_of(model, "float64"),
+    )
     assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"

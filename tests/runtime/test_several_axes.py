@@ -11,7 +11,7 @@ import pytest
 import runtime_models
 import torch
 from test_checkpoint import load_and_go_on, save_and_go_on
-from test_parity import graph_of
+from test_parity import captured_of, graph_of
 
 from autopar.cluster.parse import parse_cluster
 from autopar.graph.model_graph import BlockClass
@@ -49,7 +49,9 @@ def test_context_axis(pool: LocalPool, model: str, name: str) -> None:
     if plan.stages[0].mesh.tp > 1:
         split = [choice for choice in plan.shardings if choice.axis == "tp"]
         assert any(state.kind is Kind.SHARDED for choice in split for state in choice.params)
-    report = compare(getattr(runtime_models, model), plan, steps=2, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), plan, steps=2, pool=pool, captured=captured_of(model, "float64")
+    )
     assert report.passed, f"loss {report.loss_error:.1e}, {report.worst}"
 
 
@@ -120,5 +122,7 @@ def test_random_joint_strategies(pool: LocalPool, model: str, seed: int) -> None
     shardings = [own for name in names for own in random_shardings(graph.block_class[name], boundary, chance)]
     joint = replace(plan, shardings=at_rows(tuple(shardings), graph, plan.micro_batch))
     lowerings = sorted({strategy.lowering for choice in shardings for _, strategy in choice.ops})
-    report = compare(getattr(runtime_models, model), joint, steps=2, pool=pool)
+    report = compare(
+        getattr(runtime_models, model), joint, steps=2, pool=pool, captured=captured_of(model, "float64")
+    )
     assert report.passed, f"{lowerings}: loss {report.loss_error:.1e}, {report.worst}"

@@ -10,7 +10,7 @@ import pytest
 import runtime_models
 import torch
 from safetensors.torch import save_file
-from test_parity import plan_of
+from test_parity import captured_of, plan_of
 from torch import Tensor
 
 import autopar
@@ -18,7 +18,7 @@ from autopar.errors import InputError, NotFiniteError
 from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, make_batch, make_model
+from autopar.runtime.parity import make_batch, make_model
 from autopar.runtime.weights import WeightFiles
 from autopar.sharding.state import R
 
@@ -32,7 +32,7 @@ def stops(plan: Plan) -> tuple[str, bool]:
     model, example, _ = make_model(runtime_models.llama, "float64", 0)
     with torch.no_grad():
         model.get_parameter("model.norm.weight")[3] = float("nan")
-    trainer = Trainer(model, plan, capture_for(runtime_models.llama, "float64"), sgd, stop_on_nan=True)
+    trainer = Trainer(model, plan, captured_of("llama", "float64"), sgd, stop_on_nan=True)
     before = {name: value.clone() for name, value in trainer.full_state_dict().items()}
     try:
         trainer.step(make_batch(example, 8, 0))
@@ -57,7 +57,7 @@ def measured(plan: Plan) -> tuple[list[str], Any]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     trainer = Trainer(
-        model, plan, capture_for(runtime_models.llama, "float64"), sgd, log_every=2, peak_flops=1e12
+        model, plan, captured_of("llama", "float64"), sgd, log_every=2, peak_flops=1e12
     )
     for step in range(5):
         trainer.step(make_batch(example, 8, step))
@@ -82,7 +82,7 @@ def test_metrics_go_to_the_log_of_rank_0(pool: LocalPool) -> None:
 
 def read_from(plan: Plan, folder: str, model_name: str) -> tuple[list[float], dict[str, Tensor]]:
     factory = getattr(runtime_models, model_name)
-    captured = capture_for(factory, "float64")
+    captured = captured_of(model_name, "float64")
     torch.manual_seed(77)
     with autopar.empty_parameters():
         model = factory()[0]
@@ -95,7 +95,7 @@ def read_from(plan: Plan, folder: str, model_name: str) -> tuple[list[float], di
 
 def start_with(plan: Plan, model_name: str) -> list[float]:
     model, example, _ = make_model(getattr(runtime_models, model_name), "float64", 0)
-    trainer = Trainer(model, plan, capture_for(getattr(runtime_models, model_name), "float64"), sgd)
+    trainer = Trainer(model, plan, captured_of(model_name, "float64"), sgd)
     return [trainer.step(make_batch(example, 8, step)).item() for step in range(2)]
 
 
@@ -141,7 +141,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
 def with_dropout(plan: Plan, seed: int) -> list[float]:
     torch.manual_seed(seed if torch.distributed.get_rank() == 0 else 99)  # rank 0's seed counts
     model, example, _ = runtime_models.gpt2_dropout()
-    trainer = Trainer(model.double(), plan, capture_for(runtime_models.gpt2_dropout, "float64"), sgd)
+    trainer = Trainer(model.double(), plan, captured_of("gpt2_dropout", "float64"), sgd)
     return [trainer.step(make_batch(example, 8, step)).item() for step in range(3)]
 
 

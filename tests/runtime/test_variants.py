@@ -207,7 +207,7 @@ def test_parity_with_one_process(
     pool: LocalPool, model: str, variants: tuple[Variant, ...], degrees: dict[str, Any]
 ) -> None:
     plan = plan_of(model, variants, **degrees)
-    report = compare(MODELS[model], plan, steps=2, pool=pool)
+    report = compare(MODELS[model], plan, steps=2, pool=pool, captured=captured(model))
     assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
     assert "selective" in report.plan_summary
 
@@ -217,6 +217,8 @@ def test_random_numbers_come_again_on_a_split_axis(pool: LocalPool) -> None:
     numbers = []
     for variants in ((NONE, NONE), (SELECTIVE, AWAY)):
         plan = plan_of("gpt2_eager", variants, tp=2, micro_batch=4)
-        numbers.append(pool.run(distributed_numbers, MODELS["gpt2_eager"], plan, "float64", 1, 0, num_ranks=2)[0])
+        numbers.append(pool.run(
+            distributed_numbers, MODELS["gpt2_eager"], plan, "float64", 1, 0, captured("gpt2_eager"), num_ranks=2
+        )[0])
     for name, value in numbers[0].gradients[0].items():
         assert relative_error(numbers[1].gradients[0][name], value) < 1e-12
