@@ -91,6 +91,8 @@ def measure_links(
     `budget_s` is what each piece may take, about; messages grow fourfold, then twofold, until one takes a quarter of
     what is left, or reaches `largest_bytes`.
     """
+    if not work:
+        return  # a process alone has no group
     made: dict[GroupKind, dist.ProcessGroup | None] = {}
     backend = dist.get_backend()
     for item in work:

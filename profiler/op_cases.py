@@ -170,20 +170,29 @@ def _order(value: Tensor) -> tuple[int, ...]:
 
 ROWS = (128, 512, 2048)
 WIDTHS = (256, 768, 2048)
+ATTENTION = tuple(  # (batch, heads, sequence, head dim)
+    (max(1, rows // 256), heads, min(rows, 256), dim) for rows in ROWS for heads, dim in ((4, 64), (16, 64), (8, 128))
+)
 ROWS_CUDA = (512, 2048, 8192)
 WIDTHS_CUDA = (1024, 4096, 8192)
+ATTENTION_CUDA = tuple(
+    (16384 // length, heads, length, dim)
+    for length in (512, 1024, 2048, 4096, 8192, 16384) for heads, dim in ((16, 64), (32, 128))
+)
 
 
 def grid_cases(dtype: str, *, device_type: str) -> tuple[OpCase, ...]:
     """Matrix products, attention, norms, elementwise ops, embedding, cross-entropy and convolution over sizes."""
-    large = device_type == "cuda"
     found: dict[Key, OpCase] = {}
-    for case in _grid(dtype, ROWS_CUDA if large else ROWS, WIDTHS_CUDA if large else WIDTHS):
+    sizes = (ROWS_CUDA, WIDTHS_CUDA, ATTENTION_CUDA) if device_type == "cuda" else (ROWS, WIDTHS, ATTENTION)
+    for case in _grid(dtype, *sizes):
         found.setdefault(case.key, case)
     return tuple(found.values())
 
 
-def _grid(dtype: str, all_rows: Sequence[int], widths: Sequence[int]) -> Iterator[OpCase]:
+def _grid(
+    dtype: str, all_rows: Sequence[int], widths: Sequence[int], attention: Sequence[tuple[int, ...]]
+) -> Iterator[OpCase]:
     for rows in all_rows:
         for width in widths:
             x, one = (rows, width), (width,)
@@ -196,13 +205,13 @@ def _grid(dtype: str, all_rows: Sequence[int], widths: Sequence[int]) -> Iterato
             yield _case("silu.default", dtype, [x], [x])
             yield _case("gelu.default", dtype, [x], [x])
             yield _case("layer_norm.default", dtype, [x, one, one], [x], params=(1, 2), after=(one,), at=1)
+            yield _case("rms_norm.default", dtype, [x, one], [x], params=(1,), after=(one,), at=1)
             yield _case("softmax.int", dtype, [x], [x], after=(-1,))
             table = (4 * width, width)
             yield _case("embedding.default", dtype, [table, (rows,)], [x], params=(0,), below=4 * width)
             yield _case("cross_entropy_loss.default", dtype, [x, (rows,)], [()], below=width)
-        for heads, dim in ((4, 64), (16, 64), (8, 128)):
-            shape = (max(1, rows // 256), heads, min(rows, 256), dim)
-            yield _case("scaled_dot_product_attention.default", dtype, [shape] * 3, [shape], after=(None, 0.0, True))
+    for shape in attention:
+        yield _case("scaled_dot_product_attention.default", dtype, [shape] * 3, [shape], after=(None, 0.0, True))
     for size in (16, 32, 64):
         for channels in (16, 64):
             image = (4, channels, size, size)

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 from autopar.errors import InputError
 from autopar.runtime.data_parallel import like_parameter, whole_tensor
+from autopar.runtime.fused_step import place_step_counts
 from autopar.runtime.layout import ParamLayout, full_tensor, local_part
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def load(trainer: Trainer, directory: Path) -> None:
                         if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == shape else value
                         for key, value in own.items()
                     }
+                    place_step_counts(trainer.optimizer, parameter)
         for name, value in buffers.items():
             value.copy_(wanted[f"model.{name}"])
     for group in trainer.optimizer.param_groups:

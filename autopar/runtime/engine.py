@@ -28,6 +28,7 @@ from autopar.plan.verify import verify_plan
 from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
 from autopar.runtime.clipping import clip_gradients
+from autopar.runtime.compute_copies import ComputeCopies
 from autopar.runtime.data_parallel import like_parameter, local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage
 from autopar.runtime.fused_step import prefer_fused
@@ -90,7 +91,7 @@ class Trainer:
         lists = with_communication(plan_actions(plan), plan.num_stages)
         check_actions(lists, plan.num_stages, plan.num_micro_batches)
         self._owns_group = False
-        if not dist.is_initialized() and any(needs_data_mesh(plan, stage) for stage in plan.stages):
+        if not dist.is_initialized() and any(needs_data_mesh(stage) for stage in plan.stages):
             self._open_lone_group(timeout)
         self.layout = parameter_layout(graph, plan, (name for name, _ in model.named_modules()))
         self.ties = ties_of(self.layout, plan)
@@ -383,9 +384,17 @@ class Trainer:
                 module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
                 dtype=getattr(torch, plan.dtype), param_dtype=getattr(torch, plan.param_dtype),
             )
-        replicas = None
+        replicas = copies = None
         if self.groups.replicas is not None:
             replicas = Replicas(dict.fromkeys(module.parameters()), self.groups.replicas)
+        if self.groups.data_mesh is None and plan.dtype != plan.param_dtype:
+            blocks = module.blocks
+            copies = ComputeCopies(
+                [block.own_parameters() for block in blocks], getattr(torch, plan.dtype),
+                replicas.accumulated if replicas is not None else None,
+            )
+            for block in blocks:
+                block.compute_with(copies)
         wanted = _batch_names(graph, plan, index)
         last = index == plan.num_stages - 1
         return LocalStage(
@@ -393,6 +402,7 @@ class Trainer:
             before=self._channel(index - 1) if index else None, after=None if last else self._channel(index),
             loss=graph.loss if graph.loss in module._autopar_leaving else None,
             whole_backward=unsplit, splits=splits and not unsplit, replicas=replicas,
+            copies=copies,
         )
 
     def _channel(self, boundary: int) -> Channel:

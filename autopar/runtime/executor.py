@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from autopar.plan.actions import COMPUTE, Action, ActionKind
+from autopar.runtime.compute_copies import ComputeCopies
 from autopar.runtime.data_parallel import end_evaluation, finish_gradients, prepare_backward
 from autopar.runtime.recording import REDUCE, WAIT_BACKWARD, WAIT_FORWARD, Recorder
 from autopar.runtime.regions import Crossing, Piece
@@ -52,22 +53,35 @@ class LocalStage:
     whole_backward: bool = False
     splits: bool = False
     replicas: Replicas | None = None
+    copies: ComputeCopies | None = None
 
     def prepare_backward(self, *, is_last: bool, defers: bool = False) -> None:
         """Say what the next backward is; see `data_parallel.prepare_backward`."""
         prepare_backward(self.module, self.zero, is_last=is_last, defers=defers)
         if self.replicas is not None:
             self.replicas.overlaps = is_last and not defers
+        if self.copies is not None:
+            self.copies.ends = is_last and not defers
 
     def finish_gradients(self, *, is_last: bool) -> None:
         """Reduce what backwards outside FSDP2's hooks left whole."""
         finish_gradients(self.module, self.zero, is_last=is_last)
+        if self.copies is not None:
+            self.copies.collect(is_last=is_last)
         if self.replicas is not None and is_last:
             self.replicas.launch()
 
-    def weights(self) -> list[nn.Parameter]:
-        """The parameters that are trained, as they are now: FSDP2 puts gathered ones in the place of its shards."""
-        return [param for param in self.module.parameters() if param.requires_grad]
+    def weights(self) -> list[Tensor]:
+        """What gathers gradients: the parameters as FSDP2 has them now, or their copies in the compute dtype."""
+        params: list[Tensor] = [param for param in self.module.parameters() if param.requires_grad]
+        if self.copies is None:
+            return params
+        return [*self.copies.trained(), *(param for param in params if param not in self.copies.unit_of)]
+
+    def end_step(self) -> None:
+        """Every backward has run: what was kept for them goes, and what is still to be added up is."""
+        if self.copies is not None:
+            self.copies.end()
 
 
 @dataclass(slots=True)
@@ -161,6 +175,7 @@ class Executor:
                     pass  # FSDP2 gathers and drops by itself
         self._end()
         for one in self.stages.values():
+            one.end_step()
             if one.replicas is not None:
                 with self._recorded(REDUCE, one.index, -1):
                     one.replicas.finish()
@@ -183,6 +198,7 @@ class Executor:
                     self._send(action, stage.after, gradients=False)
         self._end()
         for stage in self.stages.values():
+            stage.end_step()
             end_evaluation(stage.module)
         return total
 

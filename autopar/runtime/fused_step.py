@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 
@@ -16,3 +17,13 @@ def prefer_fused(optimizer: Optimizer) -> bool:
     for group in groups:
         group["fused"] = True
     return bool(groups)
+
+
+def place_step_counts(optimizer: Optimizer, param: nn.Parameter) -> None:
+    """Puts a parameter's step count where the optimizer keeps it: beside the parameter if it steps fused."""
+    group = next((group for group in optimizer.param_groups if any(param is own for own in group["params"])), None)
+    count = optimizer.state.get(param, {}).get("step")
+    if group is None or not isinstance(count, Tensor):
+        return
+    beside = group.get("fused") or group.get("capturable")
+    optimizer.state[param]["step"] = count.to(param.device if beside else "cpu")

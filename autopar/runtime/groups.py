@@ -34,7 +34,7 @@ class Groups:
 
     `axes` are the axes inside the stage, outermost first; `tensor_axis` is the one of them called "tp". `data` holds
     the ranks that have other rows; `data_mesh` all those that have other tokens, which share the shards of parameters.
-    `replicas` holds the same ranks where each of them has whole parameters and no mesh is needed.
+    `replicas` holds the same ranks where each of them has whole parameters.
     `tied` maps a set of stages to the group of the ranks that hold the same part of the parameters which they share,
     `tied_whole` to all ranks of stages that hold them in unlike parts.
     `forward[i]` and `backward[i]` carry what passes between stages i and i + 1; on one device nothing need be carried.
@@ -70,9 +70,9 @@ def check_runnable(plan: Plan, world_size: int) -> None:
         raise InputError("training in float16 needs loss scaling, which is not there; plan with bfloat16")
 
 
-def needs_data_mesh(plan: Plan, stage: Stage) -> bool:
-    """Whether FSDP2 runs the stage: its ranks share out states, or compute in another dtype than the parameters'."""
-    return plan.dtype != plan.param_dtype or (stage.zero > 0 and stage.mesh.dp * stage.mesh.cp > 1)
+def needs_data_mesh(stage: Stage) -> bool:
+    """Whether FSDP2 runs the stage: its ranks share out states."""
+    return stage.zero > 0 and stage.mesh.dp * stage.mesh.cp > 1
 
 
 def place_of(plan: Plan, rank: int) -> Place:
@@ -109,17 +109,17 @@ def make_groups(
         seen.add(stage.devices)
         mesh = stage.mesh
         grid = torch.tensor(stage.devices, dtype=torch.int).view(mesh.dp, mesh.cp, mesh.tp)
-        if needs_data_mesh(plan, stage):
+        if needs_data_mesh(stage):
             names = ("dp_replicate", "dp_shard", "tp")
-            copies, shards = (mesh.dp * mesh.cp, 1) if stage.zero == 0 else (mesh.dp_replicate, mesh.dp_shard * mesh.cp)
-            device_mesh = DeviceMesh(device.type, grid.view(copies, shards, mesh.tp), mesh_dim_names=names)
+            shards = mesh.dp_shard * mesh.cp
+            device_mesh = DeviceMesh(device.type, grid.view(mesh.dp_replicate, shards, mesh.tp), mesh_dim_names=names)
             if rank in stage.devices:
                 data_mesh = device_mesh["dp_replicate", "dp_shard"]
         rows = {
             "tp": grid.flatten(0, 1).tolist(), "cp": grid.transpose(1, 2).flatten(0, 1).tolist(),
             "data": grid.flatten(1, 2).t().tolist(),
         }
-        if stage.zero == 0 and not needs_data_mesh(plan, stage):
+        if stage.zero == 0:
             rows["replicas"] = grid.flatten(0, 1).t().tolist()
         for axis, members in rows.items():
             for ranks in members:

@@ -29,7 +29,7 @@ class Replicas:
         self._next = 0
         self._works: list[dist.Work] = []
         for param in self._bucket_of:
-            param.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(self.accumulated)  # type: ignore[no-untyped-call]
 
     def launch(self) -> None:
         """Send what has not gone yet."""
@@ -47,7 +47,8 @@ class Replicas:
             ready.clear()
         self._next, self.overlaps = 0, False
 
-    def _accumulated(self, param: Tensor) -> None:
+    def accumulated(self, param: Tensor) -> None:
+        """A parameter's gradient of this backward is there: said by its hook, or by whoever adds it up elsewhere."""
         if not self.overlaps:
             return
         assert isinstance(param, nn.Parameter)

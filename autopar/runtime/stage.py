@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autopar.graph.model_graph import Block, ModelGraph, Op
 from autopar.plan.plan import Plan, Recompute, Stage, Variant, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
+from autopar.runtime.compute_copies import ComputeCopies, CopyUnit
 from autopar.runtime.evaluation import evaluated
 from autopar.runtime.layout import Layout, local_part
 from autopar.runtime.loss import LossTerms
@@ -33,6 +34,7 @@ class BlockModule(nn.Module):
         super().__init__()
         self._autopar_program: LoweredClass | None = None
         self._autopar_evaluation: LoweredClass | None = None
+        self._autopar_copies: tuple[list[CopyUnit], list[Tensor]] | None = None
 
     def bind(
         self, program: LoweredClass, evaluation: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]],
@@ -48,12 +50,33 @@ class BlockModule(nn.Module):
         self._autopar_variant = variant
         self._autopar_offloader = offloader
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The parameters that the program takes, in its order, as they are at rest."""
+        return [getattr(module, name) for module, name, _ in self._autopar_params]
+
+    def compute_with(self, copies: ComputeCopies) -> None:
+        """From now on the program takes what `copies` has in the place of parameters."""
+        own = self.own_parameters()
+        copied = [param in copies.unit_of for param in own]
+        units = dict.fromkeys(copies.unit_of[param] for param, is_copied in zip(own, copied, strict=True) if is_copied)
+        taken = [copies.leaf(param) if is_copied else param for param, is_copied in zip(own, copied, strict=True)]
+        self._autopar_copies = list(units), taken
+
+    def _params(self) -> list[Tensor]:
+        """What the program computes with."""
+        if self._autopar_copies is None:
+            return [getattr(module, name) for module, name, _ in self._autopar_params]
+        units, taken = self._autopar_copies
+        for unit in units:
+            unit.refresh()
+        return taken
+
     def _run(self, *inputs: Any) -> tuple[Any, ...]:
         program = self._autopar_program if torch.is_grad_enabled() else self._autopar_evaluation
         assert program is not None
         params = [
-            getattr(module, name) if convert is None else convert(getattr(module, name))
-            for module, name, convert in self._autopar_params
+            value if convert is None else convert(value)
+            for value, (_, _, convert) in zip(self._params(), self._autopar_params, strict=True)
         ]
         return program.code(*params, *self._autopar_buffers, *inputs)
 
@@ -68,7 +91,7 @@ class BlockModule(nn.Module):
 
     def _held(self, inputs: Sequence[Any]) -> list[Tensor]:
         """What is on the device in any case: parameters, buffers, and inputs without gradient that all layers share."""
-        params = [getattr(module, name) for module, name, _ in self._autopar_params]
+        params = self._params()
         shared = [value for value in inputs if isinstance(value, Tensor) and not value.requires_grad]
         return [*params, *self._autopar_buffers, *shared]
 
@@ -81,6 +104,11 @@ class StageModule(nn.Module):
         self._autopar_chain: list[tuple[Block, BlockModule]] = []
         self._autopar_offloader: Offloader | None = None
         self._autopar_free: list[BlockModule] = []  # blocks that are no module of the model
+
+    @property
+    def blocks(self) -> list[BlockModule]:
+        """The blocks in their order."""
+        return [module for _, module in self._autopar_chain]
 
     def forward(self, values: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """From batch inputs and received tensors by their global names to the tensors that leave the stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autopar.runtime.fused_step import prefer_fused
+from autopar.runtime.fused_step import place_step_counts, prefer_fused
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
@@ -26,3 +26,13 @@ def test_what_was_chosen_stays() -> None:
     assert not prefer_fused(torch.optim.AdamW([param], foreach=True))
     assert not prefer_fused(torch.optim.AdamW([param], fused=False))
     assert not prefer_fused(torch.optim.SGD([param], lr=1.0))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_step_counts_lie_where_the_optimizer_looks_for_them(fused: bool) -> None:
+    param = torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = torch.optim.AdamW([param])
+    optimizer.param_groups[0]["fused"] = fused
+    optimizer.state[param]["step"] = torch.tensor(3.0)
+    place_step_counts(optimizer, param)
+    assert optimizer.state[param]["step"].device.type == ("meta" if fused else "cpu")
