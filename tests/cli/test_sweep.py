@@ -33,7 +33,7 @@ def test_every_point_is_the_plan_that_plan_finds(autopar, llama: Path, tmp_path:
     assert rows[3]["tokens_per_s"] == pytest.approx(4 * 64 / planned["step_time_s"])
     expected = [rows[i + 2]["tokens_per_s"] / rows[i]["tokens_per_s"] for i in (0, 1)]
     assert [gain["speedup"] for gain in run.value["doublings"]] == expected
-    assert all(gain["words"].startswith("Twice the devices (1x1xH100-80GB to 2x1xH100-80GB) at the same batch of 4 ")
+    assert all(gain["words"].startswith("Twice the devices (1x1xH100-80GB to 2x1xH100-80GB) at the same batch of 4, ")
                for gain in run.value["doublings"])
     assert '{"sweep":' in page.read_text()
 
