@@ -8,6 +8,7 @@ in theirs, a block at a time.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -120,12 +121,18 @@ class ComputeCopies:
         self.ends = False
 
     def _hook(self, unit: CopyUnit) -> Callable[[Tensor], None]:
+        """What a leaf calls when its gradient is there. It holds neither: leaves would keep themselves alive."""
+        own, whole = weakref.ref(self), weakref.ref(unit)
+
         def ready(leaf: Tensor) -> None:
-            unit.num_ready += 1
-            if unit.num_ready == unit.num_trained:
-                self._collect(unit)
-                if self.ends:
-                    unit.free()
+            copies, reached = own(), whole()
+            if copies is None or reached is None:
+                return
+            reached.num_ready += 1
+            if reached.num_ready == reached.num_trained:
+                copies._collect(reached)
+                if copies.ends:
+                    reached.free()
 
         return ready
 

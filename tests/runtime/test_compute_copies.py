@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -94,3 +96,16 @@ def test_what_needs_no_gradient_or_is_not_used_gets_none() -> None:
     copies.end()
     assert used.grad is not None and frozen.grad is None and unused.grad is None
     assert not copies.units[0].is_fresh
+
+
+def test_copies_go_with_their_trainer() -> None:
+    model, batch, _ = runtime_models.gpt2()
+    captured = capture(model, batch, tag_rows=True)
+    trainer = Trainer(model, mixed_plan("gpt2", {"micro_batch": 8}), captured, lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer.step(batch)
+    assert trainer.stages[0].copies is not None
+    units = [weakref.ref(unit) for unit in trainer.stages[0].copies.units]
+    trainer.close()
+    del trainer, model, captured
+    gc.collect()
+    assert [unit() for unit in units] == [None] * len(units)
