@@ -5,7 +5,8 @@ On fake tensors it tells whether a class's ops fit together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ def problem_of(cls: BlockClass) -> str | None:
                 if name and tuple(local[name].shape) != cls.tensor[name].shape:
                     return f"{op.target} ({op.source or op.name}) gives {list(local[name].shape)}"
     return None
+
+
+def bind_op(op: Op, local: Mapping[str, Tensor], device: torch.device) -> Callable[[], Any]:
+    """The call of an op on these tensors, with nothing left to look up."""
+    args = [_value(arg, local, device) for arg in op.args]
+    kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
+    return partial(overload_of(op.target), *args, **kwargs)
 
 
 def run_op(op: Op, local: dict[str, Tensor], device: torch.device) -> None:

@@ -28,6 +28,8 @@ CPU = torch.device("cpu")
 class StepClock:
     """A clock whose passes take 1, 2, 3, ... seconds on the device; it does the work, so that errors show."""
 
+    engine_s = 0.0
+
     def __init__(self) -> None:
         self.passes = 0
 
