@@ -22,6 +22,18 @@ MASKED_ATTENTION_SLOWDOWN = 0.6
 CONVOLUTION_EFFICIENCY = 0.6
 # Large copies reach 0.90 of HBM's peak on H200 and A100; kernels that also compute a little less (range 0.75-0.92).
 MEMORY_EFFICIENCY = 0.85
+# Kernels that compute along rows, or add at random places, are bound by the multiprocessors before they are by HBM:
+# bytes a second, as counted below, that each multiprocessor moves forward and backward in 16 bits, twice as many in 32.
+# From the larger sizes in hardware/kernels-H200.csv (torch 2.11; `python tests/benchmarks/bench_kernels.py`), over 132;
+# taken to be alike on other devices, whose clocks are down to 0.7 of an H200's (range 0.6-1).
+MULTIPROCESSOR_RATES: dict[str, tuple[float, float]] = {
+    "layer_norm": (17.5e9, 12.2e9),
+    "rms_norm": (21.5e9, 12.4e9),
+    "softmax": (8.7e9, 15.8e9),
+    "cross_entropy_loss": (8.7e9, math.inf),  # log_softmax; its gradient is bound by HBM
+    "gelu": (23.2e9, 26e9),
+    "embedding": (math.inf, 3.2e9),  # rows are sorted, then added
+}
 # Time between the end of a kernel and the start of the next that waits in the queue, as a share of `kernel_launch_s`:
 # 1.28 us in a replayed graph against 4.2 us from Python on an H100 (assumed for others, range 0.15-0.5).
 GAP_SHARE = 0.3
@@ -79,7 +91,7 @@ def matmul_efficiency(
     best = best_matmul_efficiency(device, dtype)
     if _is_cpu(device):
         return best
-    aligned = aligned_share(k, n) if dtype in ("bfloat16", "float16") else 1.0
+    aligned = aligned_share(k, n, odd=efficiency_of(device.name).odd_rows) if dtype in ("bfloat16", "float16") else 1.0
     return best * aligned * shape_efficiency(efficiency_of(device.name).multiprocessors, m, n, k, batch)
 
 
@@ -113,6 +125,15 @@ def kernel_time_s(device: DeviceType, busy_s: float) -> float:
 def memory_time_s(device: DeviceType, size_bytes: float) -> float:
     """Seconds of one kernel that moves `size_bytes` (reads and writes together)."""
     return kernel_time_s(device, size_bytes / memory_bandwidth(device))
+
+
+def _row_time_s(op: Op, device: DeviceType, size_bytes: float, element_bytes: int, *, backward: bool) -> float:
+    """Seconds of a kernel that moves `size_bytes`, bound by HBM or by the multiprocessors."""
+    rates = MULTIPROCESSOR_RATES.get(base_name(op.target).removeprefix("_"))
+    if rates is None or _is_cpu(device):
+        return memory_time_s(device, size_bytes)
+    rate = rates[backward] * efficiency_of(device.name).multiprocessors * max(1.0, element_bytes / 2)
+    return kernel_time_s(device, size_bytes / min(memory_bandwidth(device), rate))
 
 
 def op_time_s(
@@ -172,10 +193,11 @@ def op_time_s(
         return OpTime(memory_time_s(device, out_bytes), 0.0)
     if kind is OpKind.GATHER:
         # The backward fills the table's gradient with zeros and adds into it.
-        return OpTime(
-            memory_time_s(device, 2 * out_bytes), memory_time_s(device, 3 * out_bytes + grad_in_bytes) if grads else 0.0
-        )
-    forward = memory_time_s(device, in_bytes + out_bytes + extra_bytes)
+        filled_s = grad_in_bytes / memory_bandwidth(device)
+        added_s = _row_time_s(op, device, 3 * out_bytes, outputs[0].element_bytes if outputs else 2, backward=True)
+        return OpTime(memory_time_s(device, 2 * out_bytes), added_s + filled_s if grads else 0.0)
+    element_bytes = operands[0].element_bytes if operands else 2
+    forward = _row_time_s(op, device, in_bytes + out_bytes + extra_bytes, element_bytes, backward=False)
     if not grads or not any(output.requires_grad for output in outputs) or base_name(op.target) in ("cat", "stack"):
         return OpTime(forward, 0.0)  # the gradient of a concatenation is read in place
     if base_name(op.target) == "cross_entropy_loss":
@@ -189,7 +211,10 @@ def op_time_s(
         out_numel = max((output.numel for output in outputs), default=0.0)
         summed = [operand for operand in grads if operand.numel < out_numel]
         return OpTime(forward, sum(memory_time_s(device, out_bytes + operand.size_bytes) for operand in summed))
-    return OpTime(forward, memory_time_s(device, out_bytes + saved_bytes + extra_bytes + grad_in_bytes))
+    moved = out_bytes + saved_bytes + extra_bytes + grad_in_bytes
+    if base_name(op.target) in ("mul", "div") and len(grads) > 1:
+        moved += out_bytes  # two kernels read the gradient
+    return OpTime(forward, _row_time_s(op, device, moved, element_bytes, backward=True))
 
 
 def _linears_time(
@@ -313,9 +338,15 @@ def attention_efficiency(
     """
     found = efficiency_of(device.name)
     share = min(1.0, 0.6 + 0.4 * head_dim / 128)  # 0.8 at head dim 64, as in FlashAttention-2's figures
-    half = found.attention_half_keys * (1.0 if causal else 0.5)
-    share *= 1.0 if math.isinf(keys) else keys / (keys + half)
-    return found.attention_forward * share, found.attention_backward * share
+    fewer = 1.0 if causal else 0.5
+
+    def reached(half_keys: float) -> float:
+        return share if math.isinf(keys) else share * keys / (keys + half_keys * fewer)
+
+    return (
+        found.attention_forward * reached(found.attention_half_keys),
+        found.attention_backward * reached(found.attention_backward_half_keys),
+    )
 
 
 def has_mask(op: Op) -> bool:

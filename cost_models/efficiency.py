@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from autopar.cost_models.matmul import ALIGNED_SHARE
+
 PATH = Path(__file__).parent / "hardware" / "efficiency.yaml"
 KINDS = ("vendor", "measured", "assumed")
 
@@ -23,13 +25,18 @@ class Efficiency:
     attention_backward: float
     attention_half_keys: float
     host: float
+    attention_backward_half_keys: float
+    odd_rows: float
 
 
 @cache
 def efficiency_of(name: str) -> Efficiency:
     """The entry of the device with this name; that of unknown devices where the table has none."""
     entry = next(row for prefix, row in table()["devices"].items() if name.startswith(prefix))
-    return Efficiency(**{field.name: entry[field.name]["value"] for field in fields(Efficiency)})
+    values = {name: entry[name]["value"] for name in (field.name for field in fields(Efficiency)) if name in entry}
+    values.setdefault("attention_backward_half_keys", values["attention_half_keys"])
+    values.setdefault("odd_rows", ALIGNED_SHARE[1])
+    return Efficiency(**values)
 
 
 @cache

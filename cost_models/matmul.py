@@ -42,11 +42,12 @@ def shape_efficiency(multiprocessors: int, m: float, n: float, k: float, batch: 
     return best
 
 
-def aligned_share(*row_lengths: float) -> float:
-    """What is left of the rate where rows of 16-bit elements have these lengths."""
+def aligned_share(*row_lengths: float, odd: float = ALIGNED_SHARE[1]) -> float:
+    """What is left of the rate where rows of 16-bit elements have these lengths; `odd`, of rows of odd length."""
     worst = 1.0
     for length in row_lengths:
         if length % 8:
-            worst = min(worst, next(share for size, share in sorted(ALIGNED_SHARE.items(), reverse=True)
-                                    if length % size == 0 or size == 1))
+            shares = {**ALIGNED_SHARE, 1: odd}
+            worst = min(worst, next(shares[size] for size in sorted(shares, reverse=True) if length % size == 0
+                                    or size == 1))
     return worst
