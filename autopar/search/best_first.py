@@ -64,6 +64,7 @@ class Level(IntEnum):
     ROUGH = 0
     QUICK = 1
     OF_CUTS = 2
+    CLOSER = 3
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,7 +163,7 @@ class Engine:
             if stopped and (best is not None or timed_out or math.isfinite(state.below_s)):
                 state.stopped = True
                 state.timed_out = state.timed_out or timed_out
-                if timed_out or level is Level.OF_CUTS:
+                if timed_out or level is Level.CLOSER:
                     break
             state.bound = bound
             heapq.heappop(queue)
@@ -174,9 +175,15 @@ class Engine:
                     heapq.heappush(queue, (max(bound, closer), Level.QUICK, candidate, ()))
                 continue
             if level is Level.QUICK:
-                entry = self._refine(candidate, even)
+                entry = self._refine(candidate, even, min(state.below_s, best.step_time_s if best else math.inf))
                 if entry is not None:
-                    heapq.heappush(queue, (max(bound, entry[0]), Level.OF_CUTS, candidate, entry[1]))
+                    level = Level.CLOSER if even else Level.OF_CUTS
+                    heapq.heappush(queue, (max(bound, entry[0]), level, candidate, entry[1]))
+                continue
+            if level is Level.OF_CUTS:
+                limit_s = min(state.below_s, best.step_time_s if best else math.inf)
+                closer = self.bounds.closer(candidate, bound, limit_s)
+                heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
                 continue
             for cut in cuts:
                 if (candidate, cut) not in self._simulated:
@@ -206,14 +213,14 @@ class Engine:
             self._quick[candidate] = self.bounds.quick(candidate)
         return self._quick[candidate]
 
-    def _refine(self, candidate: Candidate, even: bool) -> tuple[float, tuple[Cuts, ...]] | None:
-        """A better bound, and the cuts to simulate."""
+    def _refine(self, candidate: Candidate, even: bool, limit_s: float) -> tuple[float, tuple[Cuts, ...]] | None:
+        """A better bound, and the cuts to simulate; None where no cut fits, or none that is below the limit."""
         regular = self.even_cuts(candidate.pp)
         if even:
             if regular is None or math.isinf(bound := self.bounds.of_cut(candidate, regular)):
                 return None
             return bound, (regular,)
-        found = self.bounds.best_cut(candidate)
+        found = self.bounds.best_cut(candidate, limit_s)
         if found is None:
             return None
         bound, cuts = found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,15 +32,10 @@ class Sorts:
     counts: Table
     ranges: NDArray[np.intp]
 
-    @property
-    def whole(self) -> int:
-        """The sort of the whole chain."""
-        return int(self.ranges[0, -1])
-
     @cached_property
     def number(self) -> Table:
         """How many blocks each entry has in the whole chain."""
-        return np.asarray(self.counts[self.whole])
+        return np.bincount(self.sort, minlength=len(self.classes)).astype(np.float64)
 
     @property
     def ends(self) -> list[int]:
@@ -69,6 +66,15 @@ class Sorts:
         found: Table = np.append(of_sort, np.inf)[self.ranges[0]]
         found[0] = 0.0
         return found
+
+    def of_cut(self, cuts: Sequence[int]) -> Sorts:
+        """The same of the ranges of one cut alone."""
+        spans = list(pairwise(cuts))
+        own = list(dict.fromkeys(int(self.ranges[span]) for span in spans))
+        ranges = np.full_like(self.ranges, len(own))
+        for span in spans:
+            ranges[span] = own.index(int(self.ranges[span]))
+        return replace(self, counts=self.counts[own], ranges=ranges)
 
     @staticmethod
     def of(graph: ModelGraph, layer: NDArray[np.bool_], *, ends_apart: bool) -> Sorts:

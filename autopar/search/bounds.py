@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,11 +55,13 @@ from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
 Cuts = tuple[int, ...]
+Number = TypeVar("Number", np.float64, np.intp)
 Room = tuple[Table, NDArray[np.bool_]]  # bytes left for activations, and whether all of them can be kept
 GENEROUS = 1e-9  # relative; sums over ranges are rounded
 ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothing else counts
 ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
 MANY_OVERLAPS = 256  # kept at once
+MANY_CUTS = 1024  # kept at once
 PARTS = 16  # into which the cuts over unlike stages are parted
 
 
@@ -100,8 +103,11 @@ class Bounds:
         self._overlaps: dict[tuple[object, ...], list[Table]] = {}
         self._limits: dict[tuple[object, ...], tuple[float, float]] = {}
         self._collectives: dict[tuple[int, Collective, float], float] = {}  # by a group's id; the layout keeps it
-        self._last: tuple[Candidate, _Loads] | None = None
-        self._last_static: tuple[object, tuple[Table, Table]] = None, (np.zeros(0), np.zeros(0))
+        self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._of_cuts: dict[Cuts, Sorts] = {}
+        self._cut_blocks: dict[tuple[int, Cuts], tuple[BlockTable, BlockTable]] = {}  # by the whole table's id
+        self._last: tuple[tuple[Candidate, float], _Loads] | None = None
+        self._last_static: tuple[Candidate, BlockTable, tuple[Table, Table]] | None = None
 
     def rough(self, c: Candidate) -> float:
         """A bound without the costs of blocks at the candidate's rows: all rows as quick as those of endless batches.
@@ -151,13 +157,13 @@ class Bounds:
         own = np.minimum.reduce([m * (t.forward_s + t.backward_s) + t.once_beside_s for t in tables.values()])
         return max(through, float(own @ number) / c.pp)
 
-    def best_cut(self, c: Candidate) -> tuple[float, Cuts] | None:
+    def best_cut(self, c: Candidate, limit_s: float = np.inf) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
 
-        Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
+        Or none of those that fit is below the limit: stages that take as long are not looked at. Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
         all cuts. Else the cuts are parted by their largest load, and each part has the time of its quickest cut.
         """
-        all_loads, sorts = self._loads(c), self._sorts[c.pp > 1]
+        all_loads, sorts = self._loads(c, limit_s), self._sorts[c.pp > 1]
         once = all_loads.once
         if all_loads.chain_s is not None:
             found = smallest_bottleneck(_tables_of(sorts, all_loads.later_with_first), once)
@@ -165,8 +171,7 @@ class Bounds:
                 return None
             least = smallest_bottleneck(_tables_of(sorts, all_loads.own))
             assert least is not None, "the same ranges are allowed"
-            bound = max(found.value + all_loads.chain_s, least.value)
-            return max(bound, self._closer(c, bound)) if c.pp > 1 else bound, found.cuts
+            return max(found.value + all_loads.chain_s, least.value), found.cuts
         loads, works, owns = (
             _tables_of(sorts, each) for each in (all_loads.later, all_loads.first, all_loads.own)
         )
@@ -178,7 +183,7 @@ class Bounds:
         most = max(float(np.max(load, initial=0.0, where=np.isfinite(load))) for load in loads)
         parts = np.geomspace(max(least.value, 1e-3 * most), most, PARTS)[1:] if most > 0 else [0.0]
         limits = [least.value, *(float(part) for part in parts)]
-        own = {found.cuts: self.of_cut(c, found.cuts), least.cuts: self.of_cut(c, least.cuts)}
+        own = {cuts: self._of_loads(all_loads, sorts, cuts) for cuts in (found.cuts, least.cuts)}
         bound = np.inf
         for lower, upper in pairwise(limits):
             within = [
@@ -187,13 +192,18 @@ class Bounds:
             quickest = smallest_sum(within)
             if quickest is not None:
                 bound = min(bound, lower + quickest.value + float(once[1:].min()))
-                own.setdefault(quickest.cuts, self.of_cut(c, quickest.cuts))
+                own.setdefault(quickest.cuts, self._of_loads(all_loads, sorts, quickest.cuts))
         cuts = min(own, key=lambda cuts: (own[cuts], cuts))
         return max(bound, alone.value, found.value + sum(float(np.min(work)) for work in works)), cuts
 
-    def _closer(self, c: Candidate, bound: float) -> float:
-        """A bound over all cuts of stages that are alike, from closer times of ranges, or the given one."""
-        loads, sorts = self._make_loads(c, closer=True), self._sorts[True]
+    def closer(self, c: Candidate, bound: float, limit_s: float = np.inf) -> float:
+        """A bound over all cuts from closer times of ranges where stages are alike, else the given one.
+
+        Infinite where no cut that fits is below the limit.
+        """
+        if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
+            return bound
+        loads, sorts = self._make_loads(c, closer=True, limit_s=limit_s), self._sorts[True]
         assert loads.chain_s is not None, "stages are alike"
         works, laters = _tables_of(sorts, loads.first), _tables_of(sorts, loads.later)
         found = bound, _loops(works, loads.once, c.num_micro_batches)
@@ -203,11 +213,18 @@ class Bounds:
             (smallest_bottleneck(laters, loads.once_alone), loads.chain_s),
             (smallest_bottleneck(_tables_of(sorts, loads.own)), 0.0),
         )
-        return max(*found, *(cut.value + more for cut, more in cuts if cut is not None))
+        return max(*found, *(np.inf if cut is None else cut.value + more for cut, more in cuts))
 
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""
-        loads, sorts = self._loads(c), self._sorts[c.pp > 1]
+        if c.pp == 1:
+            loads, sorts = self._loads(c), self._sorts[False]
+        else:
+            loads, sorts = self._make_loads(c, cuts=cuts), self._sorts_of(cuts)
+        return self._of_loads(loads, sorts, cuts)
+
+    @staticmethod
+    def _of_loads(loads: _Loads, sorts: Sorts, cuts: Cuts) -> float:
         ranges = [sorts.ranges[span] for span in pairwise(cuts)]
 
         def of_ranges(tables: Sequence[Table]) -> list[float]:
@@ -216,26 +233,56 @@ class Bounds:
         worst, through = max(of_ranges(loads.later)), sum(of_ranges(loads.first))
         return max(*of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through)
 
-    def _loads(self, c: Candidate) -> _Loads:
-        if self._last is not None and self._last[0] == c:
+    def _loads(self, c: Candidate, limit_s: float = np.inf) -> _Loads:
+        key = c, limit_s
+        if self._last is not None and self._last[0] == key:
             return self._last[1]
-        found = self._make_loads(c)
-        self._last = (c, found)
+        found = self._make_loads(c, limit_s=limit_s)
+        self._last = (key, found)
         return found
 
-    def _make_loads(self, c: Candidate, *, closer: bool = False) -> _Loads:
-        """The tables of a candidate; `closer`: with communication behind compute unit by unit."""
+    def _sorts_of(self, cuts: Cuts) -> Sorts:
+        """The sorts of the ranges of one cut alone."""
+        if cuts not in self._of_cuts:
+            if len(self._of_cuts) >= MANY_CUTS:
+                self._of_cuts.clear()
+                self._cut_blocks.clear()
+            self._of_cuts[cuts] = self._sorts[True].of_cut(cuts)
+        return self._of_cuts[cuts]
+
+    def _blocks_of(self, blocks: BlockTable, cuts: Cuts) -> BlockTable:
+        """The blocks with the ranges of one cut alone."""
+        sorts = self._sorts_of(cuts)
+        key = id(blocks), cuts
+        if key not in self._cut_blocks:
+            self._cut_blocks[key] = blocks, replace(blocks, sorts=sorts)
+        return self._cut_blocks[key][1]
+
+    def _make_loads(
+        self, c: Candidate, *, closer: bool = False, cuts: Cuts | None = None, limit_s: float = np.inf
+    ) -> _Loads:
+        """The tables of a candidate; `closer`: with communication behind compute unit by unit; of one cut if given.
+
+        A range that takes `limit_s` or more may count as if it did not fit.
+        """
         kinds = self._layout.kinds(c)
         tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
+        if cuts is not None:
+            tables = {
+                kind: replace(table, blocks=self._blocks_of(table.blocks, cuts)) for kind, table in tables.items()
+            }
         times = {
             kind: self._range_times(c, kind, table) if closer else _summed(table) for kind, table in tables.items()
         }
         m = c.num_micro_batches
-        made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
+        wanted: dict[tuple[StageKind, bool], dict[int, None]] = {}
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
-            if (kind, in_flight) not in made:
-                made[kind, in_flight] = self._stage_loads(c, kind, in_flight, tables[kind].blocks, times[kind])
+            wanted.setdefault((kind, in_flight == 1), {})[in_flight] = None
+        made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
+        for (kind, _), counts in wanted.items():
+            each = self._stage_loads(c, kind, tuple(counts), tables[kind].blocks, times[kind], limit_s)
+            made |= {(kind, in_flight): own for in_flight, own in zip(counts, each, strict=True)}
         every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
         of_first = times[kinds[0]]
         return _Loads(
@@ -258,30 +305,36 @@ class Bounds:
         Infinite where a range does not fit into memory with so many micro-batches in flight.
         """
         table = self._entries(c, kind)
-        later, both, first = self._stage_loads(c, kind, in_flight, table.blocks, _summed(table))
+        later, both, first = self._stage_loads(c, kind, (in_flight,), table.blocks, _summed(table))[0]
         sorts = self._sorts[c.pp > 1]
         return sorts.table(later), sorts.table(both), sorts.table(first)
 
     def _stage_loads(
-        self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable, table: RangeTimes
-    ) -> tuple[Table, Table, Table]:
-        m = c.num_micro_batches
+        self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
+        limit_s: float = np.inf,
+    ) -> list[tuple[Table, Table, Table]]:
+        """The loads with each of these many micro-batches in flight, all at once: one each, or none of them one."""
+        m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
         work = table.forward_s + table.backward_s
         load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
         room = self._room(c, kind, in_flight, blocks)
         if room[1].all():
-            return load, load, work
+            return [(own, own, work) for own in load]
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-        added = self._added(c, in_flight, blocks, room, (1.0 if in_flight == 1 else 0.0, 1.0))
+        below = load + work < limit_s
+        added = self._added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
         added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
         plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
         later = np.maximum(load + table.hidden_share * added, plain + added)
-        added = self._added(c, in_flight, blocks, room, (1.0, 1.0))
+        if counts[0] != 1 or m == 1:
+            added = self._added(c, in_flight, blocks, room, (1.0, 1.0), below)
+        else:
+            added = added / (m - 1)
         plain = table.plain_forward_s + table.plain_backward_s
         first = np.maximum(work + table.hidden_share * added, plain + added)
         finite = np.isfinite(first)
         more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
-        return later, np.where(finite, later + more, np.inf), first
+        return list(zip(later, np.where(finite, later + more, np.inf), first, strict=True))
 
     def _own(self, table: RangeTimes, later: Table, first: Table, in_flight: int) -> Table:
         """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
@@ -295,7 +348,7 @@ class Bounds:
         micro-batch takes on stage 0, with what variants add, where all of that is counted beside this.
         """
         kind = self._layout.kinds(c)[0]
-        sorts, in_flight = blocks.sorts, min(c.pp, c.num_micro_batches)
+        sorts, in_flight = blocks.sorts, np.array(min(c.pp, c.num_micro_batches))
         keeps_all = sorts.from_start(self._room(c, kind, in_flight, blocks)[1].astype(np.float64)) == 1
         if first is None:
             least = table.once_beside_s
@@ -370,13 +423,13 @@ class Bounds:
 
     def memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
         """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges."""
-        return self._sorts[c.pp > 1].table(self._memory(c, in_flight, self._block_table(c, kind)))
+        return self._sorts[c.pp > 1].table(self._memory(c, np.array(in_flight), self._block_table(c, kind)))
 
     def least_memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
         """The same for the variants that need least."""
         return self._sorts[c.pp > 1].table(self._least_memory(c, kind, in_flight))
 
-    def _memory(self, c: Candidate, in_flight: int, blocks: BlockTable) -> Table:
+    def _memory(self, c: Candidate, in_flight: NDArray[np.intp], blocks: BlockTable) -> Table:
         static, step = self._static_tables(c, blocks)
         held, beside = blocks.all_kept
         activations = np.maximum(in_flight * held + beside, self._with_reduction(c, blocks, held))
@@ -399,23 +452,33 @@ class Bounds:
             least = np.minimum(least, np.maximum(need, self._with_reduction(c, blocks, held)))
         return np.asarray(static + np.maximum(least, step))
 
-    def _room(self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable) -> Room:
+    def _room(self, c: Candidate, kind: StageKind, in_flight: NDArray[np.intp], blocks: BlockTable) -> Room:
         """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
         static, step = self._static_tables(c, blocks)
         left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
         return left, self._memory(c, in_flight, blocks) <= kind.memory_limit_bytes
 
-    def _added(self, c: Candidate, in_flight: int, blocks: BlockTable, room: Room, weights: Weights) -> Table:
-        """For all ranges: the least seconds that variants add so that the range fits; infinite where it cannot."""
+    def _added(
+        self, c: Candidate, in_flight: NDArray[np.intp], blocks: BlockTable, room: Room, weights: Weights,
+        wanted: NDArray[np.bool_],
+    ) -> Table:
+        """For all ranges: the least seconds that variants add so that the range fits; infinite where it cannot.
+
+        Also infinite where it adds any and is not wanted.
+        """
         left, keeps_all = room
         added = np.where(keeps_all, 0.0, np.inf)
-        open_ = ~keeps_all & np.isfinite(left)
+        open_ = ~keeps_all & np.isfinite(left) & wanted
         if not open_.any():
             return added
-        rest, beside, entry = (table[open_] for table in blocks.beside_layers)
-        allowed = left[open_] * (1 + GENEROUS)
-        beside = np.maximum(beside, allowed - in_flight * (allowed - self._reducing(c, blocks)[open_]))
-        numbers = [number[open_] for number in blocks.numbers]
+
+        def of_open(table: NDArray[Number]) -> NDArray[Number]:
+            return np.broadcast_to(table, open_.shape)[open_]
+
+        rest, beside, entry = (of_open(table) for table in blocks.beside_layers)
+        in_flight, allowed = of_open(in_flight), of_open(left) * (1 + GENEROUS)
+        beside = np.maximum(beside, allowed - in_flight * (allowed - of_open(self._reducing(c, blocks))))
+        numbers = [of_open(number) for number in blocks.numbers]
         least = np.full(rest.shape, np.inf)
         for level in blocks.levels:
             held = (allowed - np.maximum(beside, level.extra_bytes)) / in_flight - rest
@@ -425,10 +488,10 @@ class Bounds:
 
     def _static_tables(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
         """For all ranges: bytes whatever is in flight, and those of the optimizer's step."""
-        key = (c, id(blocks))
-        if self._last_static[0] != key:
-            self._last_static = key, self._make_static(c, blocks)
-        return self._last_static[1]
+        last = self._last_static
+        if last is None or last[1] is not blocks or last[0] != c:
+            self._last_static = last = c, blocks, self._make_static(c, blocks)
+        return last[2]
 
     def _make_static(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
         per_numel, per_unit, per_root, per_step = self._static(c)
@@ -609,6 +672,12 @@ class Bounds:
         """Bytes that one device sends to the next stage for a micro-batch, and gets back, at the leanest border."""
         if c.pp == 1:
             return 0.0, 0.0
+        key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.rows)
+        if key not in self._sent:
+            self._sent[key] = self._find_least_sent(c)
+        return self._sent[key]
+
+    def _find_least_sent(self, c: Candidate) -> tuple[float, float]:
         graph, sharding = self._graph, self._shardings(c)
         sizes: dict[tuple[str, int], tuple[float, float]] = {}
         for cls in self._chooser.classes:

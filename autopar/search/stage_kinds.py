@@ -49,6 +49,7 @@ class StageLayout:
         self._on_ranks: dict[tuple[int, int, int, int, tuple[int, ...]], StageKind] = {}
         self._of_candidate: dict[tuple[int, ...], tuple[StageKind, ...]] = {}
         self._pairs: dict[tuple[int, int], list[list[tuple[GroupShape, int]]]] = {}
+        self._sends: dict[tuple[int, int, float, float], float] = {}
         self._equal: dict[tuple[object, ...], StageKind] = {}
         self._compute: dict[tuple[object, ...], int] = {}
 
@@ -61,10 +62,13 @@ class StageLayout:
 
     def sends_s(self, c: Candidate, forward_bytes: float, backward_bytes: float) -> float:
         """Seconds of sending so much from each stage to the next, and so much back, one after another."""
-        return sum(
-            max((send_recv_time_s(size, group, flows_per_node=flows) for group, flows in links), default=0.0)
-            for links in self._links(c.pp, c.mesh.size) for size in (forward_bytes, backward_bytes)
-        )
+        key = c.pp, c.mesh.size, forward_bytes, backward_bytes
+        if key not in self._sends:
+            self._sends[key] = sum(
+                max((send_recv_time_s(size, group, flows_per_node=flows) for group, flows in links), default=0.0)
+                for links in self._links(c.pp, c.mesh.size) for size in (forward_bytes, backward_bytes)
+            )
+        return self._sends[key]
 
     def _links(self, num_stages: int, size: int) -> list[list[tuple[GroupShape, int]]]:
         """For each pair of neighbouring stages: their ranks' distinct links, and the flows that share a node's."""
@@ -78,9 +82,13 @@ class StageLayout:
                     here, there = node_of[rank], node_of[rank + size]
                     pairs.setdefault((here, there), (rank, rank + size))
                     leaving[here] = leaving.get(here, 0) + (here != there)
-                found.append([
-                    (self._cluster.group(pair), max(1, leaving[here])) for (here, _), pair in pairs.items()
-                ])
+                kinds: dict[tuple[object, ...], tuple[GroupShape, int]] = {}
+                for (here, there), pair in pairs.items():
+                    flows = max(1, leaving[here])
+                    key_of = (here == there, flows) if self._cluster.is_uniform else (here, there)
+                    if key_of not in kinds:
+                        kinds[key_of] = self._cluster.group(pair), flows
+                found.append(list(kinds.values()))
             self._pairs[key] = found
         return self._pairs[key]
 

@@ -25,6 +25,8 @@ from autopar.simulate.block_cost import BlockCost
 from autopar.simulate.variant_cost import variant_cost
 
 KEEP_ALL = Variant()
+MANY_COUNTS = 1 << 17  # what of counts is tried at once
+STRIDE = 8  # of the numbers of layers for which a table is made
 ROUNDING = 1e-12  # relative; a plan that fills memory to the last byte fits
 
 
@@ -288,11 +290,32 @@ def least_added(
 def _exact(options: Options, numbers: NDArray[np.intp], budget: Table, weights: Weights) -> Table:
     if not options:
         return np.where((numbers == 0) & (budget >= 0), 0.0, np.inf)
-    width, keys, added = _steps(_points(options, weights), int(numbers.max(initial=0)))
+    points, most = _points(options, weights), int(numbers.max(initial=0))
+    middle = len(points) - 2
+    if numbers.size * (most + 1) ** max(middle, 0) <= MANY_COUNTS:
+        return _counted(points, numbers, budget)
+    width, keys, added = _steps(points, -(-most // STRIDE) * STRIDE)
     own = numbers * width
     index = np.searchsorted(keys, own + np.clip(budget, -0.25 * width, 0.75 * width), side="right") - 1
     fits = (index >= 0) & (keys[np.maximum(index, 0)] >= own)
     return np.where(fits, added[np.maximum(index, 0)], np.inf)
+
+
+def _counted(points: Points, numbers: NDArray[np.intp], budget: Table) -> Table:
+    """The least added time by trying all counts of all options but the first and the last, which share the rest."""
+    middle = max(len(points) - 2, 0)
+    every = range(int(numbers.max(initial=0)) + 1)
+    counts = np.array(list(product(every, repeat=middle)), dtype=np.intp).reshape(len(every) ** middle, middle).T
+    held, added = (np.array(column) for column in zip(*points, strict=True))
+    rest = numbers[:, None] - counts.sum(axis=0)[None, :]
+    left = np.where(np.isfinite(budget), budget, -np.inf)[:, None] - counts.T @ held[1:-1] - rest * held[0]
+    total = counts.T @ added[1:-1] + rest * added[0]
+    fits = (rest >= 0) & (left >= 0)
+    if len(points) > 1:
+        # The last option holds most and adds least.
+        last = np.clip(np.floor(np.where(fits, left, 0.0) / (held[-1] - held[0])), 0, rest)
+        total = total - last * (added[0] - added[-1])
+    return np.asarray(np.where(fits, total, np.inf).min(axis=1))
 
 
 def _hull(options: Options, weights: Weights) -> list[tuple[float, float]]:

@@ -67,9 +67,8 @@ def link_times(graph: ModelGraph, cluster: Cluster, plan: Plan, index: int) -> t
     here, there = plan.stages[index], plan.stages[index + 1]
     if here.mesh == there.mesh and plan.rows_of(here) == plan.rows_of(there) and here.shardings == there.shardings:
         forward, backward = boundary_bytes(graph, plan, index)
-        pairs = list(zip(here.devices, there.devices, strict=True))
-        return _slowest(cluster, [(source, target, forward) for source, target in pairs]), _slowest(
-            cluster, [(target, source, backward) for source, target in pairs]
+        return _slowest_pair(cluster, here.devices, there.devices, forward), _slowest_pair(
+            cluster, there.devices, here.devices, backward
         )
     found = crossings(graph, plan, index)
     activations = [(item.row_bytes, item.share_before, item.share_behind) for item in found]
@@ -112,6 +111,25 @@ def _unlike_flows(plan: Plan, here: Stage, there: Stage, tensors: Sequence[tuple
 def _row_ranges(plan: Plan, stage: Stage) -> list[tuple[int, int]]:
     ends = list(accumulate(plan.rows_of(stage)))
     return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _slowest_pair(cluster: Cluster, sources: Sequence[int], targets: Sequence[int], size: float) -> float:
+    """Seconds until the last device has its message, each from the device at its own place."""
+    node_of, uniform = cluster.node_of, cluster.is_uniform
+    pairs: dict[tuple[int, int], tuple[int, int]] = {}
+    leaving: dict[int, int] = {}
+    for pair in zip(sources, targets, strict=True):
+        nodes = here, there = node_of[pair[0]], node_of[pair[1]]
+        if pair[0] != pair[1]:  # chunks of one group send nothing
+            pairs.setdefault(nodes, pair)
+        leaving[here] = leaving.get(here, 0) + (here != there)
+    kinds: dict[tuple[int, ...], float] = {}
+    for nodes, pair in pairs.items():
+        sharing = leaving[nodes[0]] if nodes[0] != nodes[1] else 1
+        kind = (int(nodes[0] == nodes[1]), sharing) if uniform else nodes
+        if kind not in kinds:
+            kinds[kind] = send_recv_time_s(size, cluster.group(pair), flows_per_node=sharing)
+    return max(kinds.values(), default=0.0)
 
 
 def _slowest(cluster: Cluster, flows: Sequence[Flow]) -> float:
