@@ -160,7 +160,9 @@ class Bounds:
     def best_cut(self, c: Candidate, limit_s: float = np.inf) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
 
-        Or none of those that fit is below the limit: stages that take as long are not looked at. Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
+        Or none of those that fit is below the limit: stages that take as long are not looked at.
+
+        Where all stages are alike the first micro-batch's time is that of the chain, and the bound is the smallest over
         all cuts. Else the cuts are parted by their largest load, and each part has the time of its quickest cut.
         """
         all_loads, sorts = self._loads(c, limit_s), self._sorts[c.pp > 1]

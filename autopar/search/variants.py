@@ -307,15 +307,15 @@ def _counted(points: Points, numbers: NDArray[np.intp], budget: Table) -> Table:
     every = range(int(numbers.max(initial=0)) + 1)
     counts = np.array(list(product(every, repeat=middle)), dtype=np.intp).reshape(len(every) ** middle, middle).T
     held, added = (np.array(column) for column in zip(*points, strict=True))
-    rest = numbers[:, None] - counts.sum(axis=0)[None, :]
-    left = np.where(np.isfinite(budget), budget, -np.inf)[:, None] - counts.T @ held[1:-1] - rest * held[0]
+    rest = numbers[..., None] - counts.sum(axis=0)
+    left = np.where(np.isfinite(budget), budget, -np.inf)[..., None] - counts.T @ held[1:-1] - rest * held[0]
     total = counts.T @ added[1:-1] + rest * added[0]
     fits = (rest >= 0) & (left >= 0)
     if len(points) > 1:
         # The last option holds most and adds least.
         last = np.clip(np.floor(np.where(fits, left, 0.0) / (held[-1] - held[0])), 0, rest)
         total = total - last * (added[0] - added[-1])
-    return np.asarray(np.where(fits, total, np.inf).min(axis=1))
+    return np.asarray(np.where(fits, total, np.inf).min(axis=-1))
 
 
 def _hull(options: Options, weights: Weights) -> list[tuple[float, float]]:

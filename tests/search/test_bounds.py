@@ -65,6 +65,13 @@ def test_bounds_never_exceed_the_simulated_time(
         assert not other.feasible or own <= other.step_time_s * slack, "whatever the layers do"
         assert own <= timeline.step_time_s * slack, c
         assert best[0] <= own * slack, c
+        assert engine.bounds.closer(c, best[0]) <= timeline.step_time_s * slack, c
+        # What takes as long as a limit may be passed over, and nothing that is below it.
+        limit_s = timeline.step_time_s * rng.choice([0.5, 0.9, 1.001, 1.5])
+        under = engine.bounds.best_cut(c, limit_s)
+        closer = engine.bounds.closer(c, under[0] if under else math.inf, limit_s)
+        for bound in (under[0] if under else math.inf, closer):
+            assert min(bound, limit_s) <= timeline.step_time_s * slack, c
         assert engine.bounds.quick(c) <= best[0] * slack or engine.bounds.quick(c) <= timeline.step_time_s * slack
         assert engine.bounds.rough(c) <= engine.bounds.quick(c) * slack
         assert own >= 0.4 * timeline.step_time_s, "the bound is of use"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import unittest.mock
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from autopar.cluster.parse import parse_cluster
 from autopar.graph.model_graph import ModelGraph
 from autopar.graph.source import capture_source, load_source
 from autopar.plan.plan import Plan, Recompute, Variant
+from autopar.search import variants
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.search.variants import Option, Options, Room, cheapest, least_added, levels
 from autopar.simulate.simulator import simulate
@@ -68,10 +70,15 @@ def test_counts_are_those_of_trying_everything(stage: tuple[list[Options], Room]
         assert not fitting
     kinds = list(dict.fromkeys(layers))
     numbers = [np.array([[layers.count(kind)]]) for kind in kinds]
-    bound = min(
-        float(least_added(level, numbers, np.array([[room.for_held(level)]]), weights)[0, 0])
-        for level in levels(kinds)
-    )
+    bounds = []
+    for most in (variants.MANY_COUNTS, 0):  # by trying counts, and from a table
+        with unittest.mock.patch.object(variants, "MANY_COUNTS", most):
+            bounds.append(min(
+                float(least_added(level, numbers, np.array([[room.for_held(level)]]), weights)[0, 0])
+                for level in levels(kinds)
+            ))
+    bound, tabled = bounds
+    assert bound == pytest.approx(tabled)
     exact = min(times, default=math.inf)
     assert math.isinf(bound) == math.isinf(exact)
     assert bound <= exact * (1 + 1e-9) + 1e-9

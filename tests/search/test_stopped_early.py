@@ -103,10 +103,12 @@ def test_an_interrupt_loses_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     for after in range(0, 40, 3):
         calls = iter(range(after))
 
-        def interrupted(self: Engine, candidate: Candidate, even: bool, calls: object = calls) -> object:
+        def interrupted(
+            self: Engine, candidate: Candidate, even: bool, limit_s: float, calls: object = calls
+        ) -> object:
             if next(calls, None) is None:  # type: ignore[call-overload]
                 raise KeyboardInterrupt
-            return real(self, candidate, even)
+            return real(self, candidate, even, limit_s)
 
         engine = Engine(GRAPH, MACHINE, PlanRequest(global_batch=24))
         space = candidates(MACHINE, engine.request, engine.chooser, len(GRAPH.blocks))
