@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from autopar.cost_models.compute import (
     FREE,
+    MULTIPROCESSOR_RATES,
     LocalTensor,
     best_matmul_efficiency,
     kernel_time_s,
@@ -112,3 +113,34 @@ def test_upcasts_of_a_float32_capture() -> None:
     mixed = element_bytes(cls, "float32", "bfloat16")
     assert mixed == {"x": 2, "w": 2, "up": 4, "sq": 4, "back": 2, "out": 2, "sum": 2}
     assert set(element_bytes(cls, "float32", "float32").values()) == {4}
+
+
+def test_kernels_along_rows_are_bound_by_the_multiprocessors() -> None:
+    """Half the multiprocessors' rate where HBM would give more; twice the bytes a second in float32; HBM on a CPU."""
+    forward, _ = MULTIPROCESSOR_RATES["softmax"]
+    op = Op(name="s", target="aten.softmax.int", args=(Ref("x"), -1), outputs=("y",))
+    x = tensor(8192, 8192)
+    found = op_time_s(op, [x], [x], H100, "bfloat16", flops=0, backward_flops=0)
+    assert found.forward_s == kernel_time_s(H100, 2 * x.size_bytes / (132 * forward))
+    wide = tensor(8192, 8192, size=4)
+    assert op_time_s(op, [wide], [wide], H100, "bfloat16", flops=0, backward_flops=0).forward_s == found.forward_s
+    cpu = device_type("CPU")
+    assert op_time_s(op, [x], [x], cpu, "bfloat16", flops=0, backward_flops=0).forward_s == kernel_time_s(
+        cpu, 2 * x.size_bytes / memory_bandwidth(cpu))
+
+
+def test_an_embeddings_gradient_is_filled_and_then_added_to() -> None:
+    table, ids, out = tensor(50000, 1024), tensor(4096, size=8, grad=False), tensor(4096, 1024)
+    op = Op(name="e", target="aten.embedding.default", args=(Ref("t"), Ref("i")), outputs=("y",))
+    found = op_time_s(op, [table, ids], [out], H100, "bfloat16", flops=0, backward_flops=0)
+    added_s = 3 * out.size_bytes / (132 * MULTIPROCESSOR_RATES["embedding"][1])
+    assert found.backward_s == kernel_time_s(H100, added_s) + table.size_bytes / memory_bandwidth(H100)
+
+
+def test_a_product_of_two_gradients_reads_the_result_twice() -> None:
+    x, fixed = tensor(4096, 4096), tensor(4096, 4096, grad=False)
+    op = Op(name="m", target="aten.mul.Tensor", args=(Ref("x"), Ref("y")), outputs=("z",))
+    both = op_time_s(op, [x, x], [x], H100, "bfloat16", flops=0, backward_flops=0, saved_bytes=2 * x.size_bytes)
+    one = op_time_s(op, [x, fixed], [x], H100, "bfloat16", flops=0, backward_flops=0, saved_bytes=x.size_bytes)
+    assert both.backward_s == kernel_time_s(H100, 6 * x.size_bytes / memory_bandwidth(H100))
+    assert one.backward_s == kernel_time_s(H100, 3 * x.size_bytes / memory_bandwidth(H100))

@@ -97,7 +97,7 @@ def test_every_case_of_the_grid_runs() -> None:
         assert sample.forward_s > 0
         assert sample.backward_s > 0, case.target
         assert sample_key(sample) == case.key
-    assert len(seen) == 11
+    assert len(seen) == 12
 
 
 def test_passes_are_medians_after_a_warm_up() -> None:
