@@ -12,7 +12,8 @@ from autopar.cluster.tables import Preset, preset
 from autopar.errors import InputError
 
 # PCI device numbers of NVIDIA's cards that are in the tables: the public list pci.ids; H200 and GH200 as in the list of
-# compatible GPUs of NVIDIA's open kernel modules 550.40.82; B200 and GB200 as lspci prints them on such machines.
+# compatible GPUs of NVIDIA's open kernel modules 550.40.82; B200 as lspci prints it on such machines; GB200 from one
+# public table of codes alone.
 _CARDS = {
     "0x1db1": "V100-16GB", "0x1db5": "V100-32GB", "0x1eb8": "T4", "0x27b8": "L4", "0x2237": "A10G",
     "0x2204": "RTX-3090", "0x2684": "RTX-4090", "0x20b0": "A100-40GB", "0x20b2": "A100-80GB", "0x20f3": "A800-80GB",
