@@ -185,11 +185,12 @@ def _open_job(device: torch.device | str | None, timeout_s: float) -> torch.devi
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         with one_worker_thread():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        atexit.register(_close_job)
+        atexit.register(close_job)
     return place
 
 
-def _close_job() -> None:
+def close_job() -> None:
+    """Leave the process group, if there is one still."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ files of a checkpoint. `parallelize_trainer` puts a class before the Trainer's o
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autopar.api import parallelize
+from autopar.api import close_job, parallelize
 from autopar.errors import InputError
 from autopar.plan.text import headline
 from autopar.runtime.engine import Trainer
@@ -93,6 +94,7 @@ class _Planned:
                 raise InputError(f"optim={self.args.optim} needs the whole model: use one of torch's optimizers")
             rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
             options = {"dtype": "bf16" if self.args.bf16 else None, "global_batch": rows} | self._autopar_options
+            atexit.register(close_job)  # the group that accelerate opened: gloo aborts where a process ends with it
             self.autopar = parallelize(
                 self.model, self._first_batch(), lambda params: kind(params, **settings), **options
             )

@@ -388,13 +388,13 @@ class Trainer:
         if self.groups.replicas is not None:
             replicas = Replicas(dict.fromkeys(module.parameters()), self.groups.replicas)
         if self.groups.data_mesh is None and plan.dtype != plan.param_dtype:
-            blocks = module.blocks
+            blocks = module._autopar_blocks  # no name that a model may have
             copies = ComputeCopies(
-                [block.own_parameters() for block in blocks], getattr(torch, plan.dtype),
+                [block._autopar_own_parameters() for block in blocks], getattr(torch, plan.dtype),
                 replicas.accumulated if replicas is not None else None,
             )
             for block in blocks:
-                block.compute_with(copies)
+                block._autopar_compute_with(copies)
         wanted = _batch_names(graph, plan, index)
         last = index == plan.num_stages - 1
         return LocalStage(

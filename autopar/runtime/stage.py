@@ -50,13 +50,13 @@ class BlockModule(nn.Module):
         self._autopar_variant = variant
         self._autopar_offloader = offloader
 
-    def own_parameters(self) -> list[nn.Parameter]:
+    def _autopar_own_parameters(self) -> list[nn.Parameter]:
         """The parameters that the program takes, in its order, as they are at rest."""
         return [getattr(module, name) for module, name, _ in self._autopar_params]
 
-    def compute_with(self, copies: ComputeCopies) -> None:
+    def _autopar_compute_with(self, copies: ComputeCopies) -> None:
         """From now on the program takes what `copies` has in the place of parameters."""
-        own = self.own_parameters()
+        own = self._autopar_own_parameters()
         copied = [param in copies.unit_of for param in own]
         units = dict.fromkeys(copies.unit_of[param] for param, is_copied in zip(own, copied, strict=True) if is_copied)
         taken = [copies.leaf(param) if is_copied else param for param, is_copied in zip(own, copied, strict=True)]
@@ -106,7 +106,7 @@ class StageModule(nn.Module):
         self._autopar_free: list[BlockModule] = []  # blocks that are no module of the model
 
     @property
-    def blocks(self) -> list[BlockModule]:
+    def _autopar_blocks(self) -> list[BlockModule]:
         """The blocks in their order."""
         return [module for _, module in self._autopar_chain]
 

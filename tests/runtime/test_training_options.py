@@ -139,9 +139,10 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def with_dropout(plan: Plan, seed: int) -> list[float]:
+    captured = captured_of("gpt2_dropout", "float64")  # made once a process, from random numbers of its own
     torch.manual_seed(seed if torch.distributed.get_rank() == 0 else 99)  # rank 0's seed counts
     model, example, _ = runtime_models.gpt2_dropout()
-    trainer = Trainer(model.double(), plan, captured_of("gpt2_dropout", "float64"), sgd)
+    trainer = Trainer(model.double(), plan, captured, sgd)
     return [trainer.step(make_batch(example, 8, step)).item() for step in range(3)]
 
 

@@ -178,7 +178,7 @@ def test_a_sweep_is_plotted(browser, tmp_path: Path, theme: str) -> None:
         assert page.locator("#plot path.line").count() == 2  # a line for each batch
         assert page.locator("#plot circle[tabindex]").count() == 5
         assert page.locator("#points tbody tr").count() == 6
-        assert page.locator("#doublings .gain").count() == 4
+        assert page.locator("#doublings .gain").count() == 6  # four of devices, two of batch and devices
         assert "needs <b>17 GiB</b>" in page.locator("#points").inner_text()
         page.locator("#plot circle[tabindex]").first.hover()
         assert "tokens/s" in page.locator(".tip").inner_text()
