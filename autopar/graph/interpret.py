@@ -69,9 +69,7 @@ def bind_op(op: Op, local: Mapping[str, Tensor], device: torch.device) -> Callab
 
 
 def run_op(op: Op, local: dict[str, Tensor], device: torch.device) -> None:
-    args = [_value(arg, local, device) for arg in op.args]
-    kwargs = {key: _value(arg, local, device) for key, arg in op.kwargs}
-    result = overload_of(op.target)(*args, **kwargs)
+    result = bind_op(op, local, device)()
     results = result if isinstance(result, (tuple, list)) else (result,)
     local.update((name, out) for name, out in zip(op.outputs, results, strict=True) if name)
 

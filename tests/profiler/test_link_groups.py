@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from autopar.cluster.measured import CollectiveFit, Piece
 from autopar.cluster.parse import parse_cluster
 from autopar.cost_models.collectives import collective_time_s
 from autopar.profiler.link_groups import group_kinds, pair_kinds
-from autopar.profiler.links import link_work
+from autopar.profiler.links import link_work, measure_links
 from autopar.sharding.reshard import Collective
 
 
@@ -65,3 +66,7 @@ def test_a_group_of_the_measured_shape_takes_the_measured_time() -> None:
     across = GroupShape(size=2, num_nodes=2, per_node=1, link=link, network=network)
     assert collective_time_s(Collective.ALL_REDUCE, 1e6, across, groups_per_node=8) == pytest.approx(2e-3)
     assert collective_time_s(Collective.ALL_REDUCE, 1e6, across) < 1e-3, "alone on the network: not measured"
+
+
+def test_a_process_alone_measures_no_link_and_needs_no_group() -> None:
+    assert list(measure_links((), torch.device("cpu"), budget_s=0.0)) == []
