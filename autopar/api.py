@@ -28,8 +28,10 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Plan
-from autopar.plan.verify import verify_plan
+from autopar.plan.verify import machine_of, verify_plan
 from autopar.runtime.engine import OptimizerFactory, Trainer
+from autopar.search.fleet import choose_devices
+from autopar.search.objective import Objective, goal_of
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate as simulate_plan
 from autopar.simulate.timeline import Timeline
@@ -66,8 +68,13 @@ def plan(
     model: nn.Module, example_batch: Example, *, cluster: Cluster | str, global_batch: int,
     loss_fn: LossFn | None = None, dtype: str | None = None, optimizer: str = "adamw", micro_batch: int | None = None,
     max_search_seconds: float | None = None, compile: bool = False, offload: bool = True,  # noqa: A002
+    objective: str = "time", max_step_seconds: float | None = None, idle_devices: bool = False,
 ) -> PlannedModel:
-    """The fastest plan found for a model on a cluster, with its certificate; no device is needed.
+    """The best plan found for a model on a cluster, with its certificate; no device is needed.
+
+    `objective`: "time" is the fastest step, "cost" the cheapest (the cluster's devices need prices), and "devices" the
+    fewest devices whose step takes at most `max_step_seconds`. The plan may then be for a part of the cluster, which
+    is its `cluster`; the fastest uses all devices, unless `idle_devices` allows to leave some unused.
 
     The model may be real, fake or on the meta device. `dtype` ("bf16", "float32", ...) is the one to compute in, the
     model's own if left out. `offload`: activations and optimizer state may rest in host memory where that pays.
@@ -81,9 +88,11 @@ def plan(
         optimizer=optimizer, micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile,
         offload=offload,
     )
-    found = find_plan(graph, machine, request)
+    aim = Objective(goal=goal_of(objective), max_step_time_s=max_step_seconds)
+    choice = choose_devices(graph, machine, request, aim, idle=idle_devices)
+    found = choice.plan
     return PlannedModel(
-        **{item.name: getattr(found, item.name) for item in fields(found)}, graph=graph, cluster=machine
+        **{item.name: getattr(found, item.name) for item in fields(found)}, graph=graph, cluster=choice.best.cluster
     )
 
 
@@ -100,6 +109,7 @@ def simulate(
     if graph is None:
         raise InputError("a plan from a file does not hold its model: give simulate(plan, graph=...) too")
     machine = parse_cluster(cluster or plan.cluster_name) if not isinstance(cluster, Cluster) else cluster
+    machine = machine_of(plan, machine)
     verify_plan(plan, graph, machine)
     return simulate_plan(graph, machine, plan)
 

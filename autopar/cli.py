@@ -25,6 +25,7 @@ from autopar.cli_options import (
     ClusterText,
     Compile,
     Cp,
+    DeadlineHours,
     DemoFolder,
     DpReplicate,
     DpShard,
@@ -33,11 +34,14 @@ from autopar.cli_options import (
     Ep,
     ExplainOption,
     GlobalBatch,
+    IdleDevices,
     Json,
+    MaxStepSeconds,
     MeshOption,
     MicroBatch,
     Model,
     ModelOption,
+    ObjectiveOption,
     OffloadActivations,
     OffloadOptimizer,
     OffloadOption,
@@ -59,6 +63,7 @@ from autopar.cli_options import (
     SeqLen,
     SequenceParallel,
     Steps,
+    Tokens,
     Tp,
     Trace,
     UnlikeStages,
@@ -72,6 +77,7 @@ from autopar.cli_output import (
     check_writable,
     dry_run_table,
     only_answers,
+    parts_table,
     print_json,
     progress,
     report_table,
@@ -84,6 +90,7 @@ from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.plan import Recompute
+from autopar.search.objective import Goal
 
 INTERRUPTED = 130
 
@@ -105,16 +112,20 @@ def plan(
     optimizer: Optimizer = "adamw", micro_batch: SearchedMicroBatch = None, max_search_seconds: SearchSeconds = None,
     compile_: Compile = False, attention: AttentionKind = Attention.SDPA, profile: ProfileOption = None,
     offload: OffloadOption = True, unlike_stages: UnlikeStages = True, mesh: MeshOption = None,
+    objective: ObjectiveOption = Goal.TIME, max_step_seconds: MaxStepSeconds = None,
+    deadline_hours: DeadlineHours = None, tokens: Tokens = None, idle_devices: IdleDevices = False,
     explain: ExplainOption = None, output: Output = None, json_: Json = False,
 ) -> None:
-    """Find the fastest plan for a model on a cluster, with no device needed."""
+    """Find the best plan for a model on a cluster, with no device needed."""
     from autopar.plan.file import save_plan
     from autopar.plan.text import plan_json, plan_table
     from autopar.search.candidates import parse_mesh
     from autopar.search.explain import explain as explain_block
     from autopar.search.explain import find_block
     from autopar.search.explain_text import explain_json, explain_table
-    from autopar.search.planner import PlanRequest, find_plan
+    from autopar.search.fleet import choose_devices
+    from autopar.search.objective import Objective, longest_step_s
+    from autopar.search.planner import PlanRequest
     from autopar.simulate.simulator import simulate as simulate_plan
     from autopar.viz.picture import picture
 
@@ -133,7 +144,11 @@ def plan(
                 micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile_,
                 offload=offload, unlike_stages=unlike_stages, mesh=parse_mesh(mesh) if mesh is not None else (),
             )
-            found = find_plan(graph, machine, request, progress=_settled(news) if news else None)
+            aim = Objective(goal=objective, max_step_time_s=longest_step_s(
+                max_step_seconds, deadline_hours, tokens, global_batch * (graph.sequence_length or 1)))
+            choice = choose_devices(graph, machine, request, aim, idle=idle_devices,
+                                    progress=_settled(news) if news else None)
+            found, machine = choice.plan, choice.best.cluster
             timeline = simulate_plan(graph, machine, found)
             report = timeline.report()
             explained = explain_block(graph, machine, found, explain) if explain is not None else None
@@ -141,6 +156,9 @@ def plan(
             save_plan(found, output, picture(graph, machine, found, timeline))
         reply.value = plan_json(found, report) | {"costs": report["notes"]}
         reply.show(plan_table(found, report))
+        reply.value["objective"] = choice.report()
+        if len(choice.planned) > 1 or objective is not Goal.TIME:
+            reply.show("", *parts_table(reply.value["objective"]))
         if profile is not None:
             reply.show(*(f"note: {note}" for note in report["notes"]))
         if explained is not None:

@@ -8,6 +8,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "autopar plan llama-3.1-8b --cluster 4x8xH100-80GB --global-batch 512 --seq-len 8192 -o plan.json",
         "autopar plan model.py:factory --cluster local:4 --global-batch 16 --dtype fp32 --profile profile.json",
         "autopar plan gpt2 --cluster 2x4xA100-80GB --global-batch 64 --mesh pp=2,tp=2 --explain transformer.h.0",
+        "autopar plan gpt2-xl --cluster lab.yaml --global-batch 256 --objective cost --deadline-hours 72 --tokens 3e10",
     ),
     "simulate": (
         "autopar simulate llama-3.1-8b --cluster 4x8xH100-80GB --global-batch 512 --plan plan.json --trace trace.json",

@@ -10,6 +10,7 @@ import typer
 
 from autopar.plan.dtypes import SHORT_NAMES
 from autopar.plan.plan import Recompute, Schedule
+from autopar.search.objective import Goal
 
 
 class Attention(StrEnum):
@@ -54,6 +55,17 @@ OffloadOption = Annotated[bool, typer.Option(
 UnlikeStages = Annotated[bool, typer.Option(
     "--unlike-stages/--no-unlike-stages",
     help="On a cluster of unlike nodes, let stages have meshes and ZeRO levels of their own.")]
+ObjectiveOption = Annotated[Goal, typer.Option(
+    "--objective", help="time: the fastest step. cost: the cheapest step, by the prices in the cluster file. devices: "
+    "the fewest devices that keep to the step or the deadline.")]
+MaxStepSeconds = Annotated[float | None, typer.Option(
+    "--max-step-seconds", metavar="T", min=0, help="A step may take at most so long.")]
+DeadlineHours = Annotated[float | None, typer.Option(
+    "--deadline-hours", metavar="H", min=0, help="The whole training may take at most so long; needs --tokens.")]
+Tokens = Annotated[float | None, typer.Option(
+    "--tokens", metavar="N", min=1, help="Tokens of the whole training, such as 1.5e12, for --deadline-hours.")]
+IdleDevices = Annotated[bool, typer.Option(
+    "--idle-devices", help="Leave devices unused where a step is quicker without them.")]
 OffloadActivations = Annotated[bool, typer.Option(
     "--offload-activations", help="Keep what every layer saves for its backward in host memory.")]
 OffloadOptimizer = Annotated[bool, typer.Option(

@@ -136,6 +136,33 @@ def report_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def parts_table(choice: dict[str, Any]) -> list[Any]:
+    """Which devices were chosen, by what, and the parts of the cluster that were planned."""
+    goal, value, gap = choice["goal"], choice["value"], choice["gap"]
+    words = {
+        "time": f"the fastest, {value:.4g} s a step", "cost": f"the cheapest, {value:.4g} a step",
+        "devices": f"the fewest, {value:g}",
+    }[goal]
+    limit = f", with a step of at most {choice['max_step_time_s']:.4g} s" if choice["max_step_time_s"] else ""
+    others = "not looked at" if choice["stopped_early"] else "cannot be better by their bounds"
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("devices")
+    for heading in ("number", "step s", "cost of a step"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for part in choice["parts"]:
+        step_s, cost = part["step_time_s"], part["cost_per_step"]
+        table.add_row(
+            part["cluster"], str(part["num_devices"]), f"{step_s:.4g}" if step_s is not None else "",
+            f"{cost:.4g}" if cost is not None else "", "chosen" if part["chosen"] else part["why_not"],
+            style="bold" if part["chosen"] else None,
+        )
+    return [
+        f"devices: {words}{limit}; {len(choice['parts'])} of {choice['num_parts']} parts of the cluster planned, the "
+        f"others {others} (gap {gap:.1%})", table,
+    ]
+
+
 def dry_run_table(report: dict[str, Any]) -> Table:
     """What the programs of a dry run did, and the memory of each beside the prediction, in MiB."""
     passed = "passed" if report["passed"] else f"{len(report['problems'])} checks failed"

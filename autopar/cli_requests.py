@@ -161,20 +161,22 @@ class Simulations:
         # Degrees ask what a training system makes of them; a plan, what this trainer runs.
         fuse = request.plan is None and not as_run
         graph = self.graph(request.model, request.seq_len, dtype, request.attention, fuse=fuse)
-        plan = self._plan(request, graph, cluster, dtype)
+        plan, cluster = self._plan(request, graph, cluster, dtype)
         return plan, simulate(graph, cluster, plan)
 
-    def _plan(self, request: SimulateRequest, graph: ModelGraph, cluster: Cluster, dtype: str) -> Plan:
+    def _plan(self, request: SimulateRequest, graph: ModelGraph, cluster: Cluster, dtype: str) -> tuple[Plan, Cluster]:
+        """The plan, and what of the cluster it is for."""
         if request.plan is not None:
             from autopar.plan.file import load_plan
-            from autopar.plan.verify import verify_plan
+            from autopar.plan.verify import machine_of, verify_plan
 
             plan = load_plan(request.plan)
+            cluster = machine_of(plan, cluster)
             verify_plan(plan, graph, cluster)
             if plan.global_batch != request.global_batch:
                 raise InputError(f"{request.plan}: the plan is for a global batch of {plan.global_batch}, not "
                                  f"{request.global_batch}; plan again for that batch")
-            return plan
+            return plan, cluster
         from autopar.search.degrees import Degrees, plan_from_degrees
         from autopar.search.shardings import ShardingChooser
 
@@ -192,7 +194,7 @@ class Simulations:
             schedule=request.schedule,
             offload_activations=request.offload_activations, offload_optimizer=request.offload_optimizer,
             sequence_parallel=request.sequence_parallel, compile=request.compile,
-        ), chooser=chooser)
+        ), chooser=chooser), cluster
 
     def answers(self, path: Path) -> Iterator[dict[str, Any]]:
         """One answer for each line of the file that is not blank: the simulated report, or {"error": why}."""

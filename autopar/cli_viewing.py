@@ -130,7 +130,7 @@ def _drawer(
 
     def draw(path: Path) -> dict[str, Any]:
         from autopar.plan.file import load_picture, load_plan
-        from autopar.plan.verify import verify_plan
+        from autopar.plan.verify import machine_of, verify_plan
         from autopar.simulate.simulator import simulate as simulate_plan
         from autopar.viz.picture import picture
 
@@ -140,7 +140,7 @@ def _drawer(
             if found is None:
                 raise InputError(f"{path}: the plan was saved without its picture; give its model with --model MODEL")
             return found
-        machine = simulations.cluster(cluster or loaded.cluster_name, profile)
+        machine = machine_of(loaded, simulations.cluster(cluster or loaded.cluster_name, profile))
         graph = simulations.graph(model, seq_len or loaded.seq_len, loaded.dtype, attention)
         verify_plan(loaded, graph, machine)
         return picture(graph, machine, loaded, simulate_plan(graph, machine, loaded))

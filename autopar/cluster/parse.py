@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from autopar.cluster.cluster import Cluster, Node
+from autopar.cluster.part import part_of, split_part
 from autopar.cluster.tables import Preset, default_network, network_link, preset
 from autopar.errors import InputError
 
@@ -39,12 +40,16 @@ def parse_cluster(text_or_path: str) -> Cluster:
     `auto` is the running job's machines (`auto:H100-80GB` names their devices). Anything that ends in .yaml, .yml or
     .json, or is an existing file, is read as a file, by its content: a cluster file, the matrix of `nvidia-smi topo
     -m`, NCCL's topology in XML, or a hostfile; behind a colon the device may be named (`topo.txt:A100-80GB`).
+    Behind a # some of its devices may be named by their numbers (`lab.yaml#0-15`); they are a cluster of their own.
 
     Raises InputError, in one line.
     """
     text = text_or_path.strip()
     if not text:
         raise InputError(f"the cluster is empty: {EXAMPLES}")
+    part = split_part(text)
+    if part is not None:
+        return part_of(parse_cluster(part[0]), part[1])
     local = _LOCAL.fullmatch(text)
     if local is not None:
         from autopar.cluster.local import local_cluster  # imports torch

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from autopar.cluster.part import ranges
 from autopar.plan.coverage import Coverage, TargetShare, coverage_line
 from autopar.plan.plan import Certificate, Mesh, Plan, Stage
 from autopar.plan.sketch import MOST_BOXES, bar, box_lines, stage_boxes, time_split
@@ -95,17 +96,6 @@ def seconds(time_s: float) -> str:
         if time_s >= scale:
             return f"{time_s / scale:.4g} {unit}"
     return f"{time_s:.3g} s"
-
-
-def ranges(numbers: tuple[int, ...]) -> str:
-    """Numbers as runs and strides: "0-7", "0,8,16", "0-3,8-11"."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] + 1 == number:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.fingerprint import cluster_fingerprint
+from autopar.cluster.part import part_of, split_part
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
@@ -45,6 +46,17 @@ def verify_plan(plan: Plan, graph: ModelGraph | None, cluster: Cluster | None = 
         )
     for problem in problems(plan, graph):
         raise InputError(f"not a legal plan: {problem}; correct the plan file or plan again")
+
+
+def machine_of(plan: Plan, cluster: Cluster) -> Cluster:
+    """What of the cluster the plan is for: the part that the name of the plan's cluster tells, or else all of it."""
+    if cluster_fingerprint(cluster) == plan.cluster_fingerprint:
+        return cluster
+    named = split_part(plan.cluster_name)
+    if named is None or max(named[1]) >= cluster.num_devices:
+        return cluster
+    part = part_of(cluster, named[1])
+    return part if cluster_fingerprint(part) == plan.cluster_fingerprint else cluster
 
 
 def problems(plan: Plan, graph: ModelGraph | None) -> Iterator[str]:

@@ -82,7 +82,7 @@ class MixedOutcome:
             return ()
         return (
             f"slowed down by {self.idle.unused}: a step on {self.idle.used} alone would take "
-            f"{self.idle.step_time_s:.4g} s; a plan uses all devices of its cluster, so plan for that one",
+            f"{self.idle.step_time_s:.4g} s; plan for that one, or with --idle-devices",
         )
 
 

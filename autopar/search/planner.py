@@ -47,25 +47,29 @@ OTHER_CHOICES = (
     "op strategies other than each block's own fastest at the smallest micro-batch",
     "rewrites of layers that keep more for the backward",
 )
+UNUSED = "leaving devices unused"
 NOT_SEARCHED = (
     OTHER_ORDERS,
     f"a context axis where an estimate promised less than {PROMISE:.0%}, or beyond the {MAX_SHARDINGS} best estimates",
     ON_AN_AXIS,
     "devices in another order than the cluster's",
-    "leaving devices unused",
+    UNUSED,
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (
     "interleaved schedules of such stages, and zero-bubble but for the best plan", ON_AN_AXIS,
-    "leaving a part of a kind of nodes unused", *OTHER_CHOICES,
+    UNUSED, *OTHER_CHOICES,
 )
 
 
 def find_plan(
-    graph: ModelGraph, cluster: Cluster, request: PlanRequest, progress: Progress | None = None
+    graph: ModelGraph, cluster: Cluster, request: PlanRequest, progress: Progress | None = None,
+    engine: Engine | None = None, need: bool = True,
 ) -> Plan:
     """The fastest plan of the searched space in the cost model, with its certificate and baselines.
+
+    `engine`: made for these, by a caller that goes on with it. `need`: where nothing fits, look for what would.
 
     The same input gives the same plan, unless `request.max_search_seconds` or an interrupt
     cuts the search short: then it is the best so far. InfeasibleError where nothing fits, with a change that would make
@@ -73,7 +77,7 @@ def find_plan(
     """
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
-    engine = Engine(graph, cluster, request)
+    engine = engine or Engine(graph, cluster, request)
     space = candidates(
         cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes="tp" in dict(request.mesh)
     )
@@ -123,7 +127,10 @@ def find_plan(
             )
         if not space:
             raise InputError(no_mesh(cluster, request))
-        raise InfeasibleError(smallest_need(engine, space, deadline))
+        raise InfeasibleError(
+            smallest_need(engine, space, deadline) if need
+            else f"{graph.name} does not fit into the memory of {cluster.name}"
+        )
     if mixed.best is not None and not engine.interrupted and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
         # What is slower in the usual order may be quicker than stages of unlike meshes in another.
         try:

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, zip_longest
 from typing import Any
 
+from autopar.cluster.part import ranges
 from autopar.errors import InputError
 from autopar.plan.plan import Plan, Stage
 from autopar.plan.sketch import PARTS
-from autopar.plan.text import mesh_text, ranges, recompute_text, seconds
+from autopar.plan.text import mesh_text, recompute_text, seconds
 
 Picture = Mapping[str, Any]
 Pictures = tuple[Picture | None, Picture | None]

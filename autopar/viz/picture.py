@@ -11,9 +11,10 @@ from itertools import groupby
 from typing import Any
 
 from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
+from autopar.cluster.part import ranges
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Op
 from autopar.plan.plan import Plan, is_layer
-from autopar.plan.text import mesh_text, ranges, recompute_text
+from autopar.plan.text import mesh_text, recompute_text
 from autopar.sharding.joint import placement_text
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autopar.cluster.part import ranges
 from autopar.errors import InputError
 from autopar.plan.coverage import Coverage, TargetShare
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
-from autopar.plan.text import plan_json, plan_text, ranges, seconds
+from autopar.plan.text import plan_json, plan_text, seconds
 from autopar.plan.verify import problems
 from autopar.sharding.state import RP, R, shard
 from autopar.sharding.strategy import ClassSharding, Strategy

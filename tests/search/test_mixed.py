@@ -61,8 +61,7 @@ def test_nothing_is_told_of_idle_devices_where_that_is_no_faster() -> None:
     outcome = MixedOutcome(idle=IdleFound(step_time_s=2.0, unused="1x1xL4", used="1x2xH100"))
     assert outcome.idle_notes(2.0) == () == MixedOutcome().idle_notes(2.0)
     assert outcome.idle_notes(2.1) == (
-        "slowed down by 1x1xL4: a step on 1x2xH100 alone would take 2 s; a plan uses all devices of its cluster, so "
-        "plan for that one",
+        "slowed down by 1x1xL4: a step on 1x2xH100 alone would take 2 s; plan for that one, or with --idle-devices",
     )
 
 

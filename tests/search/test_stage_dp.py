@@ -156,7 +156,7 @@ def test_fewest_devices_and_least_cost() -> None:
     assert cost <= quick.step_time_s / 3600 * sum(n * price for n, price in zip(used, prices, strict=True))
     with pytest.raises(InfeasibleError, match="at most 100 s"):
         find_stages(tables, objective=Objective(goal=Goal.DEVICES, max_step_time_s=100.0))
-    with pytest.raises(InputError, match="max_step_time_s"):
+    with pytest.raises(InputError, match="max-step-seconds"):
         Objective(goal=Goal.DEVICES)
 
 
