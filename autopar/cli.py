@@ -89,8 +89,8 @@ from autopar.cli_viewing import export, show, viz
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import param_dtype, torch_dtype
+from autopar.plan.goal import Goal
 from autopar.plan.plan import Recompute
-from autopar.search.objective import Goal
 
 INTERRUPTED = 130
 

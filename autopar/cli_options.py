@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from autopar.plan.dtypes import SHORT_NAMES
+from autopar.plan.goal import Goal
 from autopar.plan.plan import Recompute, Schedule
-from autopar.search.objective import Goal
 
 
 class Attention(StrEnum):

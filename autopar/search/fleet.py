@@ -21,11 +21,12 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.part import part_of
 from autopar.errors import InfeasibleError, InputError
 from autopar.graph.model_graph import ModelGraph
+from autopar.plan.goal import Goal
 from autopar.plan.plan import Plan
 from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, PlanRequest, axis_variants, divisors
 from autopar.search.mixed_costs import ClusterPools
-from autopar.search.objective import Goal, Objective, cost_of_step
+from autopar.search.objective import Objective, cost_of_step
 from autopar.search.planner import UNUSED, find_plan
 
 log = logging.getLogger(__name__)

@@ -5,17 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from autopar.errors import InputError
+from autopar.plan.goal import Goal
 
 Score = tuple[float, float]  # what is minimized first, and the step time
-
-
-class Goal(StrEnum):
-    TIME = "time"
-    COST = "cost"
-    DEVICES = "devices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

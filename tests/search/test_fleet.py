@@ -12,10 +12,11 @@ from toy_graphs import cluster, mlp_chain
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.part import part_of
 from autopar.errors import InfeasibleError, InputError
+from autopar.plan.goal import Goal
 from autopar.plan.verify import machine_of, verify_plan
 from autopar.search.fleet import Choice, choose_devices, numbers_to_try, parts
 from autopar.search.mixed_costs import ClusterPools
-from autopar.search.objective import Goal, Objective, longest_step_s
+from autopar.search.objective import Objective, longest_step_s
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate
 

@@ -14,8 +14,9 @@ import pytest
 from stage_brute_force import best_by_brute_force, random_tables
 
 from autopar.errors import InfeasibleError, InputError
+from autopar.plan.goal import Goal
 from autopar.search import tables as tables_module
-from autopar.search.objective import Goal, Objective
+from autopar.search.objective import Objective
 from autopar.search.stage_dp import FoundStages, chosen_options, find_stages
 from autopar.search.tables import LayerOption, LayerStrategy, Link, Pool, StageTables, unequal_shares
 
