@@ -9,6 +9,7 @@ order all the same, and sends and receives use no worker.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+INTERFACES = "GLOO_SOCKET_IFNAME"  # as torch reads it: the interfaces to use, instead of the one of the host's name
 _lock = threading.Lock()
 
 
@@ -39,7 +41,10 @@ def _one_worker(original: Any) -> type:
     class Stand(type):
         def __call__(cls, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
             options = original._Options()
-            options._devices = [original.create_default_device()]
+            names = [name for name in os.environ.get(INTERFACES, "").split(",") if name]
+            options._devices = [original.create_device(interface=name) for name in names] or [
+                original.create_default_device()
+            ]
             options._timeout, options._threads = timeout, 1
             return original(store, rank, size, options)
 

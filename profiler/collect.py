@@ -84,7 +84,8 @@ def _profile(
         driver = f"CUDA {torch.version.cuda}, {_nvidia_driver()}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"  # type: ignore[no-untyped-call]
     elif job.num_processes * job.num_threads > num_cores():
         said.append(f"{job.num_processes} processes share {num_cores()} cores: rates are a process's share")
-    first = results[0]
+    # Messages among all processes tell of the links inside a machine only where all are on one.
+    first = results[0] if job.num_processes == job.per_node else {}
     return Profile(
         device=name, machine=machine, torch_version=torch.__version__, date=date, driver=driver,
         num_processes=job.per_node, num_threads=job.num_threads, matmul=matmul,

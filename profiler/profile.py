@@ -43,7 +43,8 @@ class Profile:
     """Rates of one process of `num_processes` that work on this machine at the same time.
 
     `date` is the caller's text. `device` is the preset's name, or the driver's where no preset fits. `launch_s` is the
-    time of one tiny operation after another. Links are None for one process.
+    time of one tiny operation after another. Links are None for one process, and where
+    the processes were on several machines: what passes between those is in `fits`.
     """
 
     device: str
@@ -168,7 +169,7 @@ def _link(link: Link, profile: Profile, said: str) -> Link:
     The all-reduce is taken rather than send/receive because all processes work in it, as they do in a step.
     """
     fit, n = profile.all_reduce, profile.num_processes
-    if fit is None:
+    if fit is None or n == 1:
         return link
     return replace(
         link,

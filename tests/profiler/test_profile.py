@@ -255,6 +255,17 @@ def test_records_that_are_cut_short_make_a_whole_profile() -> None:
     assert collect(job(), [rates[:10], ""], "today", 1.0) is None, "no rates yet"
 
 
+def test_messages_between_machines_say_nothing_of_links_inside_one() -> None:
+    seen = [(size, 1e-4 + size / 1e8) for size in (1024, 4096, 2**18, 2**20, 2**22)]
+    rates = json.dumps({"label": "rates", "rates": RATES | {"all_reduce": seen, "send_recv": seen}}) + "\n"
+    for per_node, is_inside in ((2, True), (1, False)):
+        found = collect(replace(job(), per_node=per_node), [rates, rates], "today", 1.0)
+        assert found is not None
+        assert (found.all_reduce is not None, found.send_recv is not None) == (is_inside, is_inside)
+        plain = local_cluster(per_node, device="cpu")
+        assert (found.apply(plain).nodes[0].link != plain.nodes[0].link) == is_inside
+
+
 def test_an_interrupt_keeps_what_was_measured() -> None:
     def stop(done: int, total: int, label: str) -> None:
         if done >= 2:

@@ -39,3 +39,14 @@ def test_all_groups_of_a_trainer_have_one_worker(pool: LocalPool) -> None:
 
 def test_other_groups_are_left_as_they_are(pool: LocalPool) -> None:
     assert pool.run(plain_and_one, num_ranks=2) == [(2, 1, True)] * 2
+
+
+def test_the_asked_interface_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts whose own name resolves to the loopback can only meet over the interface that the user names."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with one_worker_thread():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-link")
+    with one_worker_thread(), pytest.raises(RuntimeError, match="no-such-link"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
