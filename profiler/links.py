@@ -22,6 +22,7 @@ MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 SMALLEST_BYTES = 1024
 LARGEST_BYTES = 2**30
+LEAST_BYTES = 2**20  # up to here every size is measured: small ones tell nothing of a link's rate
 WORK_SIZE = 512  # of a product before a collective: 5 ms at 50 GFLOP/s
 SHORTEST_S = 1e-6
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -88,8 +89,8 @@ def measure_links(
 ) -> Iterator[CollectiveFit]:
     """The fit of each piece of work as soon as it is measured. All ranks of the job must iterate.
 
-    `budget_s` is what each piece may take, about; messages grow fourfold, then twofold, until one takes a quarter of
-    what is left, or reaches `largest_bytes`.
+    `budget_s` is what each piece may take, about; messages grow fourfold, then twofold, to a MiB at least, until one
+    takes half of what is left, or reaches `largest_bytes`.
     """
     if not work:
         return  # a process alone has no group
@@ -126,7 +127,7 @@ def _points(
         largest(0.0, device)
         first_s = largest(_once_s(operation, device), device)
         left_s = budget_s - largest(time.perf_counter() - start, device)
-        if points and (left_s <= 0 or first_s > left_s / 2):
+        if points and size > LEAST_BYTES and (left_s <= 0 or first_s > left_s / 2):
             break
         share_s = max(0.0, left_s) / max(2, count)
         rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s + work_s, 1e-6))))
@@ -135,7 +136,7 @@ def _points(
             largest(0.0, device)  # all begin together
             begin = time.perf_counter()
             work.run()
-            seen.append(_once_s(operation, device, begin) - work.alone_s)
+            seen.append(_once_s(operation, device, begin) - work_s)  # unlike devices wait for the slowest
         halves = 2 if item.collective == "send_recv" else 1
         points.append((size, largest(max(median(seen), SHORTEST_S), device) / halves))
         del operation

@@ -21,6 +21,7 @@ from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.mixed import search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.plan_schedules import ORDERED, search_orders
+from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
 
@@ -138,15 +139,21 @@ def find_plan(
         except KeyboardInterrupt:
             engine.interrupted = True
     ordered = search_orders(engine, step_s, deadline)
-    if engine.interrupted:
-        outcome = replace(outcome, complete=False)
     if ordered is not None:
         step_s = ordered.step_time_s
-        outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))
+    shared = search_shares(engine, request, step_s, deadline)
+    if shared is not None:
+        step_s = shared.step_time_s
+    if engine.interrupted:
+        outcome = replace(outcome, complete=False)
+    outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))
     searched_s = time.monotonic() - began
     offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
-    if ordered is not None:
+    if shared is not None:
+        plan = shared.plan
+        memory = tuple(zip(shared.peak_bytes, shared.limit_bytes, strict=True))
+    elif ordered is not None:
         plan = ordered.plan
         memory = tuple(zip(ordered.peak_bytes, ordered.limit_bytes, strict=True))
     elif mixed.best is not None and mixed.best.step_time_s == step_s:
@@ -168,6 +175,8 @@ def find_plan(
             f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}"
         )
         lacking = (ALIKE, *NOT_SEARCHED)
+    if has_unlike_devices(cluster):
+        lacking = (*lacking, NOT_SHARED)
     certificate = Certificate(
         upper_bound_s=step_s, lower_bound_s=outcome.lower_bound_s,
         searched=f"{what}, each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"

@@ -46,7 +46,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.file import load_plan, save_plan
 from autopar.plan.plan import Plan, Schedule, Stage
 from autopar.plan.verify import verify_plan
-from autopar.profiler import op_timing
+from autopar.profiler import links, op_timing
 from autopar.profiler.collect import collect_records
 from autopar.profiler.file import load_profile, save_profile
 from autopar.profiler.op_cases import OpCase, model_cases
@@ -105,7 +105,8 @@ def profile_here(folder: Path, speed: float, *, ops: bool) -> None:
         dist.init_process_group("gloo")
     measuring = records(job, device)
     num_paced = 1 + len(job.runtime) + len(job.cases)  # then come messages, which no device computes
-    with patch.object(op_timing, "MAX_INSTANCES", op_timing.MIN_INSTANCES):  # a paced device has no caches to fill
+    # A paced device has no caches to fill, and its work keeps no core from those of the messages.
+    with patch.object(op_timing, "MAX_INSTANCES", op_timing.MIN_INSTANCES), patch.object(links, "WORK_SIZE", 16):
         while True:
             if len(found) < num_paced:
                 with paced:
@@ -206,9 +207,10 @@ def measured_cluster(folder: Path, speeds: Sequence[float], megabits: float) -> 
     cluster, profiles = load_cluster(path), []
     for speed in dict.fromkeys(speeds):
         rank = list(speeds).index(speed)
-        ops, links = (load_profile(folder / f"{name}.{rank}.json") for name in ("ops", "links"))
+        ops = load_profile(folder.parent / f"ops.{rank}.json")
+        messages = load_profile(folder / f"links.{rank}.json")
         fits = load_profile(folder / "links.0.json").fits  # the slowest rank's times, the same on all
-        profile = merge_profiles(links, replace(ops, fits=fits))
+        profile = merge_profiles(messages, replace(ops, fits=fits))
         profiles.append(profile)
         cluster = profile.apply(cluster)
     save_cluster(cluster, folder / "cluster.json")
@@ -308,23 +310,25 @@ def profile_ops(hosts: Hosts, folder: Path) -> None:
 
 
 def run_case(hosts: Hosts, megabits: float, folder: Path, rounds: int) -> dict[str, Any]:
-    """Profile the links, plan, run, print the table; what was measured, for a file."""
+    """Profile the links, plan, run, print the table; what was measured, for a file. Without rounds nothing is run."""
     speeds = SPEEDS[hosts.count]
     hosts.limit(megabits)
     began = time.perf_counter()
-    if os.environ.get("EMU_KEEP") is None:
+    if not (folder / "links.0.json").exists():
         hosts.run(Path(__file__), ["--worker", "links", "--folder", str(folder)], WORKER_LIMIT_S, folder / "links.log")
     cluster, profiles = measured_cluster(folder, speeds, megabits)
-    links = cluster.nodes[0].network.fits
+    fits = cluster.nodes[0].network.fits
     say(f"\n{hosts.count} hosts of speeds {':'.join(map(str, speeds))} at {megabits:g} Mb/s: "
-        f"{len(profiles[0].ops.samples)} ops, {len(links)} collectives (links in {time.perf_counter() - began:.0f} s): "
-        + ", ".join(f"{fit.collective} of {fit.num_ranks} {fit.bytes_per_s * 8 / 1e6:.0f} Mb/s" for fit in links))
+        f"{len(profiles[0].ops.samples)} ops, {len(fits)} collectives (links in {time.perf_counter() - began:.0f} s): "
+        + ", ".join(f"{fit.collective} of {fit.num_ranks} {fit.bytes_per_s * 8 / 1e6:.0f} Mb/s" for fit in fits))
     graph = captured_model(make_model()).graph
     began = time.perf_counter()
     request = PlanRequest(global_batch=ROWS, seq_len=LENGTH, dtype="float32", param_dtype="float32", offload=False)
     best = find_plan(graph, cluster, request)
     say(f"planned in {time.perf_counter() - began:.1f} s: {plan_words(best)}")
     plans = [Named(name="found", plan=best, uniform=False), *other_plans(graph, cluster, speeds)]
+    if not rounds:
+        return {}
     for item in plans:
         save_plan(item.plan, folder / f"{item.name}.json")
     (folder / "plans.json").write_text(json.dumps([item.name for item in plans]))
@@ -377,8 +381,9 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", default=",".join(f"{count}@{rate}" for count, rate in CASES), help="HOSTS@Mb/s,...")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--save", type=Path, default=None, help="keep profiles, plans and results in this folder")
+    parser.add_argument("--rounds", type=int, default=6, help="that count; 0: profile and plan alone")
+    parser.add_argument("--save", type=Path, default=None,
+                        help="keep profiles, plans and results in this folder; profiles that are there are used")
     parser.add_argument("--worker", choices=("ops", "links", "run"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -404,12 +409,15 @@ def main() -> None:
                     folder.mkdir(parents=True, exist_ok=True)
                     if not (folder / "ops.0.json").exists():
                         profile_ops(hosts, folder)
-                    found += [run_case(hosts, rate, folder, options.rounds) for own, rate in cases if own == count]
+                    for rate in (rate for own, rate in cases if own == count):
+                        own = folder / f"{rate}"
+                        own.mkdir(exist_ok=True)
+                        found.append(run_case(hosts, rate, own, options.rounds))
         except (RuntimeError, AutoparError) as error:
             raise SystemExit(f"failed: {error}") from None
         except KeyboardInterrupt:
             raise SystemExit("interrupted; no host is left") from None
-        if options.save is not None:
+        if options.save is not None and options.rounds:
             (base / "figures.json").write_text(json.dumps(found, indent=1))
 
 
