@@ -62,14 +62,18 @@ def headline(plan: Plan) -> str:
     """Model, cluster and the choices that hold for all stages, in one paragraph."""
     sequence = f", sequence {plan.seq_len}" if plan.seq_len else ""
     parallel = ", sequence parallel" if plan.sequence_parallel else ""
-    own = " in an order of its own" if plan.actions else ""
     return (
         f"{plan.model_name} on {plan.cluster_name}: {_count(plan.num_devices, 'device')}, "
-        f"{_count(plan.num_stages, 'stage')}, schedule {plan.schedule}{own}, "
+        f"{_count(plan.num_stages, 'stage')}, schedule {schedule_text(plan)}, "
         f"{_count(plan.num_micro_batches, 'micro-batch', 'es')} of {_count(plan.micro_batch, 'row')}, "
         f"global batch {plan.global_batch}{sequence}, {plan.dtype} compute, {plan.param_dtype} parameters, "
         f"{plan.optimizer}{parallel}{', compiled' if plan.compile else ''}"
     )
+
+
+def schedule_text(plan: Plan) -> str:
+    """The schedule's name, and whether the plan changes its order."""
+    return f"{plan.schedule} in an order of its own" if plan.actions else str(plan.schedule)
 
 
 def _count(number: int, word: str, plural: str = "s") -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from math import prod
 from typing import Any
 
 from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
 from autopar.cluster.part import ranges
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Op
 from autopar.plan.plan import Plan, is_layer
-from autopar.plan.text import mesh_text, recompute_text
+from autopar.plan.text import mesh_text, recompute_text, schedule_text
 from autopar.sharding.joint import placement_text
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten
@@ -41,7 +42,7 @@ def picture(graph: ModelGraph, cluster: Cluster, plan: Plan, timeline: Timeline)
         "settings": {
             "cluster": plan.cluster_name, "devices": plan.num_devices, "global_batch": plan.global_batch,
             "sequence": plan.seq_len, "micro_batch": plan.micro_batch, "num_micro_batches": plan.num_micro_batches,
-            "schedule": str(plan.schedule), "dtype": plan.dtype, "param_dtype": plan.param_dtype,
+            "schedule": schedule_text(plan), "dtype": plan.dtype, "param_dtype": plan.param_dtype,
             "optimizer": plan.optimizer, "sequence_parallel": plan.sequence_parallel, "compile": plan.compile,
         },
         "numbers": {
@@ -67,19 +68,16 @@ def picture(graph: ModelGraph, cluster: Cluster, plan: Plan, timeline: Timeline)
 def limits(cluster: Cluster, plan: Plan, timeline: Timeline) -> list[str]:
     """What keeps the step from being shorter, the largest share first, in words."""
     parts, step = timeline.breakdown, timeline.step_time_s
-    network = any(
-        cluster.group(tuple(stage.devices)).num_nodes > 1 for stage in plan.stages if stage.mesh.size > 1
-    )
     words = {
         "compute": "compute on the busiest device",
         "tp_comm": "collectives inside the layers",
-        "dp_comm": "gathering parameters and summing gradients" + (
-            f", which cross the network between nodes ({_slowest_network(cluster)})" if network else ""
-        ),
+        "dp_comm": "gathering parameters and summing gradients",
         "pp_comm": "sending activations from stage to stage",
         "bubble": "waiting for other stages (the pipeline's bubble)",
         "optimizer": "the optimizer's step",
     }
+    for key, link in _links_of_busiest(cluster, plan, timeline).items():
+        words[key] += f", over {link}"
     shares = sorted(((getattr(parts, key) / step, text) for key, text in words.items()), reverse=True)
     found = [f"{share:.0%} of the step: {text}" for share, text in shares if share >= 0.05]
     full: list[tuple[float, int]] = []
@@ -97,8 +95,34 @@ def limits(cluster: Cluster, plan: Plan, timeline: Timeline) -> list[str]:
     return found
 
 
-def _slowest_network(cluster: Cluster) -> str:
-    return min((node.network for node in cluster.nodes), key=lambda link: link.bandwidth_bytes_per_s).name
+def _links_of_busiest(cluster: Cluster, plan: Plan, timeline: Timeline) -> dict[str, str]:
+    """By part of the step, the slowest link that the busiest devices' traffic takes."""
+    ranks = timeline.groups[timeline.critical].ranks
+    own = [at for at, stage in enumerate(plan.stages) if stage.devices[0] in ranks]
+    found: dict[str, list[tuple[int, ...]]] = {"tp_comm": [], "dp_comm": [], "pp_comm": []}
+    for at in own:
+        stage = plan.stages[at]
+        inner = prod(size for _, size in stage.mesh.inner)
+        found["tp_comm"].append(stage.devices[:inner])
+        found["dp_comm"].append(stage.devices[::inner])
+        found["pp_comm"] += [
+            (plan.stages[other].devices[0], stage.devices[0])
+            for other in (at - 1, at + 1) if 0 <= other < plan.num_stages
+        ]
+    return {
+        key: _slowest_link(cluster, [group for group in groups if len(set(group)) > 1])
+        for key, groups in found.items() if any(len(set(group)) > 1 for group in groups)
+    }
+
+
+def _slowest_link(cluster: Cluster, groups: Sequence[tuple[int, ...]]) -> str:
+    shapes = [cluster.group(group) for group in groups]
+    link, between = min(
+        ((shape.network, True) if shape.num_nodes > 1 else (shape.link, False) for shape in shapes),
+        key=lambda found: found[0].bandwidth_bytes_per_s,
+    )
+    rate = f"{link.name}, {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s"
+    return f"the network between nodes ({rate} a node)" if between else f"the links inside a node ({rate} a device)"
 
 
 def _certificate(plan: Plan) -> dict[str, Any] | None:

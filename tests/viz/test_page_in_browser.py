@@ -87,10 +87,18 @@ def test_the_timeline_tells_times_zooms_and_follows_a_micro_batch(seen: Seen) ->
     at = (box["x"] + 0.5 * box["width"], box["y"] + 30)
     page.mouse.move(*at)
     assert "stage 0" in page.locator(".tip").inner_text()
+    page.mouse.wheel(0, 0.5)  # a plain wheel is the page's
+    assert canvas.evaluate("c => c.toDataURL()") == shown[0]
+    page.mouse.move(*at)
+    page.keyboard.down("Control")
     page.mouse.wheel(0, -600)
+    page.keyboard.up("Control")
     shown.append(canvas.evaluate("c => c.toDataURL()"))
     page.get_by_role("button", name="whole step").click()
     assert canvas.evaluate("c => c.toDataURL()") == shown[0] != shown[1]
+    page.get_by_role("button", name="zoom in").click()
+    assert canvas.evaluate("c => c.toDataURL()") != shown[0]
+    page.get_by_role("button", name="whole step").click()
     box = canvas.bounding_box()  # the button may have scrolled it
     for share, row in product(range(20, 100, 4), (30, 62)):  # somewhere on the two rows a micro-batch is computed
         page.mouse.click(box["x"] + share / 100 * box["width"], box["y"] + row)
@@ -107,6 +115,13 @@ def test_a_module_is_found_by_its_name_and_opens_with_its_split(seen: Seen) -> N
     words = page.locator("#model aside").inner_text()
     assert "down_proj" in words and "forward" in words and "tp" in words
     assert page.locator("#model path.comm").count() > 0
+    labels = page.locator("#model text.comm").all_text_contents()
+    assert any(label.startswith("\u2193 ") and "\u2192" in label for label in labels)  # forward, and how it lies then
+    assert any(label.startswith("\u2191 ") for label in labels)
+    page.evaluate("() => new Promise(requestAnimationFrame)")  # the graph has its first scale
+    before = page.locator("#model svg").get_attribute("width")
+    page.get_by_role("button", name="smaller").click()
+    assert float(page.locator("#model svg").get_attribute("width")) < float(before)
     page.get_by_role("searchbox").fill("no such module")
     assert "no module of this name" in page.locator(".hits").inner_text()
 

@@ -13,7 +13,7 @@ from autopar.plan.file import load_plan, picture_from_json, plan_to_json
 from autopar.plan.plan import Mesh
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.simulate.simulator import simulate
-from autopar.viz.picture import picture
+from autopar.viz.picture import limits, picture
 
 LAYERS = 4
 
@@ -52,6 +52,19 @@ def test_parts_add_up(drawn: Drawn) -> None:
     plan = load_plan(drawn.plan)
     for row, stage in zip(drawn.picture["timeline"]["rows"], plan.stages, strict=True):
         assert sum(row["memory_gib"].values()) * 2**30 == pytest.approx(stage.peak_memory_bytes)
+
+
+def test_what_limits_a_plan_names_the_link_of_the_busiest_devices(drawn: Drawn) -> None:
+    plan = load_plan(drawn.plan)  # a stage on each of two nodes, tp 2 and dp 2 inside
+    graph = capture_source(load_source(str(drawn.model), seq_len=plan.seq_len, dtype=plan.dtype))
+    cluster = parse_cluster("2x4xH100-80GB@100Gbps")
+    found = simulate(graph, cluster, plan)
+    parts = replace(found.breakdown, dp_comm=0.3 * found.step_time_s, tp_comm=0.2 * found.step_time_s,
+                    pp_comm=0.1 * found.step_time_s)
+    words = {line.split(": ")[0]: line for line in limits(cluster, plan, replace(found, breakdown=parts))}
+    assert "summing gradients, over the links inside a node (NVLink4, 450 GB/s a device)" in words["30% of the step"]
+    assert "inside the layers, over the links inside a node" in words["20% of the step"]
+    assert "stage to stage, over the network between nodes (100Gbps, 12.5 GB/s a node)" in words["10% of the step"]
 
 
 def test_ops_name_makers_that_exist_and_collectives_have_a_place(drawn: Drawn) -> None:

@@ -27,7 +27,7 @@ function box(node, type, numStages) {
       onpointerleave: hideTip,
     }, stages.length ? stages[0] : "-");
   });
-  return h("div", { class: "node" },
+  return h("div", { class: node.count > 1 ? "node many" : "node" },
     h("b", {}, node.count > 1 ? `${node.count} nodes` : "1 node"), h("span", { class: "soft" },
       ` of ${node.stages.length} \u00d7 ${node.device}, from rank ${node.first_rank}`),
     h("div", { class: "devices" }, devices),

@@ -21,7 +21,7 @@ function build(plan) {
     [seconds(plan.numbers.step_time_s), "a training step"],
     [digits(plan.numbers.tokens_per_s_per_device, 4), "tokens/s a device"],
     [percent(plan.numbers.mfu), "MFU: of the devices' peak"],
-    [percent(plan.numbers.bubble_fraction), "bubble: waiting"],
+    [percent(plan.numbers.bubble_fraction), "bubble of the busiest device"],
     [`${gib(peak(fullest))}`, `peak of ${gib(fullest.usable_gib)}`],
     ...(proof?.gap !== null && proof ? [[percent(proof.gap, 2), "gap to the proved bound"]] : []),
   ];
@@ -92,10 +92,15 @@ function breakdown(plan) {
 function baselines(plan) {
   const own = { name: "this plan", step_time_s: plan.numbers.step_time_s, summary: plan.stages.map((stage) => stage.mesh).slice(0, 1).join() };
   const all = [own, ...plan.baselines], longest = Math.max(...all.map((b) => b.step_time_s ?? 0));
+  const lower = plan.certificate?.lower_bound_s ?? 0;
+  const mark = lower > 0 ? { left: `${100 * lower / longest}%` } : null;
   return h("div", {}, all.map((b) => h("div", { class: `baseline${b === own ? " ours" : ""}` }, h("div", {}, b.name),
-    h("div", { class: "track", title: b.summary }, h("i", { style: { width: `${100 * (b.step_time_s ?? 0) / longest}%` } })),
+    h("div", { class: "track", title: b.summary }, h("i", { style: { width: `${100 * (b.step_time_s ?? 0) / longest}%` } }),
+      mark ? h("u", { style: mark }) : null),
     h("div", { class: "num" }, b.step_time_s === null ? h("span", { class: "soft" }, b.summary)
-      : `${seconds(b.step_time_s)}${b === own ? "" : ` (${(b.step_time_s / own.step_time_s).toFixed(2)}\u00d7)`}`))));
+      : `${seconds(b.step_time_s)}${b === own ? "" : ` (${(b.step_time_s / own.step_time_s).toFixed(2)}\u00d7)`}`))),
+  mark ? h("div", { class: "legend" }, h("span", {}, h("i", { style: { background: "var(--warn)", width: "3px" } }),
+    `no plan of the searched space is under ${seconds(lower)}`)) : null);
 }
 
 function baselineTable(plan) {
@@ -105,16 +110,13 @@ function baselineTable(plan) {
 
 function certificate(plan) {
   const { upper_bound_s: upper, lower_bound_s: lower, gap } = plan.certificate;
-  const known = [upper, lower, ...plan.baselines.map((b) => b.step_time_s).filter(Boolean)];
-  const least = Math.min(...known) * 0.98, most = Math.max(...known) * 1.02, at = (value) => 100 * (value - least) / (most - least);
   const words = lower > 0
     ? `No plan of the searched space is under ${seconds(lower)} in this model of costs; this one takes ${seconds(upper)}, a gap of ${percent(gap, 2)}.`
     : "No time is proved that no plan can beat.";
-  const line = lower > 0 ? h("div", { class: "proof" }, h("div", { class: "axis" }),
-    h("div", { class: "span", style: { left: `${at(lower)}%`, width: `${Math.max(at(upper) - at(lower), 0.3)}%` } }),
-    h("label", { style: { left: `${at(lower)}%` } }, `bound ${seconds(lower)} \u2013 plan ${seconds(upper)}`)) : null;
-  const drawing = h("div", {}, h("p", {}, words, plan.certificate.stopped_early ? " The search was stopped early." : ""), line,
-    h("p", { class: "soft" }, `Searched: ${plan.certificate.searched}.`));
+  const drawing = h("div", {}, h("p", {}, words, plan.certificate.stopped_early ? " The search was stopped early." : ""),
+    h("p", { class: "soft" }, `Searched: ${plan.certificate.searched}.`),
+    plan.certificate.not_searched.length ? h("details", {}, h("summary", {}, `Not searched: ${plan.certificate.not_searched.length} kinds of plans`),
+      h("ul", { class: "plain soft" }, plan.certificate.not_searched.map((text) => h("li", {}, text)))) : null);
   return section("proof", "What is proved", "", drawing, () => table(["", ""], [["upper bound", seconds(upper)], ["lower bound", seconds(lower)],
     ["gap", gap === null ? "-" : percent(gap, 3)], ...plan.certificate.not_searched.map((text) => ["not searched", text])]));
 }

@@ -1,6 +1,6 @@
 // What every device holds at its peak, by kind, against what it may hold; and how that changes over the step.
 import { h, hideTip, right, showTip, svg, table } from "./dom.js";
-import { gib, percent, seconds } from "./format.js";
+import { digits, gib, percent, seconds } from "./format.js";
 
 const KINDS = [["parameters", "--forward"], ["gradients", "--weight"], ["optimizer", "--optimizer"],
   ["activations", "--backward"], ["buffers", "--comm"]];
@@ -17,7 +17,7 @@ export function memory(rows, step) {
         onpointerleave: hideTip,
       }))),
       h("u", { style: { left: `${100 * row.usable_gib / scale}%` }, title: `limit ${gib(row.usable_gib)}` })),
-    h("div", { class: "num" }, `${gib(peak(row))} / ${gib(row.usable_gib)}`)));
+    h("div", { class: "num" }, `${digits(peak(row), 3)} / ${gib(row.usable_gib)}`)));
   const legend = h("div", { class: "legend" }, KINDS.map(([name, colour]) =>
     h("span", {}, h("i", { style: { background: `var(${colour})` } }), name)),
   h("span", {}, h("i", { style: { background: "var(--warn)", width: "3px" } }), "limit of the smallest device"));
@@ -46,7 +46,8 @@ function curve(row, step) {
     showTip(`stage ${row.stage} at ${seconds(time)}: ${gib(before ? before[1] : 0)} allocated, limit ${gib(row.usable_gib)}`, event);
   });
   drawing.addEventListener("pointerleave", hideTip);
-  return h("div", { class: "memory-row" }, h("div", {}, `stage ${row.stage}`), drawing, h("div", {}));
+  const largest = row.memory_curve.reduce((most, [, size]) => Math.max(most, size), 0);
+  return h("div", { class: "memory-row" }, h("div", {}, `stage ${row.stage}`), drawing, h("div", { class: "num soft" }, `up to ${gib(largest)}`));
 }
 
 export function memoryTable(rows) {

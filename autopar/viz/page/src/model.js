@@ -3,7 +3,7 @@ import dagre from "@dagrejs/dagre";
 import { h, right, svg, table } from "./dom.js";
 import { bytes, seconds, stageColour } from "./format.js";
 
-const MOST_OPS = 700, WIDE = 176, HIGH = 38;
+const MOST_OPS = 700, WIDE = 196, HIGH = 38;
 
 export function model(plan) {
   const place = h("div", {});
@@ -29,7 +29,7 @@ export function model(plan) {
 }
 
 const isSplit = (op) => op.axes.some((axis) => axis.factor);
-const splitText = (axis) => axis.factor ? `${axis.axis}: splits ${axis.factor}` : `${axis.axis}: whole`;
+const splitText = (axis) => axis.factor ? `${axis.axis}: splits ${axis.factor} \u2192 ${axis.outputs[0] ?? ""}` : `${axis.axis}: whole`;
 
 function block(entry, opName) {
   const aside = h("aside", {}, h("p", { class: "soft" }, "Press an op for its split, its placements and its time."));
@@ -39,34 +39,48 @@ function block(entry, opName) {
   if (entry.ops.length > MOST_OPS) {
     return h("div", {}, head, h("p", { class: "soft" }, `too many ops to draw; press "table" to read them`));
   }
-  return h("div", {}, head, h("div", { class: "pair" }, graph(entry, opName, (op) => details(entry, op, aside)), aside));
+  return h("div", {}, head, h("div", { class: "pair" }, graph(entry, opName, (op) => details(entry, op, aside)), aside),
+    entry.axes.length ? h("p", { class: "soft" }, "On an edge: how its tensor lies, and the collective that changes it (\u2193 forward, \u2191 backward). R: whole on every rank; S(d): dim d split "
+      + "over the ranks; P: each rank has a part of a sum; RP: whole, its gradient still to be summed.") : null);
 }
 
+const CHAR = 5.9;  // of the labels, in pixels
+
+// Ops and what the block reads, in layers; an edge says how its tensor lies and which collectives turn it round.
 function graph(entry, opName, onPick) {
+  const names = new Set(entry.ops.map((op) => op.name)), comm = new Map();
+  for (const item of entry.collectives) if (!item.lowering) comm.set(item.op, [...(comm.get(item.op) ?? []), item]);
+  const inside = new Map();
+  for (const item of entry.collectives) if (item.lowering) inside.set(item.op, new Set([...(inside.get(item.op) ?? []), spell(item)]));
+  const lines = (op) => (entry.axes.length ? [...op.axes.map(splitText), ...(inside.get(op.name) ?? [])] : [op.shape.join(" \u00d7 ") || "a number"]);
   const layout = new dagre.graphlib.Graph({ multigraph: false });
-  layout.setGraph({ rankdir: "TB", nodesep: 14, ranksep: 34, marginx: 12, marginy: 12 });
-  layout.setDefaultEdgeLabel(() => ({}));
-  const comm = new Map();
-  for (const item of entry.collectives) comm.set(item.op, [...(comm.get(item.op) ?? []), item]);
-  for (const op of entry.ops) layout.setNode(op.name, { width: WIDE, height: HIGH });
-  for (const op of entry.ops) for (const from of op.from) layout.setEdge(from, op.name);
+  layout.setGraph({ rankdir: "TB", nodesep: 14, ranksep: 30, marginx: 12, marginy: 12 });
+  for (const op of entry.ops) layout.setNode(op.name, { width: WIDE, height: HIGH + 13 * (lines(op).length - 1) });
+  for (const op of entry.ops) {
+    for (const from of op.from) layout.setEdge(from, op.name, edgeLabel(entry, entry.ops.find((one) => one.name === from), comm.get(from)));
+    for (const name of op.reads) {
+      const input = `reads ${name}`;
+      if (!layout.hasNode(input)) layout.setNode(input, { width: 160, height: 24, input: name });
+      layout.setEdge(input, op.name, edgeLabel(entry, null, names.has(name) ? null : comm.get(name)));
+    }
+  }
   dagre.layout(layout);
   const { width, height } = layout.graph();
   const scene = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Ops of ${entry.cls}` });
   for (const edge of layout.edges()) {
-    const own = comm.get(edge.v)?.filter((item) => !item.lowering);
-    const points = layout.edge(edge).points;
-    const d = points.map((p, i) => `${i ? "L" : "M"}${p.x.toFixed(1)} ${p.y.toFixed(1)}`).join("");
-    scene.append(svg("path", { d, class: own?.length ? "comm" : "" }));
-    if (own?.length && edge.w === entry.ops.find((op) => op.from.includes(edge.v))?.name) {
-      const middle = points[Math.floor(points.length / 2)];
-      const names = [...new Set(own.map((item) => `${item.collective.replaceAll("_", "-")} (${item.axis})`))];
-      names.forEach((name, i) => scene.append(svg("text", { class: "comm", x: middle.x + 5, y: middle.y - 3 + 12 * i }, name)));
-    }
+    const { points, x, y, labels } = layout.edge(edge), turned = labels.some((label) => label.comm);
+    scene.append(svg("path", { d: curve(points), class: turned ? "comm" : "" }));
+    labels.forEach((label, i) => scene.append(svg("text", { class: label.comm ? "comm" : "sub", x: x - 0.5 * Math.max(...labels.map((one) => one.text.length)) * CHAR + 4,
+      y: y + 4 + 12 * (i - (labels.length - 1) / 2) }, label.text)));
+  }
+  for (const name of layout.nodes()) {
+    const { x, y, input } = layout.node(name);
+    if (input) scene.append(svg("g", { class: "input", transform: `translate(${x} ${y})` }, svg("title", {}, `${input}: read from the blocks before`),
+      svg("rect", { x: -80, y: -12, width: 160, height: 24 }), svg("text", { y: 4, "text-anchor": "middle", class: "sub" }, clip(`reads ${input}`, 27))));
   }
   let chosen = null;
   for (const op of entry.ops) {
-    const { x, y } = layout.node(op.name), found = op.name === opName;
+    const { x, y, height: high } = layout.node(op.name), found = op.name === opName;
     const pick = () => {
       chosen?.classList.remove("chosen");
       chosen = node;
@@ -74,15 +88,71 @@ function graph(entry, opName, onPick) {
       onPick(op);
     };
     const node = svg("g", { class: `op${isSplit(op) ? " split" : ""}${found ? " found" : ""}`, tabindex: "0", role: "button",
-      "aria-label": `${op.target} of ${op.module || entry.cls}`, transform: `translate(${x - WIDE / 2} ${y - HIGH / 2})`,
+      "aria-label": `${op.target} of ${op.module || entry.cls}`, transform: `translate(${x - WIDE / 2} ${y - high / 2})`,
       onclick: pick, onkeydown: (event) => event.key === "Enter" && pick() },
-    svg("rect", { width: WIDE, height: HIGH }),
-    svg("text", { x: 8, y: 15 }, clip(`${op.target}${op.module ? ` \u00b7 ${op.module.split(".").at(-1)}` : ""}`, 26)),
-    svg("text", { x: 8, y: 30, class: "sub" }, clip(op.axes.map(splitText).join(" \u00b7 ") || op.shape.join(" \u00d7 "), 31)));
+    svg("title", {}, `${op.target} of ${op.module || entry.cls}`),
+    svg("rect", { width: WIDE, height: high }),
+    svg("text", { x: 8, y: 15 }, clip(`${op.target}${op.module ? ` \u00b7 ${op.module.split(".").at(-1)}` : ""}`, 28)),
+    lines(op).map((line, i) => svg("text", { x: 8, y: 30 + 13 * i, class: "sub" }, clip(line, 33))));
     scene.append(node);
     if (found) pick();
   }
-  return h("div", { class: "graph" }, scene);
+  return zoomable(scene, width, height, layout.node(opName ?? entry.ops[0]?.name));
+}
+
+// A graph in a frame of its own: first as wide as the frame lets it be read, then at the buttons' scale.
+function zoomable(scene, width, height, focus) {
+  const frame = h("div", { class: "graph" }, scene);
+  let scale = 1;
+  const fitting = () => Math.min(1, (frame.clientWidth - 2) / width);
+  const set = (value) => {
+    const middle = [(frame.scrollLeft + frame.clientWidth / 2) / scale, (frame.scrollTop + frame.clientHeight / 2) / scale];
+    scale = Math.max(0.2, Math.min(value, 2));
+    scene.setAttribute("width", width * scale);
+    scene.setAttribute("height", height * scale);
+    frame.scrollTo(middle[0] * scale - frame.clientWidth / 2, middle[1] * scale - frame.clientHeight / 2);
+  };
+  requestAnimationFrame(() => {
+    set(Math.max(fitting(), 0.9));
+    if (focus) frame.scrollTo(focus.x * scale - frame.clientWidth / 2, focus.y * scale - frame.clientHeight / 3);
+  });
+  return h("div", { class: "framed" }, frame, h("div", { class: "zoom" },
+    h("button", { "aria-label": "larger", onclick: () => set(scale * 1.25) }, "+"),
+    h("button", { "aria-label": "smaller", onclick: () => set(scale / 1.25) }, "\u2212"),
+    h("button", { onclick: () => set(fitting()) }, "fit")));
+}
+
+const spell = (item) => `${item.collective.replaceAll("_", "-")} over ${item.axis} inside`;
+
+// How the tensor that `op` makes (null: one from before) lies on the axes, then what is done to it on its way.
+function edgeLabel(entry, op, items) {
+  const labels = [];
+  const places = [...new Set((items ?? []).map((item) => item.src))];
+  const made = op ? op.axes.map((axis) => axis.outputs[0] ?? "").join(", ") : places.join(", ");
+  if (entry.axes.length && made) labels.push({ text: made });
+  for (const [backward, arrow] of [[false, "\u2193"], [true, "\u2191"]]) {
+    const own = (items ?? []).filter((item) => item.backward === backward);
+    for (const text of new Set(own.map((item) => `${arrow} ${item.collective.replaceAll("_", "-")}${entry.axes.length > 1 ? ` ${item.axis}` : ""}${backward ? "" : ` \u2192 ${item.dst}`}`))) {
+      labels.push({ text, comm: true });
+    }
+  }
+  if (!labels.length) return { labels, minlen: 1 };
+  return { labels, width: Math.max(...labels.map((label) => label.text.length)) * CHAR, height: 12 * labels.length, labelpos: "c" };
+}
+
+// Through dagre's points, with the corners rounded.
+function curve(points) {
+  const at = (p) => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`, last = points.at(-1);
+  const between = (a, b) => ({ x: (a.x + b.x) / 2, y: (a.y + b.y) / 2 });
+  return `M${at(points[0])}${points.slice(1, -1).map((p, i) => `Q${at(p)} ${at(i + 3 < points.length ? between(p, points[i + 2]) : last)}`).join("")}${points.length < 3 ? `L${at(last)}` : ""}`;
+}
+
+// What a factor, a loop dimension of the op, is of its result.
+function factorWords(entry, op, axis) {
+  const [, size] = entry.axes.find(([name]) => name === axis.axis), dim = /^S\((\d+)/.exec(axis.outputs[0] ?? "")?.[1];
+  const what = dim !== undefined && op.shape[dim] !== undefined ? `dim ${dim} of the result (${op.shape[dim]} long)`
+    : axis.outputs[0] === "P" ? "a dim that is summed over: each rank gets a part of the sum" : "a dim that the result no longer has";
+  return `${axis.axis} gives each of ${size} ranks a part of factor ${axis.factor}: ${what}`;
 }
 
 const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text);
@@ -96,12 +166,11 @@ function details(entry, op, aside) {
     op.axes.length ? table(["axis", "split", "inputs", "outputs"], op.axes.map((axis) =>
       [axis.axis, axis.factor || "whole", axis.inputs.join(", "), axis.outputs.join(", ") + (axis.lowering ? ` (${axis.lowering.replaceAll("_", " ")})` : "")]))
       : h("p", { class: "soft" }, "not split: each device runs it on its own rows"),
-    params.length ? [h("h3", {}, "parameters"), table(["name", "shape", "at rest"], params.map((p) => [p.name, p.shape.join(" \u00d7 "), p.at_rest]))] : [],
+    params.length ? [h("h3", {}, "parameters"), table(["name", "shape", "at rest"], params.map((p) => [p.local, p.shape.join("\u00d7"), p.at_rest]))] : [],
     own.length ? [h("h3", {}, "collectives"), table(["what", "when", "bytes", "time"], own.map((item) =>
       [`${item.collective.replaceAll("_", "-")} over ${item.axis}${item.src ? ` (${item.src} \u2192 ${item.dst})` : ""}`,
         item.backward ? "backward" : "forward", bytes(item.size_bytes), seconds(item.time_s)]))] : [],
-    op.axes.length ? h("p", { class: "soft" }, "R: whole on every rank; S(d): dim d split over the ranks; P: each rank has a part of a sum; RP: whole, its gradient still to be summed") : null,
-  ));
+    op.axes.some((axis) => axis.factor) ? h("p", {}, op.axes.filter((axis) => axis.factor).map((axis) => `${factorWords(entry, op, axis)}. `)) : null));
 }
 
 export function modelTable(plan) {

@@ -1,4 +1,4 @@
-// The step of every pipeline rank on a canvas: wheel to zoom, drag to move, hover for times, click for a micro-batch.
+// The step of every pipeline rank on a canvas: buttons, ctrl and wheel to zoom, drag to move, hover for times, click for a micro-batch.
 import { css, h, hideTip, right, showTip, table } from "./dom.js";
 import { COMMUNICATION, kindColour, kindName, seconds } from "./format.js";
 
@@ -12,8 +12,13 @@ export function timeline(data) {
     "aria-label": `Timeline of ${rows.length} pipeline ranks over ${seconds(step)}; press the table button for its numbers` });
   canvas.style.height = `${height}px`;
   let from = 0, to = step, chosen = null;
-  const reset = h("button", { onclick: () => { from = 0; to = step; chosen = null; draw(); } }, "whole step");
-  const picked = h("span", { class: "soft" }, "wheel: zoom \u00b7 drag: move \u00b7 click: follow a micro-batch");
+  const hint = "ctrl + wheel or double click: zoom \u00b7 drag: move \u00b7 click: follow a micro-batch";
+  const picked = h("span", { class: "soft" }, hint);
+  const buttons = [
+    h("button", { "aria-label": "zoom in", onclick: () => zoom(0.5, (from + to) / 2) }, "+"),
+    h("button", { "aria-label": "zoom out", onclick: () => zoom(2, (from + to) / 2) }, "\u2212"),
+    h("button", { onclick: () => { from = 0; to = step; follow(null); } }, "whole step"),
+  ];
 
   const width = () => canvas.clientWidth || 900;
   const x = (time) => LABEL + (time - from) / (to - from) * (width() - LABEL);
@@ -119,13 +124,12 @@ export function timeline(data) {
     drag = null;
     if (!clicked) return;
     const batch = eventAt(event)?.event?.[2];
-    chosen = batch === undefined || batch < 0 || batch === chosen ? null : batch;
-    picked.textContent = chosen === null ? "wheel: zoom \u00b7 drag: move \u00b7 click: follow a micro-batch"
-      : `micro-batch ${chosen}: ${journey(rows, kinds, chosen)}`;
-    draw();
+    follow(batch === undefined || batch < 0 || batch === chosen ? null : batch);
   });
+  canvas.addEventListener("dblclick", (event) => zoom(0.25, timeAt(event.clientX - canvas.getBoundingClientRect().left)));
   canvas.addEventListener("pointerleave", hideTip);
   canvas.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return;  // a plain wheel scrolls the page
     event.preventDefault();
     zoom(Math.exp(event.deltaY * 0.0016), timeAt(event.clientX - canvas.getBoundingClientRect().left));
   }, { passive: false });
@@ -142,6 +146,12 @@ export function timeline(data) {
     event.preventDefault();
   });
 
+  function follow(batch) {
+    chosen = batch;
+    picked.textContent = batch === null ? hint : `micro-batch ${batch}: ${journey(rows, kinds, batch)}`;
+    draw();
+  }
+
   function zoom(factor, about) {
     const centre = Math.max(0, Math.min(about, step));
     const wide = Math.min(step, Math.max(step * 1e-5, (to - from) * factor));
@@ -151,13 +161,14 @@ export function timeline(data) {
     draw();
   }
 
-  const names = new Map(kinds.map((kind) => [kindName(kind), kindColour(kind)]));
-  const legend = h("div", { class: "legend" }, [...names].map(([name, colour]) =>
-    h("span", {}, h("i", { style: { background: `var(${colour})` } }), name)),
+  const names = new Map();  // of one colour, together
+  for (const kind of kinds) names.set(kindColour(kind), [...new Set([...(names.get(kindColour(kind)) ?? []), kindName(kind)])]);
+  const legend = h("div", { class: "legend" }, [...names].map(([colour, own]) =>
+    h("span", {}, h("i", { style: { background: `var(${colour})` } }), own.join(", "))),
   h("span", {}, h("i", { style: { background: "var(--bubble)" } }), "bubble"));
   new ResizeObserver(draw).observe(canvas);
   document.addEventListener("theme", draw);
-  return h("div", { class: "canvas" }, h("div", { class: "head" }, reset, picked), canvas, legend);
+  return h("div", { class: "canvas" }, h("div", { class: "head" }, h("div", { class: "zoom" }, buttons), picked), canvas, legend);
 }
 
 function journey(rows, kinds, batch) {
