@@ -1,4 +1,4 @@
-"""A node out of what a topology file says of its GPUs: which they are, and what joins them."""
+"""Nodes out of what a topology file says of a machine's GPUs: which they are, and what joins them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,74 @@ _PCIE_OF = {"NVLink2": "PCIe3", "NVLink3": "PCIe4", "NVLink3-A800": "PCIe4", "NV
 Pair = tuple[int, int]
 
 
-def joined_node(
+def joined_nodes(
     kind: Preset, num_devices: int, nvlinks: Mapping[Pair, int], *, pcie_bytes_per_s: float | None = None,
     network_gbps: float | None = None, where: str,
-) -> Node:
-    """A node of `num_devices` of a preset's device.
+) -> tuple[Node, ...]:
+    """A machine with `num_devices` of a preset's device: one node, or an island of NVLinks each.
 
     `nvlinks`: NVLinks between two devices, by (lower, higher). Where every device reaches every other by NVLink with
     more links than it has in all divided by its peers, a switch joins them and each uses all of them; else its links
-    are shared out among its peers, and their sum counts. Where some pairs have none, the slowest way decides: PCIe.
+    are shared out among its peers, and their sum counts. Where NVLinks join neighbours in rank, but not all devices
+    (bridges over pairs, say), each such island is a node of its own, and what lies between is PCIe. Where they join
+    devices that do not follow each other, the slowest way decides: PCIe.
     `pcie_bytes_per_s` and `network_gbps`: what is known of those, the usual ones of the device otherwise.
     """
     pairs = [(one, other) for one in range(num_devices) for other in range(one + 1, num_devices)]
     linked = [pair for pair in pairs if nvlinks.get(pair)]
     chosen = kind.link
-    if pairs and (len(linked) == len(pairs) or _ring(num_devices, nvlinks)):
+    if pairs and _hang_together(num_devices, nvlinks):
         chosen = _nvlink(kind, num_devices, nvlinks, where)
     elif pairs:
+        islands = _islands(num_devices, nvlinks)
+        if linked and islands is not None:
+            return _island_nodes(kind, islands, nvlinks, pcie_bytes_per_s, where)
         lacking = len(pairs) - len(linked)
         chosen = _pcie(kind, pcie_bytes_per_s, where, f"{lacking} of {len(pairs)} pairs have no NVLink")
     network = default_network(kind, num_devices) if network_gbps is None else network_link(
         network_gbps, f"measured: network cards listed in {where}")
-    return Node(device=kind.device, num_devices=num_devices, link=chosen, network=network)
+    return (Node(device=kind.device, num_devices=num_devices, link=chosen, network=network),)
+
+
+def _hang_together(num_devices: int, nvlinks: Mapping[Pair, int]) -> bool:
+    """Whether NVLinks alone carry a collective of all these devices."""
+    pairs = [(one, other) for one in range(num_devices) for other in range(one + 1, num_devices)]
+    return all(nvlinks.get(pair) for pair in pairs) or _ring(num_devices, nvlinks)
+
+
+def _islands(num_devices: int, nvlinks: Mapping[Pair, int]) -> list[range] | None:
+    """The devices that NVLinks join, as runs of neighbours; None where they are no such runs, or no whole islands."""
+    home = list(range(num_devices))
+    for (one, other), count in nvlinks.items():
+        if count:
+            kept, given = sorted((home[one], home[other]))
+            home = [kept if own == given else own for own in home]
+    if home != sorted(home):
+        return None
+    found = [range(first, first + home.count(first)) for first in dict.fromkeys(home)]
+    return found if all(_hang_together(len(run), _inside(run, nvlinks)) for run in found) else None
+
+
+def _inside(run: range, nvlinks: Mapping[Pair, int]) -> dict[Pair, int]:
+    """The NVLinks of an island, its devices numbered from zero."""
+    return {(one - run.start, other - run.start): count for (one, other), count in nvlinks.items()
+            if one in run and other in run}
+
+
+def _island_nodes(
+    kind: Preset, islands: Sequence[range], nvlinks: Mapping[Pair, int], pcie_bytes_per_s: float | None, where: str
+) -> tuple[Node, ...]:
+    pcie = _pcie(kind, pcie_bytes_per_s, where, "NVLink joins only some of the GPUs")
+    nodes = []
+    for run in islands:
+        between = replace(
+            pcie, name=f"{pcie.name} x{len(run)}" if len(run) > 1 else pcie.name,
+            bandwidth_bytes_per_s=len(run) * pcie.bandwidth_bytes_per_s,
+            source=f"between islands of one machine, a lane set a device; {pcie.source}",
+        )
+        link = _nvlink(kind, len(run), _inside(run, nvlinks), where) if len(run) > 1 else pcie
+        nodes.append(Node(device=kind.device, num_devices=len(run), link=link, network=between))
+    return tuple(nodes)
 
 
 def _ring(num_devices: int, nvlinks: Mapping[Pair, int]) -> bool:

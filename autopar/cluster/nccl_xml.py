@@ -1,4 +1,4 @@
-"""The topology that NCCL dumps (NCCL_TOPO_DUMP_FILE), as a Cluster of one node."""
+"""The topology that NCCL dumps (NCCL_TOPO_DUMP_FILE), as a Cluster of one machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.joined import Pair, joined_node
+from autopar.cluster.joined import Pair, joined_nodes
 from autopar.cluster.tables import Preset, preset
 from autopar.errors import InputError
 
@@ -30,7 +30,7 @@ def is_nccl_xml(text: str) -> bool:
 
 
 def cluster_from_nccl_xml(text: str, *, device: str | None = None, where: str) -> Cluster:
-    """One node with the GPUs, NVLinks, PCIe and network cards that the file lists; InputError for anything else.
+    """One machine with the GPUs, NVLinks, PCIe and network cards that the file lists; InputError for anything else.
 
     The GPUs are known by their PCI numbers, or `device` names their preset.
     """
@@ -46,11 +46,11 @@ def cluster_from_nccl_xml(text: str, *, device: str | None = None, where: str) -
     kind = preset(device) if device is not None else _kind([card for _, card, _ in cards], where)
     index = {card.get("busid", "").lower(): i for i, (_, card, _) in enumerate(cards)}
     rates = [rate for _, _, rate in cards if rate is not None]
-    node = joined_node(
+    nodes = joined_nodes(
         kind, len(cards), _nvlinks(cards, index, where), pcie_bytes_per_s=min(rates, default=None),
         network_gbps=_network_gbps(root), where=where,
     )
-    return Cluster(name=where, nodes=(node,))
+    return Cluster(name=where, nodes=nodes)
 
 
 _Card = tuple[ElementTree.Element, ElementTree.Element, float | None]

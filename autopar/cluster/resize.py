@@ -22,6 +22,9 @@ def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
     if num_nodes == len(cluster.nodes):
         return cluster
     node = cluster.nodes[0]
+    if node.network.name.startswith("PCIe"):
+        raise InputError(f"cluster {cluster.name} is one machine whose NVLinks join parts of it: how others would be "
+                         "joined to it is not known; describe them in a cluster file")
     check_num_devices(num_nodes * node.num_devices, f"{num_nodes} nodes of cluster {cluster.name}")
     group = shorthand_group(cluster.name)
     name = f"{num_nodes} nodes of {cluster.name}"

@@ -1,11 +1,11 @@
-"""The matrix that `nvidia-smi topo -m` prints, as a Cluster of one node."""
+"""The matrix that `nvidia-smi topo -m` prints, as a Cluster of one machine."""
 
 from __future__ import annotations
 
 import re
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.joined import Pair, joined_node, kind_named
+from autopar.cluster.joined import Pair, joined_nodes, kind_named
 from autopar.cluster.tables import preset
 from autopar.errors import InputError
 
@@ -24,7 +24,7 @@ def is_topo_matrix(text: str) -> bool:
 
 
 def cluster_from_topo_matrix(text: str, *, device: str | None = None, where: str) -> Cluster:
-    """One node with the GPUs of the matrix, joined as it says.
+    """One machine with the GPUs of the matrix, joined as it says.
 
     The matrix does not name the GPUs: the text also has the lines of `nvidia-smi -L`, or of
     `nvidia-smi --query-gpu=name,memory.total --format=csv`, or `device` names a preset. InputError otherwise.
@@ -50,7 +50,7 @@ def cluster_from_topo_matrix(text: str, *, device: str | None = None, where: str
             raise InputError(f"{where}: it says how GPUs are joined, but not which they are: {_WITH_NAMES}, such as "
                              f"{where}:A100-80GB")
         kind = kind_named(names, where)
-    return Cluster(name=where, nodes=(joined_node(kind, count, nvlinks, where=where),))
+    return Cluster(name=where, nodes=joined_nodes(kind, count, nvlinks, where=where))
 
 
 def _rows(text: str, where: str) -> list[list[str]]:

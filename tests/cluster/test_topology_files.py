@@ -7,6 +7,7 @@ import pytest
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.parse import parse_cluster
+from autopar.cluster.resize import with_nodes
 from autopar.cluster.tables import link_preset
 from autopar.errors import InputError
 
@@ -46,11 +47,39 @@ def test_fewer_links_are_slower(tmp_path: Path) -> None:
 def test_pairs_without_nvlink_make_pcie_decide(tmp_path: Path) -> None:
     (node,) = read(f"{PCIE}:A10G").nodes
     assert node.link.name == "PCIe4"
-    bridged = tmp_path / "bridged.txt"
-    bridged.write_text(PCIE.read_text().replace("PHB", "NV4"))
-    (node,) = read(f"{bridged}:A100-80GB").nodes
+    crossed = tmp_path / "crossed.txt"
+    crossed.write_text(matrix(4, {(0, 2): "NV4", (1, 3): "NV4"}))
+    (node,) = read(f"{crossed}:A100-80GB").nodes  # ranks of a node follow each other, and those bridges do not
     assert node.link.name == "PCIe4"
     assert "4 of 6 pairs have no NVLink" in node.link.source
+
+
+def matrix(count: int, joins: dict[tuple[int, int], str]) -> str:
+    """What nvidia-smi prints for GPUs joined so, and by SYS else."""
+    rows = [[joins.get((min(a, b), max(a, b)), "SYS") if a != b else "X" for b in range(count)] for a in range(count)]
+    lines = ["\t" + "\t".join(f"GPU{i}" for i in range(count)) + "\tCPU Affinity"]
+    return "\n".join([*lines, *("\t".join([f"GPU{i}", *row, "0-7"]) for i, row in enumerate(rows))]) + "\n"
+
+
+def test_islands_of_nvlinks_are_nodes_with_pcie_between(tmp_path: Path) -> None:
+    """Bridges over pairs of A100 PCIe cards, with all twelve links of each."""
+    bridged = tmp_path / "bridged.txt"
+    bridged.write_text(PCIE.read_text().replace("PHB", "NV12"))
+    cluster = read(f"{bridged}:A100-80GB")
+    assert [(node.num_devices, node.link.name, node.network.name) for node in cluster.nodes] == [
+        (2, "NVLink3", "PCIe4 x2")] * 2
+    pcie = link_preset("PCIe4").bandwidth_bytes_per_s
+    assert cluster.nodes[0].network.bandwidth_bytes_per_s == 2 * pcie
+    assert "islands of one machine" in cluster.nodes[0].network.source
+    with pytest.raises(InputError, match="one machine whose NVLinks join parts of it"):
+        with_nodes(cluster, 4)
+
+    single = tmp_path / "single.txt"  # a pair, two cards alone, and a mesh of four without a switch
+    single.write_text(matrix(8, {(0, 1): "NV4", (4, 5): "NV2", (5, 6): "NV2", (6, 7): "NV2", (4, 7): "NV2"}))
+    nodes = read(f"{single}:A100-80GB").nodes
+    assert [(node.num_devices, node.link.name) for node in nodes] == [
+        (2, "NVLink3 x4"), (1, "PCIe4"), (1, "PCIe4"), (4, "NVLink3 x4")]
+    assert nodes[1].network.bandwidth_bytes_per_s == pcie
 
 
 def test_nccl_s_dump_gives_gpus_links_and_network() -> None:
