@@ -135,7 +135,11 @@ def plan(
     with answer(as_json=json_) as reply:
         with progress("planning", as_json=json_) as news:
             machine = simulations.cluster(cluster, profile)
+            if news:
+                news("capturing the model")
             graph = simulations.graph(model, seq_len, name, attention)
+            if news:
+                news("searching")
             if explain is not None:
                 find_block(graph, explain)  # a name that is none is told before the search
             request = PlanRequest(

@@ -46,7 +46,10 @@ def run_baselines(engine: Engine, candidates: Sequence[Candidate], deadline: flo
     for family in FAMILIES:
         allowed = [candidate for candidate in candidates if family.allows(candidate)]
         if not allowed:
-            why = "the loss needs the batch in one part" if engine.chooser.needs_whole_batch else family.without
+            why = (
+                "the loss needs the batch in one part" if engine.chooser.needs_whole_batch
+                else "not with the axes that --mesh fixes" if engine.request.mesh else family.without
+            )
             found.append(Baseline(name=family.name, step_time_s=None, feasible=False, summary=why))
             continue
         outcome = engine.search(allowed, even=True, deadline=deadline)

@@ -45,6 +45,12 @@ def placement_text(placement: Placement) -> str:
     return " ".join(map(str, placement))
 
 
+def factor_text(label: str) -> str:
+    """A strategy's factor for reading; one that is split below its outermost level, in strides, is told as such."""
+    name, _, inner = label.partition(".")
+    return f"{name} in strides" if inner else name
+
+
 def placed_shape(shape: tuple[int, ...], placement: Placement, sizes: Sequence[int]) -> tuple[int, ...]:
     """The shape of one rank's part of a tensor of global shape `shape`."""
     for state, size in zip(placement, sizes, strict=True):

@@ -167,7 +167,8 @@ def _breakdown(
     # Collectives of one chunk may hide behind another's work: then what is counted here is more than the step.
     hidden = max(0.0, compute + tp_comm + dp_comm + optimizer - step)
     dp_comm -= hidden
-    idle = max(0.0, step - compute - tp_comm - dp_comm - optimizer)
+    idle = step - compute - tp_comm - dp_comm - optimizer
+    idle = idle if idle > 1e-9 * step else 0.0  # what is left by rounding is no waiting
     pp_comm = 0.0
     if idle > 0 and any(time.send_forward_s or time.send_backward_s for time in times):
         free = [replace(time, send_forward_s=0.0, send_backward_s=0.0) for time in times]

@@ -17,6 +17,7 @@ from autopar.errors import InputError
 from autopar.plan.plan import Plan, Stage
 from autopar.plan.sketch import PARTS
 from autopar.plan.text import mesh_text, recompute_text, seconds
+from autopar.sharding.joint import factor_text
 
 Picture = Mapping[str, Any]
 Pictures = tuple[Picture | None, Picture | None]
@@ -197,7 +198,8 @@ def _factors(plan: Plan) -> dict[tuple[str, str], str]:
                 if choice.axis == axis:
                     for op, strategy in choice.ops:
                         if strategy.factor:
-                            found.setdefault((choice.cls, op), {})[f"{axis} {size}: {strategy.factor}"] = None
+                            split = f"{axis} {size}: {factor_text(strategy.factor)}"
+                            found.setdefault((choice.cls, op), {})[split] = None
     return {key: ", ".join(words) for key, words in found.items()}
 
 

@@ -16,7 +16,8 @@ from autopar.cluster.part import ranges
 from autopar.graph.model_graph import Block, BlockClass, ModelGraph, Op
 from autopar.plan.plan import Plan, is_layer
 from autopar.plan.text import mesh_text, recompute_text, schedule_text
-from autopar.sharding.joint import placement_text
+from autopar.search.explain import split_text
+from autopar.sharding.joint import factor_text, placement_text
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import R
@@ -281,7 +282,11 @@ def _class(
                 "reads": [name for name in dict.fromkeys(op.operands) if name in cls.inputs],
                 "axes": [
                     {
-                        "axis": axis, "factor": own.strategy[op.name].factor,
+                        "axis": axis, "factor": factor_text(own.strategy[op.name].factor),
+                        "words": split_text(
+                            cls, op, own.strategy[op.name].inputs, own.strategy[op.name].outputs,
+                            own.strategy[op.name].factor,
+                        ),
                         "inputs": list(map(str, own.strategy[op.name].inputs)),
                         "outputs": list(map(str, own.strategy[op.name].outputs)),
                         "lowering": own.strategy[op.name].lowering,

@@ -67,10 +67,16 @@ def test_what_limits_a_plan_names_the_link_of_the_busiest_devices(drawn: Drawn) 
     assert "stage to stage, over the network between nodes (100Gbps, 12.5 GB/s a node)" in words["10% of the step"]
 
 
+def test_a_baseline_that_fixed_axes_rule_out_says_so(drawn: Drawn) -> None:
+    said = {b["name"]: b["summary"] for b in drawn.picture["baselines"] if b["step_time_s"] is None}
+    assert said["ddp"] == said["fsdp"] == "not with the axes that --mesh fixes"  # pp 2 and tp 2
+
+
 def test_ops_name_makers_that_exist_and_collectives_have_a_place(drawn: Drawn) -> None:
     for entry in drawn.picture["classes"]:
         names = {op["name"] for op in entry["ops"]}
         assert all(set(op["from"]) <= names for op in entry["ops"])
+        assert all(axis["words"] for op in entry["ops"] for axis in op["axes"])
         axes = [name for name, _ in entry["axes"]]
         assert "tp" in axes
         assert all([axis["axis"] for axis in op["axes"]] == axes for op in entry["ops"])

@@ -12,7 +12,7 @@ export function digits(value, count = 4) {
 }
 
 export const percent = (value, places = 1) => `${(100 * value).toFixed(places)}%`;
-export const gib = (value) => `${digits(value, 3)} GiB`;
+export const gib = (value) => (value > 0 && value < 0.1 ? `${digits(value * 1024, 3)} MiB` : `${digits(value, 3)} GiB`);
 
 export function bytes(value) {
   for (const [unit, scale] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {

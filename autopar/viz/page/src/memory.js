@@ -17,7 +17,7 @@ export function memory(rows, step) {
         onpointerleave: hideTip,
       }))),
       h("u", { style: { left: `${100 * row.usable_gib / scale}%` }, title: `limit ${gib(row.usable_gib)}` })),
-    h("div", { class: "num" }, `${digits(peak(row), 3)} / ${gib(row.usable_gib)}`)));
+    h("div", { class: "num" }, peak(row) < 0.1 ? `${gib(peak(row))} / ${gib(row.usable_gib)}` : `${digits(peak(row), 3)} / ${gib(row.usable_gib)}`)));
   const legend = h("div", { class: "legend" }, KINDS.map(([name, colour]) =>
     h("span", {}, h("i", { style: { background: `var(${colour})` } }), name)),
   h("span", {}, h("i", { style: { background: "var(--warn)", width: "3px" } }), "limit of the smallest device"));
@@ -27,7 +27,8 @@ export function memory(rows, step) {
 }
 
 function curve(row, step) {
-  const width = 1000, height = 56, most = Math.max(row.usable_gib, peak(row)) * 1.04;
+  const width = 1000, height = 56, low = peak(row) < 0.25 * row.usable_gib;  // then the limit is off the scale
+  const most = (low ? peak(row) : Math.max(row.usable_gib, peak(row))) * 1.04 || 1;
   const x = (time) => width * time / step, y = (size) => height - height * size / most;
   let path = `M0 ${height}`, last = 0;
   for (const [time, size] of row.memory_curve) {
@@ -38,7 +39,7 @@ function curve(row, step) {
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, width: "100%", height, preserveAspectRatio: "none", role: "img",
     "aria-label": `Memory of stage ${row.stage} over the step, last ${gib(last)}` },
   svg("path", { d: path, fill: "var(--forward)", "fill-opacity": "0.35", stroke: "var(--forward)", "vector-effect": "non-scaling-stroke" }),
-  svg("line", { x1: 0, x2: width, y1: y(row.usable_gib), y2: y(row.usable_gib), stroke: "var(--warn)", "stroke-dasharray": "6 4",
+  low ? null : svg("line", { x1: 0, x2: width, y1: y(row.usable_gib), y2: y(row.usable_gib), stroke: "var(--warn)", "stroke-dasharray": "6 4",
     "vector-effect": "non-scaling-stroke" }));
   drawing.addEventListener("pointermove", (event) => {
     const box = drawing.getBoundingClientRect(), time = (event.clientX - box.left) / box.width * step;
@@ -47,7 +48,7 @@ function curve(row, step) {
   });
   drawing.addEventListener("pointerleave", hideTip);
   const largest = row.memory_curve.reduce((most, [, size]) => Math.max(most, size), 0);
-  return h("div", { class: "memory-row" }, h("div", {}, `stage ${row.stage}`), drawing, h("div", { class: "num soft" }, `up to ${gib(largest)}`));
+  return h("div", { class: "memory-row" }, h("div", {}, `stage ${row.stage}`), drawing, h("div", { class: "num soft" }, `up to ${gib(largest)}${low ? ", far from the limit" : ""}`));
 }
 
 export function memoryTable(rows) {

@@ -150,9 +150,8 @@ function curve(points) {
 // What a factor, a loop dimension of the op, is of its result.
 function factorWords(entry, op, axis) {
   const [, size] = entry.axes.find(([name]) => name === axis.axis), dim = /^S\((\d+)/.exec(axis.outputs[0] ?? "")?.[1];
-  const what = dim !== undefined && op.shape[dim] !== undefined ? `dim ${dim} of the result (${op.shape[dim]} long)`
-    : axis.outputs[0] === "P" ? "a dim that is summed over: each rank gets a part of the sum" : "a dim that the result no longer has";
-  return `${axis.axis} gives each of ${size} ranks a part of factor ${axis.factor}: ${what}`;
+  const what = dim !== undefined && op.shape[dim] !== undefined ? `, dim ${dim} of the result, ${op.shape[dim]} long` : "";
+  return `${axis.axis} ${size}: ${axis.words} (factor ${axis.factor}${what})`;
 }
 
 const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}\u2026` : text);
