@@ -170,7 +170,7 @@ class Engine:
             if progress is not None and (total - len(queue)) % 50 == 0:
                 progress(total - len(queue), total, best.step_time_s if best else None)
             if level is Level.ROUGH:
-                closer = self._quick_bound(candidate)
+                closer = self._quick_bound(candidate, min(state.below_s, best.step_time_s if best else math.inf))
                 if closer < math.inf:
                     heapq.heappush(queue, (max(bound, closer), Level.QUICK, candidate, ()))
                 continue
@@ -208,10 +208,13 @@ class Engine:
             if self._out_of_time(until):
                 return
 
-    def _quick_bound(self, candidate: Candidate) -> float:
-        if candidate not in self._quick:
-            self._quick[candidate] = self.bounds.quick(candidate)
-        return self._quick[candidate]
+    def _quick_bound(self, candidate: Candidate, limit_s: float) -> float:
+        if candidate in self._quick:
+            return self._quick[candidate]
+        found = self.bounds.quick(candidate, limit_s)
+        if found < limit_s or math.isinf(found):
+            self._quick[candidate] = found
+        return found
 
     def _refine(self, candidate: Candidate, even: bool, limit_s: float) -> tuple[float, tuple[Cuts, ...]] | None:
         """A better bound, and the cuts to simulate; None where no cut fits, or none that is below the limit."""

@@ -120,9 +120,15 @@ class Bounds:
         if key not in self._limits:
             self._limits[key] = self._row_limits(c, tuple(dict.fromkeys(kinds)))
         forward, backward = self._limits[key]
-        m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
-        later = ((m - 1) * backward + (m - most) * forward) / c.pp
-        return c.rows * max(forward + backward + later, m * (forward + backward) / c.pp)
+        return _shared_work(c, c.rows * forward, c.rows * backward)
+
+    def of_work(self, c: Candidate) -> float:
+        """A bound by what the blocks take at the candidate's rows, with nothing of data axes."""
+        tables = [self._block_table(c, kind) for kind in dict.fromkeys(self._layout.kinds(c))]
+        number = tables[0].sorts.number
+        forward = np.minimum.reduce([table.forward_s for table in tables])
+        backward = np.minimum.reduce([table.backward_s for table in tables])
+        return _shared_work(c, float(forward @ number), float(backward @ number))
 
     def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[float, float]:
         """Seconds that a row of an endless batch takes through all blocks at least, forward and backward."""
@@ -139,8 +145,13 @@ class Bounds:
             (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.backward_s for t in tables]) @ number),
         )
 
-    def quick(self, c: Candidate) -> float:
-        """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit."""
+    def quick(self, c: Candidate, limit_s: float = np.inf) -> float:
+        """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit.
+
+        Where the work alone is not below the limit, the bound by it.
+        """
+        if limit_s < np.inf and (work_s := self.of_work(c)) >= limit_s:
+            return work_s
         kinds = self._layout.kinds(c)
         tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
         m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
@@ -749,6 +760,13 @@ class Bounds:
             kinds=kinds, kind=np.array([kinds.index(layer) if layer is not None else -1 for layer in layers]),
             levels=tuple(levels(kinds)),
         )
+
+
+def _shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
+    """What a step takes at least, where a micro-batch takes so long through all blocks and stages share that evenly."""
+    m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
+    later = ((m - 1) * backward_s + (m - most) * forward_s) / c.pp
+    return max(forward_s + backward_s + later, m * (forward_s + backward_s) / c.pp)
 
 
 def _loops(works: Sequence[Table], once: Table, num_micro_batches: int) -> float:

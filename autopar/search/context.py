@@ -69,13 +69,13 @@ def context_candidates(
 def estimated(engine: Engine, c: Candidate, limit: float = float("inf")) -> float:
     """The quick bound of the candidate as if its context axis were a data axis of as many parts of a row.
 
-    Where a rough one is not below the limit already, that one.
+    Where a rougher one is not below the limit already, that one.
     """
     if c.tp > 1 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel) is None:
         return float("inf")
     like = _without_axis(c)
     rough = engine.bounds.rough(like)
-    return rough if rough >= limit else engine.bounds.quick(like)
+    return rough if rough >= limit else engine.bounds.quick(like, limit)
 
 
 def _without_axis(c: Candidate) -> Candidate:
