@@ -21,6 +21,9 @@ MAX_PROCESSES = 16
 COPIES = 4  # the weights, their gradients, the gathered full gradients, and as much again for activations
 
 
+DROPS_NOTHING = 1e-30  # a probability: what is kept is drawn with 1 - 1e-30, which is 1 in every dtype
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RealModel:
     """A picklable factory of the model that `spec` names, with real weights and its dropout switched off.
@@ -43,13 +46,16 @@ class RealModel:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """Sets every dropout probability of the model to zero, and keeps it in training mode."""
+    """Makes every dropout of the model drop nothing, in training mode too; its ops stay, as the plan has them.
+
+    Where a probability is zero no op is captured, and the model would not be the plan's.
+    """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            module.p = DROPS_NOTHING
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+            if "dropout" in name and isinstance(value, float) and value > 0:
+                setattr(module, name, DROPS_NOTHING)
 
 
 def check_locally(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autopar import local_check
+from autopar.demo import demo_processes
 from autopar.plan.file import load_plan, save_plan
 from autopar.plan.plan import Plan, Recompute, Variant
 from autopar.profiler import LinkFit, MatmulRate, Profile
@@ -118,6 +119,10 @@ def test_a_profile_of_another_machine_is_refused(autopar, llama: Path, tmp_path:
     run = autopar(*words, "--profile", path)
     assert run.code == 2
     assert "CPU" in run.err
+
+
+def test_the_demo_s_processes_have_a_core_each() -> None:
+    assert [demo_processes(cores) for cores in (1, 2, 3, 4, 64)] == [2, 2, 2, 4, 4]
 
 
 def test_demo_in_a_folder_that_cannot_be(autopar, tmp_path: Path) -> None:
