@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.graph.fake import is_fake
 from autopar.graph.kernels import logits_gradient  # its module registers autopar::cross_entropy
 from autopar.runtime.causal import attend_from
 from autopar.runtime.collectives import Axis, all_reduce, exchange_mirrored
@@ -134,7 +135,10 @@ def axis_random(axis: Axis, op: Program, *args: Any, **kwargs: Any) -> Any:
     The seed is drawn from the global generator, which stays equal on all ranks of the axis; so a recomputation that
     restores the global generator repeats the draw.
     """
-    seed = int(torch.randint(2**62, (), dtype=torch.int64))
+    drawn = torch.randint(2**62, (), dtype=torch.int64)
+    if is_fake(drawn):  # a dry run draws nothing
+        return op(*args, **kwargs)
+    seed = int(drawn)
     tensors = [arg for arg in args if isinstance(arg, Tensor) and arg.is_cuda]
     devices = [tensors[0].device] if tensors else []
     with torch.random.fork_rng(devices=devices):

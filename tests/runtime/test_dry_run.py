@@ -13,8 +13,10 @@ from torch import nn
 from autopar.cluster.parse import parse_cluster
 from autopar.graph.capture import Captured, capture
 from autopar.plan.plan import Plan
+from autopar.runtime.collectives import Axis
 from autopar.runtime.dry_run import MemoryRow, communication_problems, distinct_ranks, dry_run, memory_problems
 from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode
+from autopar.runtime.lowerings import special_program
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.simulate.simulator import simulate
 
@@ -78,6 +80,12 @@ def test_a_recorder_counts_what_lives_and_what_is_saved() -> None:
         assert recorder.peak_bytes == 4000 + 4000 + 40  # and the gradient
         held.untyped_storage().resize_(0)
         assert sum(recorder.live.values()) == 8000
+
+
+def test_dropout_on_a_part_draws_no_number_of_fake_tensors() -> None:
+    with fake_mode():
+        program = special_program("axis_random", torch.ops.aten.dropout.default, Axis(group_name="", size=2, rank=1))
+        assert program(torch.ones(4, 3), 0.5, True).shape == (4, 3)
 
 
 def test_a_fake_job_leaves_nothing_behind() -> None:
