@@ -6,15 +6,17 @@ out reads what the others said last and decides. The one place that asks torch f
 
 from __future__ import annotations
 
+import atexit
 import json
 import sys
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +27,7 @@ from torch.distributed import distributed_c10d
 from autopar.errors import AutoparError, RankFailedError
 
 BEAT_S = 0.5
+LEAVING_S = 5.0  # at most, for a last word to a store that does not answer
 DECIDE_S = 4 * BEAT_S  # a rank that gave no sign for so long is gone
 _LOST = ("connection", "broken pipe", "timed out", "timeout", "pair closure", "socket", "gloo", "nccl", "store")
 _OWN_WAITS = frozenset((
@@ -52,6 +55,7 @@ class Watch:
     def __init__(self, *, alone: bool = False) -> None:
         self.step, self._moved = 0, time.monotonic()
         self._stop = threading.Event()
+        self._leave: Callable[[], None] = self._stop.set
         alone = alone or not dist.is_initialized()
         self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         if self.size == 1:
@@ -64,11 +68,15 @@ class Watch:
         self._say(self._last)
         dist.barrier()  # from here on every rank's sign is there to be read
         self._main = threading.get_ident()
-        threading.Thread(target=_beat, args=(weakref.ref(self), self._stop), daemon=True).start()
+        thread = threading.Thread(target=_beat, args=(weakref.ref(self), self._stop), daemon=True)
+        thread.start()
+        self._leave = partial(end_beat, self._stop, thread)
+        atexit.register(self._leave)
 
     def close(self) -> None:
         """Say nothing any more."""
-        self._stop.set()
+        self._leave()
+        atexit.unregister(self._leave)
 
     def moved(self) -> None:
         """The main thread got on."""
@@ -156,6 +164,12 @@ def verdict(before: dict[int, Sign], after: dict[int, Sign]) -> str:
     rank = min(behind, key=lambda one: (behind[one].waits, -behind[one].still_s, one))
     sign = behind[rank]
     return f"rank {rank} hangs: it has not moved for {sign.still_s:.0f} s, in step {sign.step} at {sign.where}"
+
+
+def end_beat(stop: threading.Event, thread: threading.Thread) -> None:
+    """Ends a beat and waits for it: a daemon thread that is in C++ as Python ends takes the process down with it."""
+    stop.set()
+    thread.join(timeout=LEAVING_S)
 
 
 def _beat(reference: weakref.ref[Watch], stop: threading.Event) -> None:

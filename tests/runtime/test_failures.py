@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool, LocalRunError
 from autopar.runtime.parity import make_batch, make_model
-from autopar.runtime.watch import Sign, verdict
+from autopar.runtime.watch import Sign, Watch, _beat, end_beat, verdict
 
 
 def test_a_rank_that_says_nothing_any_more_is_dead() -> None:
@@ -37,6 +39,27 @@ def test_a_rank_that_is_behind_hangs_or_else_one_that_does_not_wait() -> None:
             3: Sign(beat=9, step=4, still_s=9, waits=True)}
     assert verdict(before, busy).startswith("rank 2 hangs")
     assert verdict(before, {**busy, 2: Sign(beat=9, step=4, lost=True)}).startswith("rank 1 hangs")
+
+
+def test_a_beat_has_ended_before_its_process_ends() -> None:
+    said, speaks = [], threading.Event()
+
+    class Slow(Watch):
+        def _sign(self) -> Sign:
+            return Sign()
+
+        def _say(self, sign: Sign) -> None:
+            speaks.set()
+            time.sleep(0.2)  # in a store, which is C++: Python may not end meanwhile
+            said.append(sign)
+
+    watch, stop = Slow(alone=True), threading.Event()
+    thread = threading.Thread(target=_beat, args=(weakref.ref(watch), stop), daemon=True)
+    thread.start()
+    assert speaks.wait(10.0)
+    end_beat(stop, thread)
+    assert not thread.is_alive()
+    assert len(said) == 1
 
 
 def trainer_of(plan: Plan, timeout_s: float = 60.0) -> tuple[Trainer, dict[str, object]]:
