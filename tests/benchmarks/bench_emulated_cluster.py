@@ -59,12 +59,12 @@ from autopar.simulate.simulator import simulate
 
 SPEEDS = {2: (2, 1), 4: (2, 2, 1, 1)}
 CASES = ((2, 200), (2, 1000), (4, 200), (4, 1000))
-LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, ROWS = 6, 192, 6, 512, 16, 24
+LAYERS, WIDTH, HEADS, VOCABULARY, LENGTH, ROWS = 8, 192, 6, 512, 16, 24  # as many layers as hosts divide
 OPS_ROWS = (1, 2, 3, 6, 12, 24)
 LARGEST_MESSAGE = 8 * 2**20
 LARGEST_PASS = 2**18  # elements, of what is measured of the optimizer
 LINK_BUDGET_S = 3.0
-WORKER_LIMIT_S = 400.0
+WORKER_LIMIT_S = 900.0
 
 
 def make_model() -> nn.Module:
@@ -247,21 +247,19 @@ def other_plans(graph: ModelGraph, cluster: Cluster, speeds: Sequence[float]) ->
     unit = ROWS // sum(speeds)
     shares = [int(speed) * unit for speed in speeds]
     add("ddp", dict(dp_replicate=n))
-    add("ddp, 2 micro-batches", dict(dp_replicate=n, micro_batch=ROWS // n // 2))
     add("ddp, rows by speed", dict(dp_replicate=n), uniform=False, rows=shares)
     add("fsdp", dict(dp_shard=n, zero=3))
-    add("zero 2", dict(dp_shard=n, zero=2))
     add("fsdp, rows by speed", dict(dp_shard=n, zero=3), uniform=False, rows=shares)
     add("tp", dict(tp=n, micro_batch=ROWS))
-    layers = {2: (4, 2), 4: (2, 2, 1, 1)}[n]
+    layers = {2: (5, 3), 4: (3, 3, 1, 1)}[n]
     add("pipeline 1f1b x8", dict(pp=n, micro_batch=3))
     add("pipeline gpipe x4", dict(pp=n, micro_batch=6, schedule=Schedule.GPIPE))
     add("pipeline zb x8", dict(pp=n, micro_batch=3, schedule=Schedule.ZERO_BUBBLE))
     if n == 2:
-        add("pipeline interleaved x8", dict(pp=n, micro_batch=3, virtual_stages=3))
+        add("pipeline interleaved x8", dict(pp=n, micro_batch=3, virtual_stages=2))
     else:
         add("pipeline dp 2, 1f1b x6", dict(pp=2, dp_replicate=2, micro_batch=2))
-        add("pipeline dp 2, 4+2 1f1b x6", dict(pp=2, dp_replicate=2, micro_batch=2), uniform=False, layers=(4, 2))
+        add("pipeline dp 2, 5+3 1f1b x6", dict(pp=2, dp_replicate=2, micro_batch=2), uniform=False, layers=(5, 3))
         add("tp 2, dp 2", dict(tp=2, dp_replicate=2, micro_batch=ROWS // 2))
     words = "+".join(map(str, layers))
     add(f"pipeline {words} 1f1b x4", dict(pp=n, micro_batch=6), uniform=False, layers=layers)
