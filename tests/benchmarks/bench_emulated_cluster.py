@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -47,6 +47,8 @@ from autopar.plan.file import load_plan, save_plan
 from autopar.plan.plan import Plan, Schedule, Stage
 from autopar.plan.verify import verify_plan
 from autopar.profiler import links, op_timing
+from autopar.profiler import worker as profiling
+from autopar.profiler.clock import Work
 from autopar.profiler.collect import collect_records
 from autopar.profiler.file import load_profile, save_profile
 from autopar.profiler.op_cases import OpCase, model_cases
@@ -100,15 +102,19 @@ def profile_here(folder: Path, speed: float, *, ops: bool) -> None:
     )
     began, found = time.perf_counter(), []
     device = torch.device("cpu")
-    paced = Paced(speed, lead_s=0.0)  # the profiler reads a clock after each op
+    paced = Paced(speed)
     with one_worker_thread():
         dist.init_process_group("gloo")
     measuring = records(job, device)
     num_paced = 1 + len(job.runtime) + len(job.cases)  # then come messages, which no device computes
     # A paced device has no caches to fill, and its work keeps no core from those of the messages.
-    with patch.object(op_timing, "MAX_INSTANCES", op_timing.MIN_INSTANCES), patch.object(links, "WORK_SIZE", 16):
+    with (
+        patch.object(op_timing, "MAX_INSTANCES", op_timing.MIN_INSTANCES), patch.object(links, "WORK_SIZE", 16),
+        patch.object(profiling, "clock_of", lambda device: PacedClock(paced)),
+    ):
         while True:
             if len(found) < num_paced:
+                paced.lead_s = 1.0 if found else 0.0  # rates, which come first, are timed by the host's clock
                 with paced:
                     record = next(measuring, None)
             else:
@@ -122,6 +128,25 @@ def profile_here(folder: Path, speed: float, *, ops: bool) -> None:
     name = "ops" if ops else "links"
     save_profile(replace(profile, device=device_name(speed)), folder / f"{name}.{dist.get_rank()}.json")
     dist.destroy_process_group()
+
+
+class PacedClock:
+    """The profiler's clock for a paced device, whose queue the host fills, as it does a GPU's."""
+
+    engine_s = 0.0
+
+    def __init__(self, paced: Paced) -> None:
+        self.paced = paced
+
+    def measure(self, prepare: Callable[[], Work]) -> tuple[float, float]:
+        work = prepare()
+        self.paced.flush()
+        began = time.perf_counter()
+        result = work()
+        self.paced.flush()
+        taken = time.perf_counter() - began
+        del result
+        return taken, 0.0
 
 
 def all_cases() -> tuple[OpCase, ...]:
