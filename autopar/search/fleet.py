@@ -126,6 +126,7 @@ class _Fleet:
         self.whole: Counts = tuple(pool.num_devices for pool in pools.pools)
         self.engine: Engine | None = None  # of the whole cluster, once it was planned
         self.planned: list[Planned] = []
+        self.errors: dict[Counts, InfeasibleError | InputError] = {}
         self.best: Planned | None = None
         # What is quicker by less is no reason to leave devices idle.
         self.worth = WORTH if objective.goal is Goal.TIME else 0.0
@@ -143,7 +144,7 @@ class _Fleet:
         if quicker:
             self._plan(self.whole, 0.0, deadline, progress)
             if self.only_whole and self.planned[0].plan is None:
-                raise InfeasibleError(self.planned[0].why)
+                raise self.errors[self.whole]
         queue = [(*self._bound(counts), counts) for counts in every] if len(every) > len(self.planned) else []
         queue = [entry for entry in queue if entry[0] < math.inf and not (quicker and entry[2] == self.whole)]
         heapq.heapify(queue)
@@ -161,7 +162,7 @@ class _Fleet:
                 tell(len(every) - len(queue), len(every))
         best = self.planned[0] if self.only_whole else self.best
         if best is None or best.plan is None or math.isinf(best.value):
-            raise InfeasibleError(self._nothing())
+            raise self._nothing()
         planned = self.planned[:1] if self.only_whole else self.planned
         lower = min([best.value, *(own.lower_bound for own in planned), *(entry[0] for entry in queue[:1])])
         return Choice(
@@ -268,6 +269,7 @@ class _Fleet:
                 self.engine = engine
             plan = find_plan(self.graph, part, request, progress, engine=engine, need=part is self.cluster)
         except (InfeasibleError, InputError) as error:
+            self.errors[counts] = error
             return Planned(cluster=part, counts=counts, value=math.inf, lower_bound=math.inf, plan=None, why=str(error))
         self.interrupted = engine.interrupted
         assert plan.certificate is not None
@@ -285,18 +287,19 @@ class _Fleet:
         ranks = [rank for pool, count in enumerate(counts) for rank in self.pools.ranks(pool, 0, count)]
         return tuple(sorted(ranks))
 
-    def _nothing(self) -> str:
+    def _nothing(self) -> InfeasibleError | InputError:
+        """Why there is no plan."""
         planned = self.planned
         quickest = min((own for own in planned if own.plan is not None), key=lambda own: own.step_time_s, default=None)
         most_s = self.objective.max_step_time_s
         if quickest is not None and most_s is not None:
-            return (
+            return InfeasibleError(
                 f"no part of {self.cluster.name} that was planned takes a step in {most_s:.4g} s; the quickest, "
                 f"{quickest.cluster.name}, takes {quickest.step_time_s:.4g} s: allow more time, or give more devices"
             )
         if planned:
-            return max(planned, key=lambda own: sum(own.counts)).why
-        return (
+            return self.errors[max(self.errors, key=sum)]
+        return InfeasibleError(
             f"all {self.cluster.num_devices} devices of {self.cluster.name} would take more than {most_s:.4g} s a step "
             "if they did nothing but compute: allow more time, or give more devices"
         )

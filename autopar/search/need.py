@@ -1,15 +1,17 @@
-"""What would make an infeasible request feasible: the memory of a device, or the number of nodes, computed."""
+"""What would make an infeasible request feasible: memory of a device, a number of nodes, or asking for less."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
-from autopar.errors import InfeasibleError
+from autopar.errors import InfeasibleError, InputError
+from autopar.graph.model_graph import ModelGraph
 from autopar.search.best_first import Engine, lean_first
-from autopar.search.candidates import Candidate, candidates
+from autopar.search.candidates import Candidate, PlanRequest, candidates, divisors
 
 EACH_TO_TIMES = 4  # every number of nodes is tried to so many times those of the cluster,
 MAX_TIMES = 1024  # then doubled ones to so many
@@ -17,12 +19,13 @@ MAX_SECONDS = 10.0  # for trying all of them
 
 
 def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | None = None) -> str:
-    """One line: how much memory a device would need, and a number of nodes of the last kind that would do."""
+    """One line: how much memory a device would need, a number of nodes of the last kind, or less that would do."""
     cluster, request = engine.cluster, engine.request
     times = min(engine.bounds.smallest_need(candidate) for candidate in lean_first(space))
     smallest = min((node.device for node in cluster.nodes), key=lambda device: device.usable_memory_bytes)
     latest = time.monotonic() + MAX_SECONDS
     nodes = some_nodes(engine, latest if deadline is None else min(latest, deadline))
+    less = next((words for words, own in lighter(engine) if fits(engine.graph, cluster, own)), "")
     kind = cluster.nodes[-1]
     more = (
         f", or {nodes * kind.num_devices} devices ({nodes}x{kind.num_devices}x{kind.device.name})" if nodes
@@ -31,6 +34,7 @@ def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | 
     return (
         f"{engine.graph.name} with a global batch of {request.global_batch} does not fit on {cluster.name}: it needs "
         f"at least {gib_up(smallest.memory_bytes * times)} GiB a device (has {_gib(smallest.memory_bytes)}){more}"
+        f"{less and f'; on these devices it fits {less}'}"
     )
 
 
@@ -55,7 +59,8 @@ def some_nodes(engine: Engine, deadline: float) -> int | None:
     for count in counts_to_try(engine.cluster):
         if time.monotonic() > deadline:
             return None
-        if fits(engine, count):
+        cluster = Cluster(name=f"{count} nodes", nodes=(engine.cluster.nodes[-1],) * count)
+        if fits(engine.graph, cluster, engine.request):
             return count
     return None
 
@@ -71,15 +76,30 @@ def counts_to_try(cluster: Cluster) -> Iterator[int]:
         times *= 2
 
 
-def fits(engine: Engine, count: int) -> bool:
-    """Whether the planner would find a plan on so many nodes like the cluster's last."""
-    cluster = Cluster(name=f"{count} nodes", nodes=(engine.cluster.nodes[-1],) * count)
-    wider = Engine(engine.graph, cluster, engine.request)
+def lighter(engine: Engine) -> Iterator[tuple[str, PlanRequest]]:
+    """Requests that ask for less on the same devices, the least change first, each with what to say of it."""
+    cluster, request = engine.cluster, engine.request
+    if request.micro_batch is not None:
+        for rows in reversed(divisors(request.micro_batch)[:-1]):
+            yield f"with --micro-batch {rows}", replace(request, micro_batch=rows)
+    if not request.offload and any(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes):
+        yield "with --offload", replace(request, offload=True)
+    if request.mesh:
+        yield "without --mesh", replace(request, mesh=())
+    if engine.chooser.needs_whole_batch:  # else its parts come one after another, and fewer of them need no less
+        batch = request.global_batch // 2
+        while batch:
+            yield f"with a global batch of {batch}", replace(request, global_batch=batch)
+            batch //= 2
+
+
+def fits(graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> bool:
+    """Whether the planner would find a plan."""
+    wider = Engine(graph, cluster, request)
     for across in (False, True):
         try:
-            space = candidates(
-                cluster, engine.request, wider.chooser, len(engine.graph.blocks), tp_across_nodes=across)
-        except InfeasibleError:
+            space = candidates(cluster, request, wider.chooser, len(graph.blocks), tp_across_nodes=across)
+        except (InfeasibleError, InputError):
             return False
         if any(wider.bounds.smallest_need(candidate) <= 1 for candidate in lean_first(space)):
             return True

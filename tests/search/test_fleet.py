@@ -131,3 +131,9 @@ def test_a_deadline_gives_the_longest_step() -> None:
     with pytest.raises(InputError, match="--tokens"):
         longest_step_s(None, 1.0, None, 1000)
     assert math.isinf(Objective(goal=Goal.COST, max_step_time_s=1.0).score(2.0, (1,), (1.0,))[0])
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(goal=Goal.COST)])
+def test_bad_input_stays_bad_input(objective: Objective) -> None:
+    with pytest.raises(InputError, match="magic"):
+        choose_devices(GRAPH, priced(), replace(REQUEST, optimizer="magic"), objective)

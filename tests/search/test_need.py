@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -57,6 +59,23 @@ def test_the_memory_that_is_named_is_enough_and_little_less_is_not() -> None:
     assert found
     assert fits(1, 1, float(found[1]), 6)
     assert not fits(1, 1, float(found[1]) * 0.89, 6)
+
+
+@pytest.mark.parametrize(("asked", "memory_gib", "words", "less"), [
+    ({"global_batch": 64, "micro_batch": 64}, 0.5, "with --micro-batch 32", {"micro_batch": 32}),
+    ({"global_batch": 64, "micro_batch": 64}, 0.4, "with --micro-batch 16", {"micro_batch": 16}),
+    ({"global_batch": 1, "offload": False}, 0.25, "with --offload", {"offload": True}),
+    ({"global_batch": 2, "mesh": (("dp_replicate", 2),)}, 0.25, "without --mesh", {"mesh": ()}),
+])
+def test_less_that_fits_on_the_same_devices_is_told(
+    asked: dict[str, Any], memory_gib: float, words: str, less: dict[str, Any]
+) -> None:
+    request = PlanRequest(**asked)
+    host_gb_per_s = None if request.offload else 16.0
+    devices = cluster(1, 2 if request.mesh else 1, memory_gib=memory_gib, host_gb_per_s=host_gb_per_s)
+    with pytest.raises(InfeasibleError, match=f"; on these devices it fits {words}$"):
+        find_plan(GRAPH, devices, request)
+    find_plan(GRAPH, devices, replace(request, **less))
 
 
 def test_where_no_number_helps_only_what_was_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
