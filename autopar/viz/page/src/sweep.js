@@ -66,7 +66,7 @@ function pointsTable(rows) {
 }
 
 const plan = (row) => `${row.stages} stage${row.stages > 1 ? "s" : ""}, ${row.mesh}, ZeRO ${row.zero}, ${row.num_micro_batches} \u00d7 ${row.micro_batch} rows, recompute ${row.recompute}`;
-const WIDE = 1000, HIGH = 380, LEFT = 78, BELOW = 46, ABOVE = 34, RIGHT = 200;
+const WIDE = 1000, HIGH = 380, LEFT = 78, BELOW = 46, ABOVE = 34, RIGHT = 240;
 
 // Lines of all points that agree in everything but x; a dashed one shows what x times as many devices would give at best.
 function chart(rows, [xKey, xName], [yKey, yName, text], axes) {
@@ -75,7 +75,7 @@ function chart(rows, [xKey, xName], [yKey, yName, text], axes) {
   const known = rows.filter((row) => row.feasible && row[yKey] !== null && row[yKey] !== undefined && row[xKey] !== null);
   if (!known.length) return h("p", { class: "soft" }, "no point has a plan that fits");
   const name = (row) => [...(several && xKey !== "devices" ? [row.cluster] : several ? [row.device] : []),
-    ...others.filter(([key]) => !(several && key === "devices" && xKey !== "devices")).map(([key, word]) => `${word} ${row[key]}`)].join(", ");
+    ...others.filter(([key]) => !(several && key === "devices" && xKey !== "devices")).map(([key, word]) => `${word.replace("global ", "")} ${row[key]}`)].join(", ");
   const series = new Map();
   for (const row of known) series.set(name(row), [...(series.get(name(row)) ?? []), row]);
   for (const line of series.values()) line.sort((a, b) => a[xKey] - b[xKey]);
