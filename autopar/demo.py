@@ -48,8 +48,8 @@ MODEL: dict[str, Any] = {
 def demo_processes(cores: int) -> int:
     """How many processes train: two, or four where each has a core to itself.
 
-    Processes that share cores take about twice as long as predicted: each one's rates are measured while it computes,
-    but what gloo's threads do for one costs the others, and the caches are shared.
+    Processes that share cores take longer than predicted: what gloo's threads do for one costs the others, and the
+    caches are shared.
     """
     return MOST_PROCESSES if cores >= MOST_PROCESSES else FEWEST_PROCESSES
 
