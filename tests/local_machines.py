@@ -1,5 +1,7 @@
 """Pools of gloo processes and a pretended cluster that tests of several rooms share."""
 
+import importlib
+
 from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
 from autopar.runtime.local import LocalPool
 
@@ -13,6 +15,7 @@ class KeptPool:
 
     def get(self) -> LocalPool:
         if self._pool is None or self._pool.is_closed:
+            importlib.import_module("transformers.modeling_utils")  # what is here is imported once for all workers
             self._pool = LocalPool(self._num_ranks)
         return self._pool
 

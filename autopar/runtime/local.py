@@ -1,7 +1,9 @@
 """Functions on local gloo processes: one pool, started once, that runs one function after another.
 
-Every call makes a new default process group over the first `num_ranks` workers and destroys it afterwards. A worker
-that dies, raises or takes too long ends the whole pool, with one line that names its rank.
+Workers are forked from one server process that has imported torch and the runtime and does nothing else, so that a
+pool pays for those imports once and not in every rank, and a second pool not at all. Every call makes a new default
+process group over the first `num_ranks` workers and destroys it afterwards. A worker that dies, raises or takes too
+long ends the whole pool, with one line that names its rank.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -25,6 +28,9 @@ from typing import Any
 from autopar.errors import AutoparError
 
 _RELEASE = b"release"
+# What every training step imports sooner or later; and what is worth having where the caller has it.
+_PRELOADED = ("autopar.runtime.parity", "torch._dynamo", "torch.distributed.checkpoint")
+_PRELOADED_IF_USED = ("transformers.modeling_utils",)
 _ECHOES = ("Connection closed", "Connection reset", "Broken pipe")  # what survivors say when another rank is gone
 
 
@@ -33,24 +39,30 @@ class LocalRunError(AutoparError, RuntimeError):
 
 
 class LocalPool:
-    """`num_ranks` spawned processes. Use it in a `with`: leaving it ends them all.
+    """`num_ranks` new processes. Use it in a `with`: leaving it ends them all.
 
-    The functions that `run` takes must be importable (module level), their arguments and results picklable.
+    The functions that `run` takes must be importable (module level), their arguments and results picklable. Workers
+    have this process's environment as it is now. With `preloaded` they are forked from a server that has imported
+    torch (on Linux; elsewhere that is not safe) and share its hash seed; without it each is an interpreter of its own.
     """
 
-    def __init__(self, num_ranks: int, *, num_threads: int = 1) -> None:
+    def __init__(self, num_ranks: int, *, num_threads: int = 1, preloaded: bool = True) -> None:
         self.num_ranks = num_ranks
         self._folder = tempfile.TemporaryDirectory(prefix="autopar-local-")
         self._round = 0
-        context = mp.get_context("spawn")
+        context = _context(preloaded)
         self._pipes: list[Connection] = []
         self._workers: list[Any] = []
-        before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        os.environ.update(dict.fromkeys(before, str(num_threads)))  # read by the children when they import torch
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+        environment = {**os.environ, **threads}
+        before = {name: os.environ.get(name) for name in threads}
+        os.environ.update(threads)  # read when torch is imported, by the server or by a child of its own
         try:
             for rank in range(num_ranks):
                 ours, theirs = context.Pipe()
-                worker = context.Process(target=_work, args=(theirs, rank), name=f"autopar-rank-{rank}", daemon=True)
+                worker = context.Process(
+                    target=_work, args=(theirs, rank, environment), name=f"autopar-rank-{rank}", daemon=True
+                )
                 worker.start()
                 theirs.close()
                 self._pipes.append(ours)
@@ -139,6 +151,16 @@ class LocalPool:
         self._folder.cleanup()
 
 
+def _context(preloaded: bool) -> Any:
+    """How workers are started."""
+    if not preloaded or sys.platform != "linux":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    # Has an effect until the server runs, which then stays until this process ends.
+    context.set_forkserver_preload([*_PRELOADED, *(name for name in _PRELOADED_IF_USED if name in sys.modules)])
+    return context
+
+
 def _first_cause(failures: dict[int, tuple[BaseException | None, str]], what: str) -> BaseException:
     """The error to raise: a user's mistake first, then a death, then an error that is no lost connection."""
 
@@ -165,9 +187,11 @@ def run_local(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
         return pool.run(function, *args, timeout_s=timeout_s)
 
 
-def _work(pipe: Connection, rank: int) -> None:
+def _work(pipe: Connection, rank: int, environment: dict[str, str]) -> None:
     """A worker's life: take a task, run it in a process group of its own, answer, be released; end with the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts them all; the pool's owner ends its workers
+    os.environ.clear()  # a server has the environment of the time when it was started
+    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 

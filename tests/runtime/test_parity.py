@@ -106,6 +106,18 @@ def test_gpt2_in_float64(pool: LocalPool, name: str) -> None:
     check(pool, "gpt2", name, "float64")
 
 
+def hash_of_a_word() -> int:
+    return hash("a word")
+
+
+def test_ranks_need_no_common_hash_seed() -> None:
+    """Interpreters of their own, as torchrun starts them; those of `pool` are forked from one."""
+    with LocalPool(4, preloaded=False) as pool:
+        assert len(set(pool.run(hash_of_a_word))) == 4
+        for model, name in (("gpt2", "tp2xpp2_m2"), ("llama", "fsdp2xtp2"), ("llama", "pp2xfsdp2_zero3")):
+            check(pool, model, name, "float64")
+
+
 @pytest.mark.parametrize("name", REQUIRED)
 @pytest.mark.parametrize("model", ["llama", "llama_untied"])
 def test_llama_in_float64(pool: LocalPool, model: str, name: str) -> None:
