@@ -6,6 +6,7 @@ import shlex
 
 from autopar.export.settings import Settings, common_gaps, even_layers, main_recompute, num_chunks, one_mesh
 from autopar.plan.plan import MIXED, Plan, Recompute, Schedule, Stage
+from autopar.simulate.schedules import round_size
 
 OPTIMIZERS = {"adamw": "adam", "adam": "adam", "sgd": "sgd"}
 SHARDING = {2: "optim_grads", 3: "optim_grads_params"}
@@ -36,6 +37,8 @@ def to_megatron(plan: Plan) -> Settings:
             arguments.append(("--pipeline-model-parallel-layout", "|".join(_layout(plan, s) for s in plan.stages)))
         if plan.schedule in (Schedule.GPIPE, Schedule.ZERO_BUBBLE):
             gaps.append(f"the {plan.schedule} schedule: Megatron-LM runs 1F1B, interleaved with virtual stages")
+        if chunks > 1 and (size := round_size(num_ranks, plan.num_micro_batches)) != num_ranks:
+            arguments.append(("--microbatch-group-size-per-virtual-pipeline-stage", str(size)))
     if zero == 1:
         arguments.append(("--use-distributed-optimizer",))
     elif zero > 1:

@@ -36,6 +36,11 @@ def to_torchtitan(plan: Plan) -> Settings:
         parallelism["module_fqns_per_model_part"] = [_modules(plan, stage) for stage in plan.stages]
         if plan.schedule is Schedule.ZERO_BUBBLE and chunks == 1:
             gaps.append("a zero-bubble schedule of one stage a rank: ZBVZeroBubble has two, in a V")
+        if chunks > 1 and plan.num_micro_batches % max(1, plan.num_micro_batches // num_ranks):
+            gaps.append(
+                f"{plan.num_micro_batches} micro-batches on {num_ranks} interleaved ranks: Interleaved1F1B runs rounds "
+                "of equal size alone"
+            )
         if not plan.blocks:
             gaps.append("which modules each stage has: the plan file names no blocks")
             del parallelism["module_fqns_per_model_part"]

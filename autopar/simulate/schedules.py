@@ -106,33 +106,40 @@ def latency_aware_warmup(
 
 
 def interleaved(num_ranks: int, num_micro_batches: int, num_chunks: int) -> ActionLists:
-    """Megatron's interleaved 1F1B: micro-batches pass in rounds of p through each rank's chunks (Narayanan 2021).
+    """Megatron's interleaved 1F1B: micro-batches pass in rounds through each rank's chunks (Narayanan 2021).
 
-    Needs num_micro_batches to be a multiple of num_ranks, as Megatron does.
+    A round has p micro-batches, or, where these do not divide, the least number from p on that divides them (Megatron's
+    microbatch_group_size_per_vp_stage). InputError for fewer micro-batches than ranks.
     """
-    p, v = num_ranks, num_chunks
-    if num_micro_batches % p:
+    p, v, m = num_ranks, num_chunks, num_micro_batches
+    if m < p:
         raise InputError(
-            f"an interleaved schedule needs micro-batches ({num_micro_batches}) in a multiple of pipeline ranks ({p})"
+            f"an interleaved schedule needs as many micro-batches as pipeline ranks: {m} are fewer than {p}"
         )
-    total = num_micro_batches * v
+    total = m * v
+    size = round_size(p, m)
 
     def forward(rank: int, k: int) -> Action:
-        return Action(F, (k % (p * v)) // p * p + rank, k // (p * v) * p + k % p)
+        return Action(F, (k % (size * v)) // size * p + rank, k // (size * v) * size + k % size)
 
     def backward(rank: int, k: int) -> Action:
-        return Action(B, (v - 1 - (k % (p * v)) // p) * p + rank, k // (p * v) * p + k % p)
+        return Action(B, (v - 1 - (k % (size * v)) // size) * p + rank, k // (size * v) * size + k % size)
 
     lists = []
     for rank in range(p):
         # A rank alone needs no warm-up beyond its own chunks; others fill the ring twice, as in Megatron.
-        warmup = min((p - rank - 1) * 2 + (v - 1) * p, total)
+        warmup = min((p - rank - 1) * 2 + (v - 1) * size, total)
         actions = [forward(rank, k) for k in range(warmup)]
         for k in range(total - warmup):
             actions += [forward(rank, warmup + k), backward(rank, k)]
         actions += [backward(rank, k) for k in range(total - warmup, total)]
         lists.append(tuple(actions))
     return tuple(lists)
+
+
+def round_size(num_ranks: int, num_micro_batches: int) -> int:
+    """Micro-batches of a round of the interleaved schedule."""
+    return next(size for size in range(num_ranks, num_micro_batches + 1) if num_micro_batches % size == 0)
 
 
 def zero_bubble(num_ranks: int, num_micro_batches: int) -> ActionLists:

@@ -70,6 +70,19 @@ def test_megatron_arguments() -> None:
     assert "--pipeline-model-parallel-layout" not in words
 
 
+@pytest.mark.parametrize(("micro_batches", "size", "rounds_alike"), [(4, None, True), (5, "5", False), (9, "3", False)])
+def test_rounds_of_interleaved_micro_batches(micro_batches: int, size: str | None, rounds_alike: bool) -> None:
+    plan = make_plan((0, 2, 3, 4, 6), schedule=Schedule.INTERLEAVED, num_micro_batches=micro_batches)
+    stages = tuple(
+        replace(stage, devices=plan.stages[i % 2].devices, virtual=i // 2) for i, stage in enumerate(plan.stages)
+    )
+    plan = replace(plan, stages=stages, num_devices=8, global_batch=4 * micro_batches)
+    words = shlex.split(to_megatron(plan).text.replace("\\\n", " "))
+    option = "--microbatch-group-size-per-virtual-pipeline-stage"
+    assert (words[words.index(option) + 1] if option in words else None) == size
+    assert any("interleaved ranks" in gap for gap in to_torchtitan(plan).not_expressed) is not rounds_alike
+
+
 def mixed_plan() -> Plan:
     plan = make_plan(zero=1)
     full, none = Variant(recompute=Recompute.FULL), Variant()

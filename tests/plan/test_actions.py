@@ -69,7 +69,7 @@ def named(draw: st.DrawFn) -> tuple[Schedule, int, int, int]:
     name = draw(st.sampled_from(list(Schedule)))
     p = draw(st.integers(1, 6))
     v = draw(st.integers(1, 3)) if name is Schedule.INTERLEAVED else 1
-    m = p * draw(st.integers(1, 3)) if name is Schedule.INTERLEAVED else draw(st.integers(1, 10))
+    m = draw(st.integers(p if name is Schedule.INTERLEAVED else 1, 14))
     return name, p, m, v
 
 

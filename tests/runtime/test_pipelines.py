@@ -40,11 +40,13 @@ def plan_for(model: str, layouts: list[Layout], **settings: object) -> Plan:
     return staged_plan(graph_of(model, "float64"), layouts, **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("model", ["gpt2", "llama_untied"])
-def test_interleaved(pool: LocalPool, model: str) -> None:
+@pytest.mark.parametrize(("model", "global_batch", "num_micro_batches"), [("gpt2", 8, 4), ("llama_untied", 10, 5)])
+def test_interleaved(pool: LocalPool, model: str, global_batch: int, num_micro_batches: int) -> None:
     """Four stages of one block on two ranks; GPT-2's first and last share the embedding."""
-    plan = plan_for(model, [Layout(blocks=1)] * 4, num_micro_batches=4, schedule=INTERLEAVED, num_chunks=2)
-    check(pool, model, plan)
+    check(pool, model, plan_for(
+        model, [Layout(blocks=1)] * 4, global_batch=global_batch, num_micro_batches=num_micro_batches,
+        schedule=INTERLEAVED, num_chunks=2,
+    ))
 
 
 def test_interleaved_over_shards(pool: LocalPool) -> None:

@@ -20,5 +20,5 @@ def named_schedules(draw: st.DrawFn) -> tuple[Schedule, int, int, int]:
     name = draw(st.sampled_from(list(Schedule)))
     p = draw(st.integers(1, 4))
     v = draw(st.integers(1, 2)) if name is Schedule.INTERLEAVED else 1
-    m = p * draw(st.integers(1, 2)) if name is Schedule.INTERLEAVED else draw(st.integers(1, 6))
+    m = draw(st.integers(p, p + 5)) if name is Schedule.INTERLEAVED else draw(st.integers(1, 6))
     return name, p, m, v
