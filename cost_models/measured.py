@@ -266,11 +266,13 @@ def _fitted(
 
 
 def interpolation_errors(samples: Sequence[OpSample]) -> tuple[InterpolationError, ...]:
-    """Leave-one-out errors of every family with enough samples, in the order of the families' names."""
+    """Leave-one-out errors of every family with enough samples near others, in the order of the families' names."""
     found = []
     for key, points in OpTable(MeasuredOps(samples=tuple(samples))).families.items():
         if len(points) >= MIN_SAMPLES:
             middle, largest = _leave_one_out(points)
+            if math.isinf(middle):
+                continue  # no sample is near another: they tell nothing of one another
             target, settings, dtype, *_ = key
             name = f"{target}({settings}) {dtype}"
             found.append(

@@ -255,6 +255,16 @@ def test_records_that_are_cut_short_make_a_whole_profile() -> None:
     assert collect(job(), [rates[:10], ""], "today", 1.0) is None, "no rates yet"
 
 
+def test_samples_that_are_far_apart_tell_nothing_of_one_another_and_can_be_written() -> None:
+    found = collect(job(), [json.dumps({"label": "rates", "rates": RATES}) + "\n"] * 2, "today", 1.0)
+    assert found is not None
+    for step, errors in ((1, 1), (8, 0)):  # octaves
+        samples = tuple(sample(2 ** (step * i), 1e-3 * 2 ** (step * i)) for i in range(4))
+        profile = with_ops(found, samples, ())
+        assert len(profile.ops.errors) == errors
+        assert profile_from_json(profile_to_json(profile)) == profile
+
+
 def test_messages_between_machines_say_nothing_of_links_inside_one() -> None:
     seen = [(size, 1e-4 + size / 1e8) for size in (1024, 4096, 2**18, 2**20, 2**22)]
     rates = json.dumps({"label": "rates", "rates": RATES | {"all_reduce": seen, "send_recv": seen}}) + "\n"
