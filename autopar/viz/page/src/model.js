@@ -40,7 +40,7 @@ function block(entry, opName) {
     return h("div", {}, head, h("p", { class: "soft" }, `too many ops to draw; press "table" to read them`));
   }
   return h("div", {}, head, h("div", { class: "pair" }, graph(entry, opName, (op) => details(entry, op, aside)), aside),
-    entry.axes.length ? h("p", { class: "soft" }, "On an edge: how its tensor lies, and the collective that changes it (\u2193 forward, \u2191 backward). R: whole on every rank; S(d): dim d split "
+    entry.axes.length ? h("p", { class: "soft" }, "On an edge: how its tensor lies, and the collective that changes it, once for all who read it (\u2193 forward, \u2191 backward). R: whole on every rank; S(d): dim d split "
       + "over the ranks; P: each rank has a part of a sum; RP: whole, its gradient still to be summed.") : null);
 }
 
