@@ -21,6 +21,7 @@ from autopar.simulate.stage_cost import stage_cost
 log = logging.getLogger(__name__)
 MAX_SIMULATED = 12  # settings of least estimate
 WORTH = 0.002  # what unequal shares must gain
+FAR = 1.2  # times the best: where whole copies take so long, sharing out the states, which sends no less, is left out
 NOT_SHARED = "unequal batch shares but in plans of one stage on all devices"
 
 TimeOf = Callable[[int, int], float]  # seconds of a kind of data rank with so many rows
@@ -42,10 +43,16 @@ def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline:
     found: MixedFound | None = None
     try:
         estimates: list[tuple[float, Candidate, tuple[int, ...]]] = []
+        copies_s: dict[tuple[object, ...], float] = {}  # of whole copies of the states, which come first
         for candidate, total in _settings(engine, request):
             if _is_over(engine, deadline):
                 break
+            key = (candidate.tp, candidate.sequence_parallel, candidate.split_weights, total)
+            if copies_s.get(key, 0.0) >= best_s * FAR:
+                continue
             estimate = _estimate(engine, candidate, total)
+            if candidate.zero == 0 and estimate is not None:
+                copies_s[key] = estimate[0]
             if estimate is not None and estimate[0] < best_s:
                 estimates.append((estimate[0], candidate, estimate[1]))
         for _, candidate, rows in sorted(estimates)[:MAX_SIMULATED]:
