@@ -8,7 +8,9 @@ rate (emulated_hosts.py) with one gloo process, whose device is paced (paced.py)
 cluster file is written with what was measured, the planner plans for it, and the plan that it finds is run beside at
 least a dozen others: data parallel with even and with uneven shares, fully sharded, tensor parallel, even and uneven
 pipelines under several schedules and micro-batches. All plans take turns: one round to warm up, then `--rounds`, of
-which the median counts. All losses of the first step are compared.
+which the median counts. All losses of the first step are compared. "CPU" is the share of a step in which the busiest
+rank really computes: where all ranks together come near the machine's cores, or others use those, steps are longer than
+the paced devices'.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def kill_a_rank(victim: int, *, torchrun: bool) -> None:
         how = "torchrun" if torchrun else "processes"
         statuses = [process.returncode for process in started]
         print(f"{how}: rank {victim} killed; all ended after {took:.1f} s with statuses {statuses}", flush=True)
-        for line in said or re.findall(r".*SIGKILL.*|.*Signal 9.*", text)[:2]:
+        for line in said or re.findall(r" *(?:rank|exitcode) *: .*", text)[-2:]:
             print(f"    {line.strip()}", flush=True)
         if torchrun:
             return
