@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 EACH = 8  # up to so many nodes of a kind every number of them is a part; beyond, 1, 2, 3, 4, 6, 8, 12, 16 ... and all
 MAX_PLANNED = 40  # parts; a limit in work, so that the same input gives the same answer on every machine
 MAX_QUICKER = 4  # parts that are planned where the time counts: the whole cluster comes first
+MAX_TOLD = 2  # where all devices are to be used and a part is only told of
 MAX_UNLIKE_NODES = 16  # of a cluster of unlike nodes that parts are planned of for the time's sake, as they take longer
 WORTH = 0.005  # devices are left idle for the time's sake where a step is shorter by so much
 
 Counts = tuple[int, ...]  # devices of each pool
-Parts = Callable[[int, int], None]  # parts that are settled, of how many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ class Choice:
 
 def choose_devices(
     graph: ModelGraph, cluster: Cluster, request: PlanRequest, objective: Objective, *, idle: bool = False,
-    progress: Progress | None = None, tell: Parts | None = None,
+    progress: Progress | None = None,
 ) -> Choice:
     """The part of the cluster that is best by the objective, with its plan.
 
@@ -109,7 +109,7 @@ def choose_devices(
     and a device has no price.
     """
     pools = ClusterPools(cluster)
-    return _Fleet(graph, cluster, request, objective, pools, idle=idle).run(progress, tell)
+    return _Fleet(graph, cluster, request, objective, pools, idle=idle).run(progress)
 
 
 class _Fleet:
@@ -132,7 +132,7 @@ class _Fleet:
         self.worth = WORTH if objective.goal is Goal.TIME else 0.0
         self.interrupted = False
 
-    def run(self, progress: Progress | None, tell: Parts | None) -> Choice:
+    def run(self, progress: Progress | None) -> Choice:
         began = time.monotonic()
         limit = self.request.max_search_seconds
         deadline = began + limit if limit is not None else None
@@ -145,31 +145,38 @@ class _Fleet:
             self._plan(self.whole, 0.0, deadline, progress)
             if self.only_whole and self.planned[0].plan is None:
                 raise self.errors[self.whole]
-        queue = [(*self._bound(counts), counts) for counts in every] if len(every) > len(self.planned) else []
-        queue = [entry for entry in queue if entry[0] < math.inf and not (quicker and entry[2] == self.whole)]
+        queue: list[tuple[float, float, Counts]] = []
+        stopped = bool(self.planned) and self._is_over(deadline)
+        try:
+            if not stopped and len(every) > len(self.planned):
+                queue = [(*self._bound(counts), counts) for counts in every if not (quicker and counts == self.whole)]
+        except KeyboardInterrupt:
+            if self.best is None or self.best.plan is None:
+                raise
+            stopped = self.interrupted = True
+        queue = [entry for entry in queue if entry[0] < math.inf]
         heapq.heapify(queue)
-        stopped, most = False, MAX_QUICKER if quicker else MAX_PLANNED
+        most = MAX_TOLD if self.only_whole else MAX_QUICKER if quicker else MAX_PLANNED
         while queue and (self.best is None or queue[0][0] < self.best.value * (1 - self.worth)):
-            if self.planned and (
-                self.interrupted or len(self.planned) >= most
-                or (deadline is not None and time.monotonic() >= deadline)
-            ):
+            if self.planned and (len(self.planned) >= most or self._is_over(deadline)):
                 stopped = True
                 break
             bound, _, counts = heapq.heappop(queue)
             self._plan(counts, bound, deadline, progress)
-            if tell is not None:
-                tell(len(every) - len(queue), len(every))
         best = self.planned[0] if self.only_whole else self.best
         if best is None or best.plan is None or math.isinf(best.value):
             raise self._nothing()
-        planned = self.planned[:1] if self.only_whole else self.planned
-        lower = min([best.value, *(own.lower_bound for own in planned), *(entry[0] for entry in queue[:1])])
+        lower = best.lower_bound
+        if not self.only_whole:
+            lower = min([lower, *(own.lower_bound for own in self.planned), *(entry[0] for entry in queue[:1])])
         return Choice(
             objective=self.objective, best=replace(best, plan=self._told(best, best.plan, len(every))),
-            lower_bound=lower, num_parts=len(every), stopped_early=stopped,
+            lower_bound=min(lower, best.value), num_parts=len(every), stopped_early=stopped,
             planned=tuple(sorted(self.planned, key=lambda own: (sum(own.counts), own.counts))),
         )
+
+    def _is_over(self, deadline: float | None) -> bool:
+        return self.interrupted or (deadline is not None and time.monotonic() >= deadline)
 
     def _plan(self, counts: Counts, bound: float, deadline: float | None, progress: Progress | None) -> None:
         """Plans a part; it is the best so far where it is better."""

@@ -292,7 +292,7 @@ def test_an_interrupt_keeps_what_was_measured() -> None:
 def dies(rank: int, job: Job) -> None:
     if rank == 1:
         os._exit(3)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_process_that_dies_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,5 +300,5 @@ def test_a_process_that_dies_ends_the_others(monkeypatch: pytest.MonkeyPatch) ->
     start = time.perf_counter()
     with pytest.raises(AutoparError, match="profiling failed: process 1") as caught:
         profile_local(2, budget_s=0.5, device="cpu")
-    assert time.perf_counter() - start < 30
+    assert time.perf_counter() - start < 300
     assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 from toy_graphs import cluster, mlp_chain
@@ -13,7 +14,9 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.part import part_of
 from autopar.errors import InfeasibleError, InputError
 from autopar.plan.goal import Goal
+from autopar.plan.plan import Plan
 from autopar.plan.verify import machine_of, verify_plan
+from autopar.search import fleet
 from autopar.search.fleet import Choice, choose_devices, numbers_to_try, parts
 from autopar.search.mixed_costs import ClusterPools
 from autopar.search.objective import Objective, longest_step_s
@@ -137,3 +140,28 @@ def test_a_deadline_gives_the_longest_step() -> None:
 def test_bad_input_stays_bad_input(objective: Objective) -> None:
     with pytest.raises(InputError, match="magic"):
         choose_devices(GRAPH, priced(), replace(REQUEST, optimizer="magic"), objective)
+
+
+@pytest.mark.parametrize("goal", [Goal.TIME, Goal.COST])
+def test_without_time_the_first_plan_is_taken(goal: Goal) -> None:
+    choice = choose_devices(GRAPH, priced(), replace(REQUEST, max_search_seconds=0.0), Objective(goal=goal))
+    assert len(choice.planned) == 1 and choice.stopped_early
+    verify_plan(choice.plan, GRAPH, choice.best.cluster)
+
+
+def test_an_interrupt_keeps_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second part is interrupted before anything of it is found."""
+    calls = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Plan:
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return find_plan(*args, **kwargs)
+
+    monkeypatch.setattr(fleet, "find_plan", interrupted)
+    choice = choose_devices(GRAPH, priced(), REQUEST, Objective(goal=Goal.COST))
+    assert choice.stopped_early and len(choice.planned) == 1
+    calls.append(())
+    with pytest.raises(KeyboardInterrupt):
+        choose_devices(GRAPH, priced(), REQUEST, Objective(goal=Goal.COST))
