@@ -144,7 +144,7 @@ def parts_table(choice: dict[str, Any]) -> list[Any]:
         "devices": f"the fewest, {value:g}",
     }[goal]
     limit = f", with a step of at most {choice['max_step_time_s']:.4g} s" if choice["max_step_time_s"] else ""
-    others = "not looked at" if choice["stopped_early"] else "cannot be better by their bounds"
+    others = "were not planned" if choice["stopped_early"] or goal == "time" else "cannot be better by their bounds"
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("devices")
     for heading in ("number", "step s", "cost of a step"):

@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 EACH = 8  # up to so many nodes of a kind every number of them is a part; beyond, 1, 2, 3, 4, 6, 8, 12, 16 ... and all
 MAX_PLANNED = 40  # parts; a limit in work, so that the same input gives the same answer on every machine
 MAX_QUICKER = 4  # parts that are planned where the time counts: the whole cluster comes first
-MAX_TOLD = 2  # where all devices are to be used and a part is only told of
+# Where all devices are to be used and a part is only told of: parts that are planned, and how much less than the step
+# a part must take by its bound, as no plan comes near that bound.
+MAX_TOLD, TOLD = 2, 0.3
 MAX_UNLIKE_NODES = 16  # of a cluster of unlike nodes that parts are planned of for the time's sake, as they take longer
 WORTH = 0.005  # devices are left idle for the time's sake where a step is shorter by so much
 
@@ -78,7 +80,8 @@ class Choice:
 
     @property
     def gap(self) -> float:
-        return 1 - self.lower_bound / self.best.value if self.best.value > 0 else 0.0
+        """How far the objective may be above the least there is, as a share of that."""
+        return self.best.value / self.lower_bound - 1 if self.lower_bound > 0 else math.inf
 
     def report(self) -> dict[str, Any]:
         """The choice as plain values: the objective, what was proved of it, and a row for each part."""
@@ -157,7 +160,8 @@ class _Fleet:
         queue = [entry for entry in queue if entry[0] < math.inf]
         heapq.heapify(queue)
         most = MAX_TOLD if self.only_whole else MAX_QUICKER if quicker else MAX_PLANNED
-        while queue and (self.best is None or queue[0][0] < self.best.value * (1 - self.worth)):
+        worth = TOLD if self.only_whole else self.worth
+        while queue and (self.best is None or queue[0][0] < self.best.value * (1 - worth)):
             if self.planned and (len(self.planned) >= most or self._is_over(deadline)):
                 stopped = True
                 break
