@@ -138,7 +138,7 @@ class Engine:
             until = now + (deadline - now) / 2
             order = [candidate for first in range(SPREAD) for candidate in candidates[first::SPREAD]]
         for candidate in order:
-            if self._out_of_time(until):
+            if self.out_of_time(until):
                 state.timed_out = state.stopped = True
                 state.lower = 0.0  # nothing is known of the rest
                 break
@@ -158,7 +158,7 @@ class Engine:
             best = state.best
             if bound >= state.below_s or (best is not None and bound >= best.step_time_s):
                 break
-            timed_out = self._out_of_time(deadline)
+            timed_out = self.out_of_time(deadline)
             stopped = timed_out or state.simulations >= state.most or actions >= MAX_SIMULATED_ACTIONS
             if stopped and (best is not None or timed_out or math.isfinite(state.below_s)):
                 state.stopped = True
@@ -195,7 +195,8 @@ class Engine:
             if not even and candidate.pp > 1 and len(self.graph.blocks) > candidate.pp:
                 state.lower = min(state.lower, bound)  # its other cuts
 
-    def _out_of_time(self, deadline: float | None) -> bool:
+    def out_of_time(self, deadline: float | None) -> bool:
+        """Whether the user's interrupt or the time limit has come."""
         return self.interrupted or (deadline is not None and time.monotonic() > deadline)
 
     def probe(self, candidates: Sequence[Candidate], deadline: float) -> None:
@@ -205,7 +206,7 @@ class Engine:
             cuts = self.even_cuts(candidate.pp)
             if cuts is not None and self.simulate(candidate, cuts) is not None:
                 return
-            if self._out_of_time(until):
+            if self.out_of_time(until):
                 return
 
     def _quick_bound(self, candidate: Candidate, limit_s: float) -> float:

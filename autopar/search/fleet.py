@@ -272,7 +272,7 @@ class _Fleet:
     ) -> Planned:
         part = part_of(self.cluster, self._ranks(counts))
         request = self.request
-        if deadline is not None:
+        if deadline is not None and self.planned:  # the first has all the time
             request = replace(request, max_search_seconds=max(0.0, deadline - time.monotonic()))
         try:
             engine = Engine(self.graph, part, request)

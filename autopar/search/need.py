@@ -25,7 +25,9 @@ def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | 
     smallest = min((node.device for node in cluster.nodes), key=lambda device: device.usable_memory_bytes)
     latest = time.monotonic() + MAX_SECONDS
     nodes = some_nodes(engine, latest if deadline is None else min(latest, deadline))
-    less = next((words for words, own in lighter(engine) if fits(engine.graph, cluster, own)), "")
+    less = "" if engine.out_of_time(deadline) else next(
+        (words for words, own in lighter(engine) if fits(engine.graph, cluster, own)), ""
+    )
     kind = cluster.nodes[-1]
     more = (
         f", or {nodes * kind.num_devices} devices ({nodes}x{kind.num_devices}x{kind.device.name})" if nodes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -48,7 +47,7 @@ def search_orders(engine: Engine, best_s: float, deadline: float | None) -> Orde
     try:
         for base in engine.quickest_pipelines(ORDERED):
             for plan in _orders(engine, base, best_s):
-                if engine.interrupted or (deadline is not None and time.monotonic() > deadline):
+                if engine.out_of_time(deadline):
                     return found
                 limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
                 made = _simulated(engine, base, plan)

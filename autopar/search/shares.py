@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -45,7 +44,7 @@ def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline:
         estimates: list[tuple[float, Candidate, tuple[int, ...]]] = []
         copies_s: dict[tuple[object, ...], float] = {}  # of whole copies of the states, which come first
         for candidate, total in _settings(engine, request):
-            if _is_over(engine, deadline):
+            if engine.out_of_time(deadline):
                 break
             key = (candidate.tp, candidate.sequence_parallel, candidate.split_weights, total)
             if copies_s.get(key, 0.0) >= best_s * FAR:
@@ -56,7 +55,7 @@ def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline:
             if estimate is not None and estimate[0] < best_s:
                 estimates.append((estimate[0], candidate, estimate[1]))
         for _, candidate, rows in sorted(estimates)[:MAX_SIMULATED]:
-            if _is_over(engine, deadline):
+            if engine.out_of_time(deadline):
                 break
             limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
             made = _simulated(engine, candidate, rows)
@@ -65,10 +64,6 @@ def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline:
     except KeyboardInterrupt:
         engine.interrupted = True
     return found
-
-
-def _is_over(engine: Engine, deadline: float | None) -> bool:
-    return engine.interrupted or (deadline is not None and time.monotonic() > deadline)
 
 
 def _settings(engine: Engine, request: PlanRequest) -> Iterator[tuple[Candidate, int]]:
