@@ -417,10 +417,23 @@ class _FusedGroups:
             if self.costs.root(name) not in produced
         )
 
+    def read_again(self, root: str) -> set[str]:
+        """The group's inputs that its backward computes from: those that what its ops would keep is made of.
+
+        A rotation of queries is linear in them, so that its backward needs the angles alone.
+        """
+        ops = self.groups[root]
+        needed = {self.costs.root(name) for op in ops for name in op.saved}
+        for op in reversed(ops):
+            if any(output in needed and self.is_internal(output) for output in op.outputs if output):
+                needed.update(self.costs.root(name) for name in op.operands)
+        return needed.intersection(self.inputs(root))
+
     def kept_inputs(self) -> tuple[str, ...]:
         """Inputs of groups that the backward reads."""
         return tuple(
-            name for root in self.groups for name in self.inputs(root) if self.costs.whole(name).requires_grad
+            name for root in self.groups for name in sorted(self.read_again(root))
+            if self.costs.whole(name).requires_grad
         )
 
     def times(self, state: dict[str, Placement]) -> tuple[float, float]:
@@ -439,5 +452,6 @@ class _FusedGroups:
             grads = sum(tensor.size_bytes for tensor in read if tensor.requires_grad)
             forward += kernel_time_s(device, (in_bytes + out_bytes) / bandwidth)
             if any(tensor.requires_grad for tensor in written):
-                backward += kernel_time_s(device, (in_bytes + out_bytes + grads) / bandwidth)
+                again = sum(costs.local(name, state[name]).size_bytes for name in self.read_again(root))
+                backward += kernel_time_s(device, (again + out_bytes + grads) / bandwidth)
         return forward, backward

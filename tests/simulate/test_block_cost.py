@@ -156,3 +156,13 @@ def test_compile_saves_time_and_bytes(llamas: dict[str, ModelGraph]) -> None:
     assert compiled.forward_compute_s < eager.forward_compute_s
     assert compiled.backward_compute_s < eager.backward_compute_s
     assert compiled.saved_bytes < eager.saved_bytes
+
+
+def test_saved_bytes_of_a_compiled_llama_layer(llamas: dict[str, ModelGraph]) -> None:
+    """As written out, less silu(gate), which is computed again; rotations and residual sums are linear."""
+    h, i, k, heads = 512, 1408, 128, 8
+    norm = 2 * h + 4 + 2 * h
+    attention = 2 * (h + k + k + h) + 4 * heads
+    mlp = 2 * (3 * i)
+    saved = decoder(llamas["bfloat16"], compiled=True).saved_bytes
+    assert saved == 4 * 256 * (2 * norm + attention + mlp)
