@@ -18,6 +18,12 @@ from autopar.graph.model_graph import Op, refs_in
 # Attention with a mask given as a tensor runs the memory-efficient kernel, which skips nothing and reaches about 0.6 of
 # the flash kernel's rate (assumed, range 0.4-0.8).
 MASKED_ATTENTION_SLOWDOWN = 0.6
+# Fused attention deals tiles of 128 queries of one head to the multiprocessors; a causal one is half as much work. With
+# so many whole tiles for each multiprocessor it reaches half of its rate, forward and backward (which has tiles of keys
+# besides). From the kernels at 4 to 128 heads and 4096 keys in SimuMax's system files (A100: 0.9 and 0.3, B200: 1.2 and
+# 0.3; taken to be alike on other devices).
+ATTENTION_TILE_ROWS = 128
+ATTENTION_HALF_TILES = (1.0, 0.3)
 # Convolutions relative to matrix products (assumed, range 0.4-0.9).
 CONVOLUTION_EFFICIENCY = 0.6
 # Large copies reach 0.90 of HBM's peak on H200 and A100; kernels that also compute a little less (range 0.75-0.92).
@@ -180,7 +186,10 @@ def op_time_s(
         return _experts_time(operands, device, dtype, flops, backward_flops if grads else 0.0)
     if kind is OpKind.ATTENTION:
         keys = operands[1].shape[-2] if len(operands) > 1 else operands[0].shape[-2]
-        forward_share, backward_share = attention_efficiency(device, operands[0].shape[-1], keys, is_causal(op))
+        head_dim = operands[0].shape[-1]
+        forward_share, backward_share = attention_efficiency(
+            device, head_dim, keys, is_causal(op), operands[0].numel / max(1.0, head_dim)
+        )
         peak = device.peak(dtype) * (MASKED_ATTENTION_SLOWDOWN if has_mask(op) else 1.0)
         bandwidth = memory_bandwidth(device)
         return OpTime(
@@ -329,23 +338,26 @@ def is_identity_cast(op: Op, operands: Sequence[LocalTensor], outputs: Sequence[
 
 
 def attention_efficiency(
-    device: DeviceType, head_dim: float, keys: float = math.inf, causal: bool = True
+    device: DeviceType, head_dim: float, keys: float = math.inf, causal: bool = True, queries: float = math.inf
 ) -> tuple[float, float]:
-    """Shares of the peak of fused attention, forward and backward.
+    """Shares of the peak of fused attention, forward and backward; `queries` are those of all rows and heads together.
 
     Heads smaller than 128 use the units less, and so do short sequences; without a causal mask half as many keys give
-    as much work.
+    as much work. Where there are few tiles for each multiprocessor, the last of them run alone.
     """
     found = efficiency_of(device.name)
     share = min(1.0, 0.6 + 0.4 * head_dim / 128)  # 0.8 at head dim 64, as in FlashAttention-2's figures
     fewer = 1.0 if causal else 0.5
+    tiles = queries / ATTENTION_TILE_ROWS / found.multiprocessors * (0.5 if causal else 1.0)
 
-    def reached(half_keys: float) -> float:
-        return share if math.isinf(keys) else share * keys / (keys + half_keys * fewer)
+    def reached(half_keys: float, half_tiles: float) -> float:
+        by_length = 1.0 if math.isinf(keys) else keys / (keys + half_keys * fewer)
+        return share * by_length * (1.0 if math.isinf(tiles) else tiles / (tiles + half_tiles))
 
+    forward_tiles, backward_tiles = (0.0, 0.0) if _is_cpu(device) else ATTENTION_HALF_TILES
     return (
-        found.attention_forward * reached(found.attention_half_keys),
-        found.attention_backward * reached(found.attention_backward_half_keys),
+        found.attention_forward * reached(found.attention_half_keys, forward_tiles),
+        found.attention_backward * reached(found.attention_backward_half_keys, backward_tiles),
     )
 
 
