@@ -18,11 +18,10 @@ from autopar.graph.model_graph import Op, refs_in
 # Attention with a mask given as a tensor runs the memory-efficient kernel, which skips nothing and reaches about 0.6 of
 # the flash kernel's rate (assumed, range 0.4-0.8).
 MASKED_ATTENTION_SLOWDOWN = 0.6
-# Fused attention deals tiles of 128 queries of one head to the multiprocessors; a causal one is half as much work. With
-# so many whole tiles for each multiprocessor it reaches half of its rate, forward and backward (which has tiles of keys
+# Fused attention deals tiles of queries of one head to the multiprocessors; a causal one is half as much work. With so
+# many whole tiles for each multiprocessor it reaches half of its rate, forward and backward (which has tiles of keys
 # besides). From the kernels at 4 to 128 heads and 4096 keys in SimuMax's system files (A100: 0.9 and 0.3, B200: 1.2 and
 # 0.3; taken to be alike on other devices).
-ATTENTION_TILE_ROWS = 128
 ATTENTION_HALF_TILES = (1.0, 0.3)
 # Convolutions relative to matrix products (assumed, range 0.4-0.9).
 CONVOLUTION_EFFICIENCY = 0.6
@@ -348,7 +347,7 @@ def attention_efficiency(
     found = efficiency_of(device.name)
     share = min(1.0, 0.6 + 0.4 * head_dim / 128)  # 0.8 at head dim 64, as in FlashAttention-2's figures
     fewer = 1.0 if causal else 0.5
-    tiles = queries / ATTENTION_TILE_ROWS / found.multiprocessors * (0.5 if causal else 1.0)
+    tiles = queries / found.attention_tile_rows / found.multiprocessors * (0.5 if causal else 1.0)
 
     def reached(half_keys: float, half_tiles: float) -> float:
         by_length = 1.0 if math.isinf(keys) else keys / (keys + half_keys * fewer)

@@ -27,6 +27,7 @@ class Efficiency:
     host: float
     attention_backward_half_keys: float
     odd_rows: float
+    attention_tile_rows: float
 
 
 @cache
@@ -36,6 +37,7 @@ def efficiency_of(name: str) -> Efficiency:
     values = {name: entry[name]["value"] for name in (field.name for field in fields(Efficiency)) if name in entry}
     values.setdefault("attention_backward_half_keys", values["attention_half_keys"])
     values.setdefault("odd_rows", ALIGNED_SHARE[1])
+    values.setdefault("attention_tile_rows", 128)
     return Efficiency(**values)
 
 
