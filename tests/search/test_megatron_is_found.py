@@ -2,17 +2,20 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from real_blocks import moves
 
 from autopar.cluster.parse import parse_cluster
+from autopar.graph.fuse import fused_class
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.graph.source import capture_source, load_source
 from autopar.plan.verify import verify_plan
 from autopar.search.planner import Degrees, plan_from_degrees
 from autopar.sharding.strategy import ClassSharding
+from autopar.simulate.block_cost import block_cost
 
 CLUSTER = parse_cluster("8xH100-80GB")
 LLAMA = {
@@ -73,3 +76,24 @@ def test_columns_then_rows_with_two_collectives_each_way(
         assert forward == backward == {"all_gather": 2, "reduce_scatter": 2}
     else:
         assert forward == backward == {"all_reduce": 2}
+
+
+@pytest.mark.parametrize(("tp", "sequence_parallel", "each_element"), [
+    (2, False, 8 + 24 / 2), (8, False, 8 + 24 / 8), (8, True, 4 + 28 / 8),
+])
+@pytest.mark.parametrize("captured", ["gpt2"], indirect=True)
+def test_a_layer_keeps_what_korthikanti_et_al_count(
+    captured: ModelGraph, tp: int, sequence_parallel: bool, each_element: float
+) -> None:
+    """s b h (10 + 24 / t), of which 2 are dropout's masks, which this model has none of.
+
+    Split by sequence, all of it is over t but what the column products read: they keep it gathered, where Megatron
+    gathers it again in the backward.
+    """
+    graph = replace(captured, classes=tuple(map(fused_class, captured.classes)))
+    cls, choice = layer_sharding(graph, tp, sequence_parallel=sequence_parallel)
+    cost = block_cost(
+        graph, cls, choice, tp=tp, rows=4, device=CLUSTER.device(0), dtype="bfloat16",
+        tp_group=CLUSTER.group(tuple(range(tp))),
+    )
+    assert cost.saved_bytes == pytest.approx(4 * 2048 * 4096 * each_element, rel=0.01)
