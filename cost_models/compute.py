@@ -25,6 +25,10 @@ MASKED_ATTENTION_SLOWDOWN = 0.6
 ATTENTION_HALF_TILES = (1.0, 0.3)
 # Convolutions relative to matrix products (assumed, range 0.4-0.9).
 CONVOLUTION_EFFICIENCY = 0.6
+# Images lie channel by channel, which tensor cores cannot read in 16 bits: kernels before and behind a convolution turn
+# its operands and its result over, the weights among them. Counted in kernels-H200.csv, where small ones take 17 us
+# forward, four launches, and 30 to 50 us backward.
+CONVOLUTION_TURNS = 3
 # Large copies reach 0.90 of HBM's peak on H200 and A100; kernels that also compute a little less (range 0.75-0.92).
 MEMORY_EFFICIENCY = 0.85
 # Kernels that compute along rows, or add at random places, are bound by the multiprocessors before they are by HBM:
@@ -171,11 +175,15 @@ def op_time_s(
         if kind is OpKind.CONVOLUTION:
             rate *= CONVOLUTION_EFFICIENCY
         bandwidth = memory_bandwidth(device)
-        forward = kernel_time_s(device, max(flops / rate, (in_bytes + out_bytes) / bandwidth))
+        moved = in_bytes + out_bytes
+        turned_s = 0.0
+        if kind is OpKind.CONVOLUTION and used in ("bfloat16", "float16") and not _is_cpu(device):
+            turned_s = CONVOLUTION_TURNS * memory_time_s(device, 2 * moved / CONVOLUTION_TURNS)
+        forward = kernel_time_s(device, max(flops / rate, moved / bandwidth)) + turned_s
         # Each gradient of a product is a product of the same three sizes, which reads two of the tensors' like and
         # writes the third's.
         products = max(1, round(backward_flops / flops)) if flops else len(grads)
-        each = kernel_time_s(device, max(backward_flops / products / rate, (in_bytes + out_bytes) / bandwidth))
+        each = kernel_time_s(device, max(backward_flops / products / rate, moved / bandwidth)) + turned_s
         # The gradient of a bias is a sum over the result's.
         bias_s = sum(
             memory_time_s(device, out_bytes + x.size_bytes) for x in grads if len(x.shape) == 1 and len(operands) == 3

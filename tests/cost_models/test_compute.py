@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopar.cost_models.compute import (
+    CONVOLUTION_EFFICIENCY,
     FREE,
     MULTIPROCESSOR_RATES,
     LocalTensor,
@@ -144,3 +145,18 @@ def test_a_product_of_two_gradients_reads_the_result_twice() -> None:
     one = op_time_s(op, [x, fixed], [x], H100, "bfloat16", flops=0, backward_flops=0, saved_bytes=x.size_bytes)
     assert both.backward_s == kernel_time_s(H100, 6 * x.size_bytes / memory_bandwidth(H100))
     assert one.backward_s == kernel_time_s(H100, 3 * x.size_bytes / memory_bandwidth(H100))
+
+
+def test_a_convolution_turns_its_tensors_over() -> None:
+    """4 images of 16 x 16 and 64 channels: each kernel moves so little that launches are what it takes: 4 and 8."""
+    op = Op(name="c", target="aten.conv2d.default", args=(Ref("x"), Ref("w"), Ref("b")), outputs=("y",))
+    tensors = tensor(4, 64, 16, 16), tensor(64, 64, 3, 3), tensor(64)
+    out = tensor(4, 64, 16, 16)
+    flops = 2.0 * out.numel * 64 * 9
+    time = op_time_s(op, tensors, (out,), H100, "bfloat16", flops=flops, backward_flops=2 * flops)
+    launch, bias_s = H100.kernel_launch_s, H100.kernel_launch_s
+    assert (time.forward_s, time.backward_s) == pytest.approx((4 * launch, 8 * launch + bias_s))
+    wide = tuple(LocalTensor(one.shape, 4, True) for one in (*tensors, out))
+    plain = op_time_s(op, wide[:3], wide[3:], H100, "float32", flops=flops, backward_flops=2 * flops)
+    rate = H100.peak("float32") * matmul_efficiency(H100, 1024, 64, 576, 1, "float32") * CONVOLUTION_EFFICIENCY
+    assert plain.forward_s == pytest.approx(kernel_time_s(H100, flops / rate))  # float32 is read as it lies
