@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from autopar.cluster.local import local_cluster
+from autopar.errors import InputError
 from autopar.graph.capture import capture
 from autopar.graph.source import capture_source, load_source
 from autopar.local_check import RealModel
@@ -148,9 +149,13 @@ def main() -> None:
             factory = RealModel(spec=str(path), seq_len=SEQ_LEN[name], dtype="float32")
             for index in chosen:
                 title, degrees = PLANS[index]
-                plan = plan_from_degrees(graph, cluster, Degrees(
-                    global_batch=GLOBAL_BATCH, seq_len=graph.sequence_length, dtype="float32", **degrees
-                ))
+                try:
+                    plan = plan_from_degrees(graph, cluster, Degrees(
+                        global_batch=GLOBAL_BATCH, seq_len=graph.sequence_length, dtype="float32", **degrees
+                    ))
+                except InputError as error:
+                    print(f"{name} {title}: left out, {error}", flush=True)
+                    continue
                 work.append((name, title, graph, factory, plan))
         if options.profile is not None:
             profile = load_profile(options.profile)
