@@ -7,7 +7,7 @@ table of ranges: `table[first, last]` is the cost of blocks[first:last], infinit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,15 +44,35 @@ def _only_ranges(table: Table) -> Table:
 
 def smallest_sum(tables: Sequence[Table]) -> Cut | None:
     """The cut with the smallest sum of `tables[s][range of s]`; None where none is allowed."""
+    return least_sums(tables)[1]
+
+
+def least_sums(tables: Sequence[Table]) -> tuple[list[Table], Cut | None]:
+    """By each stage's first block the smallest sum of what it and the stages after it take; and the smallest_sum."""
+    sums, choices = _backward(tables, np.add)
+    return sums, _cut(float(sums[0][0]), choices, len(tables[0]) - 1)
+
+
+def least_worst(tables: Sequence[Table]) -> tuple[list[Table], list[NDArray[np.intp]]]:
+    """By each stage's first block the smallest bottleneck of it and the stages after it; where the next one begins."""
+    worst, choices = _backward(tables, np.maximum)
+    return worst, choices[::-1]
+
+
+def _backward(
+    tables: Sequence[Table], join: Callable[[Table, Table], Table]
+) -> tuple[list[Table], list[NDArray[np.intp]]]:
+    """By each stage's first block what all from it on take at least, first stage first; choices from the last one."""
     num_blocks = len(tables[0]) - 1
     below = tables[-1][:, num_blocks]
-    choices: list[NDArray[np.intp]] = []
+    found, choices = [below], list[NDArray[np.intp]]()
     for table in reversed(tables[:-1]):
-        total = table + below[None, :]
+        total = join(table, below[None, :])
         choice = np.argmin(total, axis=1)
         choices.append(choice)
         below = total[np.arange(num_blocks + 1), choice]
-    return _cut(float(below[0]), choices, num_blocks)
+        found.append(below)
+    return found[::-1], choices
 
 
 def smallest_bottleneck(tables: Sequence[Table], first_extra: Table | None = None) -> Cut | None:

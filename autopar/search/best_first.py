@@ -97,6 +97,7 @@ class Engine:
         self.best: Found | None = None  # of all that was simulated
         self.interrupted = False  # by the user, with a plan already found: every search from then on ends at once
         self._simulated: dict[tuple[Candidate, Cuts], Found | None] = {}
+        self._cut_s: dict[tuple[Candidate, Cuts], float] = {}  # bounds of cuts
         self._quick: dict[Candidate, float] = {}
         self._even: dict[int, Cuts | None] = {}
 
@@ -182,10 +183,15 @@ class Engine:
                 continue
             if level is Level.OF_CUTS:
                 limit_s = min(state.below_s, best.step_time_s if best else math.inf)
-                closer = self.bounds.closer(candidate, bound, limit_s)
-                heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
+                closer, of_cuts = self.bounds.closer(candidate, bound, cuts, limit_s)
+                if closer < math.inf:
+                    self._cut_s |= {(candidate, cut): own for cut, own in of_cuts.items()}
+                    cuts = tuple(sorted(of_cuts, key=lambda cut: (of_cuts[cut], cut)))
+                    heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
                 continue
             for cut in cuts:
+                if state.best is not None and self._cut_s.get((candidate, cut), 0.0) >= state.best.step_time_s:
+                    continue
                 if (candidate, cut) not in self._simulated:
                     state.simulations += 1
                     actions += 2 * candidate.pp * candidate.num_micro_batches

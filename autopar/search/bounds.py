@@ -42,6 +42,7 @@ from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageTable, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
+from autopar.search.loops import PipelineBound
 from autopar.search.overlaps import backward_tables, forward_tables
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import Group, StageKind, StageLayout
@@ -209,24 +210,26 @@ class Bounds:
         cuts = min(own, key=lambda cuts: (own[cuts], cuts))
         return max(bound, alone.value, found.value + sum(float(np.min(work)) for work in works)), cuts
 
-    def closer(self, c: Candidate, bound: float, limit_s: float = np.inf) -> float:
+    def closer(
+        self, c: Candidate, bound: float, cuts: Sequence[Cuts] = (), limit_s: float = np.inf
+    ) -> tuple[float, dict[Cuts, float]]:
         """A bound over all cuts from closer times of ranges where stages are alike, else the given one.
 
-        Infinite where no cut that fits is below the limit.
+        Infinite where no cut that fits is below the limit. And the bounds of the cuts that are given, and of the one
+        that promises most by these times.
         """
         if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
-            return bound
+            return bound, dict.fromkeys(cuts, bound)
         loads, sorts = self._make_loads(c, closer=True, limit_s=limit_s), self._sorts[True]
         assert loads.chain_s is not None, "stages are alike"
-        works, laters = _tables_of(sorts, loads.first), _tables_of(sorts, loads.later)
-        found = bound, _loops(works, loads.once, c.num_micro_batches)
-        quickest = smallest_sum(works)
-        cuts = (
-            (smallest_bottleneck(laters, loads.once), quickest.value if quickest else 0.0),
-            (smallest_bottleneck(laters, loads.once_alone), loads.chain_s),
-            (smallest_bottleneck(_tables_of(sorts, loads.own)), 0.0),
+        works, laters, owns = (_tables_of(sorts, each) for each in (loads.first, loads.later, loads.own))
+        pipeline = PipelineBound(
+            works=works, laters=laters, owns=owns, once=loads.once, once_alone=loads.once_alone,
+            chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches,
         )
-        return max(*found, *(np.inf if cut is None else cut.value + more for cut, more in cuts))
+        found = pipeline.least(limit_s)
+        every = cuts if found.cuts is None else (found.cuts, *cuts)
+        return max(bound, found.bound_s), {own: pipeline.time_s(own) for own in every}
 
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""
@@ -767,28 +770,6 @@ def _shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
     m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
     later = ((m - 1) * backward_s + (m - most) * forward_s) / c.pp
     return max(forward_s + backward_s + later, m * (forward_s + backward_s) / c.pp)
-
-
-def _loops(works: Sequence[Table], once: Table, num_micro_batches: int) -> float:
-    """What no cut is below: the loop between a stage and the last is gone round as often as micro-batches fill it.
-
-    A backward on the last stage leads to one on the first of the loop, to that one's next forward, and with it back to
-    the last, as many micro-batches on as the first stage has in flight (see `simulate/closed_form.py`). `works`: what a
-    micro-batch takes on each stage, forward and backward.
-    """
-    p, m, found = len(works), num_micro_batches, 0.0
-    for first in sorted({0, 1, p // 4, p // 2, 3 * p // 4} - {p - 1}):
-        ahead = min(p - 1 - first, m - 1) + 1
-        rounds = -(-(m - ahead) // ahead)
-        left = m - 1 - rounds * ahead
-        tables = [
-            (1 + (rounds if stage >= first else 0) + (left if stage == p - 1 else 0)) * work
-            for stage, work in enumerate(works)
-        ]
-        tables[0] = tables[0] + np.where(np.arange(len(once)) > 0, once, np.inf)[None, :]
-        cut = smallest_sum(tables)
-        found = max(found, cut.value if cut is not None else 0.0)
-    return found
 
 
 def _summed(table: StageTable) -> RangeTimes:

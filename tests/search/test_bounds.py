@@ -65,11 +65,13 @@ def test_bounds_never_exceed_the_simulated_time(
         assert not other.feasible or own <= other.step_time_s * slack, "whatever the layers do"
         assert own <= timeline.step_time_s * slack, c
         assert best[0] <= own * slack, c
-        assert engine.bounds.closer(c, best[0]) <= timeline.step_time_s * slack, c
+        closest, of_cuts = engine.bounds.closer(c, best[0], [cuts])
+        assert max(closest, of_cuts[cuts]) <= timeline.step_time_s * slack, c
+        assert all(closest <= other * slack for other in of_cuts.values()), "no cut is below the bound over all"
         # What takes as long as a limit may be passed over, and nothing that is below it.
         limit_s = timeline.step_time_s * rng.choice([0.5, 0.9, 1.001, 1.5])
         under = engine.bounds.best_cut(c, limit_s)
-        closer = engine.bounds.closer(c, under[0] if under else math.inf, limit_s)
+        closer = engine.bounds.closer(c, under[0] if under else math.inf, limit_s=limit_s)[0]
         for bound in (under[0] if under else math.inf, closer):
             assert min(bound, limit_s) <= timeline.step_time_s * slack, c
         assert engine.bounds.quick(c) <= best[0] * slack or engine.bounds.quick(c) <= timeline.step_time_s * slack
