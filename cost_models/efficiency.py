@@ -44,5 +44,7 @@ def efficiency_of(name: str) -> Efficiency:
 @cache
 def table() -> dict[str, Any]:
     """The file's content: `sources`, and `devices` in order, the one that any name begins with last."""
-    content: dict[str, Any] = yaml.safe_load(PATH.read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.load(
+        PATH.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    )
     return content

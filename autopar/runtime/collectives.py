@@ -6,7 +6,8 @@ goes through torch's functional collectives, which both eager mode and torch.com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +35,29 @@ class Axis:
 def all_reduce(axis: Axis, x: Tensor, op: str = "sum") -> Tensor:
     """Sum (or `op`) of `x` over the axis, as a new tensor."""
     result: Tensor = _ops.wait_tensor(_ops.all_reduce(x.contiguous(), op, axis.group_name))
+    return result
+
+
+def sum_over(axes: Sequence[Axis], x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks of these axes, outermost first: each rank sums a part of it and gathers the others'."""
+    if len(axes) == 1:
+        return all_reduce(axes[0], x)
+    if x.is_complex():  # gloo scatters no complex numbers
+        return torch.view_as_complex(sum_over(axes, torch.view_as_real(x)))
+    flat = x.reshape(-1)
+    missing = -len(flat) % math.prod(axis.size for axis in axes[1:])
+    return _sum_flat(axes, constant_pad_nd(flat, [0, missing]) if missing else flat)[: len(flat)].view(x.shape)
+
+
+def _sum_flat(axes: Sequence[Axis], flat: Tensor) -> Tensor:
+    """`sum_over` of a tensor of one dim that all axes but the first divide."""
+    *outer, inner = axes
+    if not outer:
+        return all_reduce(inner, flat)
+    part = _ops.wait_tensor(
+        _ops.reduce_scatter_tensor(flat.contiguous(), "sum", inner.size, inner.group_name)
+    )
+    result: Tensor = _ops.wait_tensor(_ops.all_gather_into_tensor(_sum_flat(outer, part), inner.size, inner.group_name))
     return result
 
 
@@ -169,11 +193,12 @@ def _along(fn: Callable[..., Tensor], axis: Axis, state: State) -> Fn:
     return partial(fn, axis, dim=state.dim, outer=state.outer, length=state.length)
 
 
-def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:
+def _pair(src: State, dst: State, axis: Axis, inner: Sequence[Axis]) -> tuple[Fn, Fn]:
     """The functions on the value and on the gradient. The gradient of R and of P is whole, that of RP is partial."""
+    total = partial(sum_over, (axis, *inner))
     match src.kind, dst.kind:
         case Kind.REPLICATED, Kind.REPLICATED_PARTIAL_GRAD:
-            return _same, partial(all_reduce, axis)
+            return _same, total
         case Kind.REPLICATED_PARTIAL_GRAD, Kind.REPLICATED:
             return _same, partial(_divide, axis.size)
         case Kind.REPLICATED, Kind.SHARDED:
@@ -185,9 +210,9 @@ def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:
         case Kind.SHARDED, Kind.REPLICATED_PARTIAL_GRAD:
             return _along(all_gather, axis, src), _along(reduce_scatter, axis, src)
         case Kind.PARTIAL, Kind.REPLICATED:
-            return partial(all_reduce, axis), _same
+            return total, _same
         case Kind.PARTIAL, Kind.REPLICATED_PARTIAL_GRAD:
-            return partial(all_reduce, axis), partial(all_reduce, axis)
+            return total, total
         case Kind.PARTIAL, Kind.SHARDED:
             return _along(reduce_scatter, axis, dst), _along(all_gather, axis, dst)
         case Kind.SHARDED, Kind.SHARDED:
@@ -195,17 +220,20 @@ def _pair(src: State, dst: State, axis: Axis) -> tuple[Fn, Fn]:
     raise AssertionError(f"no conversion from {src} to {dst}")
 
 
-def converter(src: State, dst: State, axis: Axis, *, differentiable: bool) -> Fn | None:
+def converter(
+    src: State, dst: State, axis: Axis, inner: Sequence[Axis] = (), *, differentiable: bool
+) -> Fn | None:
     """The function that takes a tensor from `src` to `dst` on the axis, or None where nothing is to be done.
 
+    `inner`: axes after it that do the same, where it is a sum.
     A tensor without gradient has one replicated state only: R and RP are the same.
     """
     if src == dst:
         return None
     if differentiable:
-        forward_fn, backward_fn = _pair(src, dst, axis)
+        forward_fn, backward_fn = _pair(src, dst, axis, inner)
         return partial(_apply, forward_fn=forward_fn, backward_fn=backward_fn)
-    forward_fn, _ = _pair(src, dst, axis)
+    forward_fn, _ = _pair(src, dst, axis, inner)
     return None if forward_fn is _same else forward_fn
 
 

@@ -25,9 +25,10 @@ from autopar.runtime.collectives import Axis, converter
 from autopar.runtime.loss import Term, ignored_index
 from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
 from autopar.runtime.recompute import OpGroup, op_groups, recompute
-from autopar.sharding.joint import WRAPPING, JointStrategy, Placement, local_joint_op, placement_text, steps
+from autopar.sharding.joint import WRAPPING, JointStrategy, Placement, local_joint_op, placement_text
 from autopar.sharding.local_args import bias_operand
 from autopar.sharding.lowering import Lowering
+from autopar.sharding.route import steps, summed_at_once
 from autopar.sharding.rules.windows import halo_of
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import AttentionCore
@@ -111,15 +112,16 @@ class _Writer:
         if found is not None:
             return found
         differentiable = self.cls.tensor[name].requires_grad
-        path = steps(self.state[name], wanted, differentiable)
+        is_large = summed_at_once(self.cls.tensor[name].numel)
+        path = steps(self.state[name], wanted, differentiable, is_large)
         assert path is not None, f"no conversion of {name} to {placement_text(wanted)}"
         variable = first = self.where[name, self.state[name]]
         words = ""
         for step in path:
-            axis = self.axes[step.axis]
-            word = f"{axis.name}_{step.dst}" if len(self.axes) > 1 else str(step.dst)
+            axes = [self.axes[i] for i in step.axes]
+            word = "_".join([axis.name for axis in axes if len(self.axes) > 1] + [str(step.dst)])
             words += "_" + re.sub(r"\W+", "_", word).strip("_")
-            convert = converter(step.src, step.dst, axis, differentiable=differentiable)
+            convert = converter(step.src, step.dst, axes[0], axes[1:], differentiable=differentiable)
             if convert is None:
                 continue
             function, before = f"{step.src.kind}_to{words}_{len(self.globals)}", variable

@@ -10,8 +10,10 @@ one conversion a wanted placement, exactly, where few ops read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +23,13 @@ from autopar.search.block_problem import boundary_placement, hidden_shapes, may_
 from autopar.search.elimination import Table
 from autopar.sharding.joint import JointOptions, Placement, replicated
 from autopar.sharding.reshard import conversion
+from autopar.sharding.route import SUMS, summed_at_once, sums
 from autopar.sharding.state import Kind, R, State
 from autopar.simulate.class_costs import RUNS_AS_IT_IS, ClassCosts
 
 Ints = NDArray[np.intp]
+_Index = tuple[Any, ...]
+_Cache = dict[object, tuple[list[Table], list[tuple[_Index, _Index, Table]]]]
 _APART = 1e-10  # of the lower bound, shared by all ops; far above what rounding adds
 MOST_SHARING = 3  # consumers whose conversions are shared exactly; more are taken in groups, each with its part
 
@@ -46,18 +51,19 @@ class _Grid:
     """All placements of one tensor, and what moving between them costs."""
 
     def __init__(self, costs: ClassCosts, name: str, labels: Sequence[Sequence[State]], blocked: Sequence[bool],
-                 is_param: bool, cache: dict[object, list[Table]]) -> None:
+                 is_param: bool, cache: _Cache) -> None:
         self.labels = [tuple(dict.fromkeys((*own, R))) for own in labels]
         self.shape = tuple(len(own) for own in self.labels)
         self.size = int(np.prod(self.shape))
         self.place = [{state: i for i, state in enumerate(own)} for own in self.labels]
         whole = costs.whole(name)
-        key = (whole.size_bytes, whole.requires_grad, tuple(self.labels), is_param)
+        key = (whole.size_bytes, whole.element_bytes, whole.requires_grad, tuple(self.labels), is_param)
         if key not in cache:
-            cache[key] = [
-                self._moves(costs, name, axis, is_param=is_param) for axis in range(len(self.shape))
-            ]
-        self.moves = cache[key]
+            cache[key] = (
+                [self._moves(costs, name, axis, is_param=is_param) for axis in range(len(self.shape))],
+                [] if is_param or not summed_at_once(whole.numel) else list(self._sums(costs, name)),
+            )
+        self.moves, self.sums = cache[key]
         self.backwards = [np.ascontiguousarray(own.swapaxes(1, 2)) for own in self.moves]
         self.unmade: NDArray[np.bool_] | None = None  # what is never made of another placement
         if any(blocked):
@@ -105,6 +111,31 @@ class _Grid:
                         result[:, i, j, holding[state.dim]] = np.inf
         return result
 
+    def _sums(self, costs: ClassCosts, name: str) -> Iterator[tuple[_Index, _Index, Table]]:
+        """Sums over several axes at once, which cost less than one after the other: where from, where to, seconds."""
+        trains, num_axes = costs.whole(name).requires_grad, len(self.shape)
+        for src, dst in SUMS:
+            able = [axis for axis, own in enumerate(self.labels) if src in own and dst in own]
+            made = conversion(src, dst, trains)
+            if made is None or made.is_free:
+                continue
+            for axes in (some for size in range(2, len(able) + 1) for some in combinations(able, size)):
+                def at(state: State, axes: tuple[int, ...] = axes) -> _Index:
+                    return ..., *(self.place[i][state] if i in axes else slice(None) for i in range(num_axes))
+
+                share: Table = np.ones(1)
+                for other, labels in enumerate(self.labels):
+                    if other not in axes:
+                        parts = [1 / costs.sizes[other] if s.kind is Kind.SHARDED else 1.0 for s in labels]
+                        share = np.multiply.outer(share, np.array(parts))
+                shares, where = np.unique(share, return_inverse=True)
+                seconds = [sum(
+                    time.forward_s + time.backward_s
+                    for axis, part, step in sums(made, axes, float(held), costs.sizes)
+                    for time in [costs.step_time(name, step, axis=axis, share=part)]
+                ) for held in shares]
+                yield at(src), at(dst), np.array(seconds)[where].reshape(share.shape[1:])
+
     def code(self, place: Placement) -> int | None:
         if any(state not in own for state, own in zip(place, self.place, strict=True)):
             return None
@@ -113,7 +144,7 @@ class _Grid:
     def spread(self, values: Table, *, backwards: bool, weight: float = 1.0) -> Table:
         """For each placement the least of values (rows of the last dim) at another and of the way there (or back)."""
         moves = self.backwards if backwards else self.moves
-        found = values / weight
+        found = np.ascontiguousarray(values / weight)
         if self.unmade is not None and backwards:
             found[..., self.unmade] = np.inf
         while True:
@@ -123,6 +154,12 @@ class _Grid:
                 if size > 1:
                     seen = found.reshape(-1, cost.shape[0], size, 1, cost.shape[3])
                     found = (seen + cost).min(axis=2).reshape(values.shape)
+            if self.sums:
+                found = found if found is not before else found.copy()
+                grid = found.reshape(-1, *self.shape)
+                for src, dst, cost in self.sums:
+                    start, end = (dst, src) if backwards else (src, dst)
+                    np.minimum(grid[end], grid[start] + cost, out=grid[end])
             if np.array_equal(found, before):
                 break
         found *= weight
@@ -144,8 +181,7 @@ class _Tensor:
         self.first, self.last = min(s.op for s in self.slots), max(s.op for s in self.slots)
         self.grid: _Grid
 
-    def regrid(self, ids: Sequence[Ints], costs: ClassCosts, blocked: Sequence[bool], cache: dict[object, list[Table]],
-               ) -> None:
+    def regrid(self, ids: Sequence[Ints], costs: ClassCosts, blocked: Sequence[bool], cache: _Cache) -> None:
         """The grid of the placements that are left."""
         labels: list[list[State]] = [[] for _ in costs.sizes]
         for slot in self.slots:
@@ -237,7 +273,7 @@ class Relaxed:
         stays_whole = [state == R for state in boundary]
         hidden = hidden_shapes(cls)
         self._blocked = {info.name: stays_whole for info in cls.tensors if info.shape in hidden}
-        self._cache: dict[object, list[Table]] = {}
+        self._cache: _Cache = {}
         self._tensors: list[_Tensor] = []
         self.constant = 0.0
         self._build()

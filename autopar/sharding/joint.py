@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from itertools import product
 from typing import overload
 
@@ -22,7 +21,7 @@ from autopar.sharding.factors import OpFactors, Split
 from autopar.sharding.local_args import local_infos, local_op
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.propagate import ClassStrategies, class_strategies
-from autopar.sharding.reshard import conversion, divides, local_shape
+from autopar.sharding.reshard import divides, local_shape
 from autopar.sharding.rules.table import gradients, strategies_with
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
@@ -269,74 +268,6 @@ def _renamed(op: Op, names: Sequence[str]) -> Op:
 
     args = tuple(rename(arg) for arg in op.args)
     return replace(op, args=args, kwargs=tuple((key, rename(arg)) for key, arg in op.kwargs))
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One axis of a tensor's placement changes from `src` to `dst`; `before` is the whole placement until then."""
-
-    axis: int
-    src: State
-    dst: State
-    before: Placement
-
-
-@lru_cache(maxsize=1 << 16)
-def steps(src: Placement, dst: Placement, differentiable: bool) -> tuple[Step, ...] | None:
-    """How a tensor placed as `src` becomes one placed as `dst`, axis by axis; None where an axis has no conversion.
-
-    What makes the tensor smaller comes first and what makes it larger last. An axis whose dim an axis before it is
-    about to change has to give up its shard first, and takes it again afterwards.
-    """
-    if not differentiable:
-        src, dst = _without_gradient(src), _without_gradient(dst)
-    if src == dst:
-        return ()
-    found: list[Step] = []
-    current = list(src)
-
-    def change(axis: int, state: State) -> bool:
-        if current[axis] == state:
-            return True
-        if conversion(current[axis], state, differentiable) is None:
-            return False
-        found.append(Step(axis, current[axis], state, tuple(current)))
-        current[axis] = state
-        return True
-
-    changing = [axis for axis in range(len(src)) if src[axis] != dst[axis]]
-    for axis in range(len(src) - 1, -1, -1):
-        if src[axis].kind is Kind.SHARDED and any(
-            outer < axis and _touches(src[outer], dst[outer], src[axis]) for outer in changing
-        ):
-            change(axis, dst[axis] if dst[axis].kind is not Kind.SHARDED and dst[axis].kind is not Kind.PARTIAL else R)
-    late: list[int] = [
-        axis for axis in range(len(src))
-        if dst[axis].kind is Kind.SHARDED and current[axis] != dst[axis]
-        and any(outer < axis and _touches(src[outer], dst[outer], dst[axis]) for outer in changing)
-    ]
-    early = [axis for axis in range(len(src)) if current[axis] != dst[axis] and axis not in late]
-    for axis in sorted(early, key=lambda axis: (_growth(current[axis], dst[axis]), axis)):
-        if not change(axis, dst[axis]):
-            return None
-    for axis in late:
-        if not change(axis, dst[axis]):
-            return None
-    return tuple(found)
-
-
-def _without_gradient(placement: Placement) -> Placement:
-    return tuple(R if state.kind is Kind.REPLICATED_PARTIAL_GRAD else state for state in placement)
-
-
-def _touches(src: State, dst: State, inner: State) -> bool:
-    """Whether a change of an axis moves the dim that an axis after it splits."""
-    return any(state.kind is Kind.SHARDED and state.dim == inner.dim for state in (src, dst))
-
-
-def _growth(src: State, dst: State) -> int:
-    """-1 where the tensor shrinks, 1 where it grows, 0 where it keeps its size."""
-    return (src.kind is Kind.SHARDED) - (dst.kind is Kind.SHARDED)
 
 
 def held_share(placement: Placement, sizes: Sequence[int]) -> float:

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
@@ -18,9 +18,10 @@ from autopar.cost_models.measured import Found, Source, measured_pass_s, op_tabl
 from autopar.cost_models.memory import GRADIENT_BYTES, OPTIMIZER_STEP_BYTES
 from autopar.cost_models.op_kinds import OpKind, base_name, element_bytes, op_kind
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
-from autopar.sharding.joint import JointStrategy, Placement, held_share, replicated, steps
+from autopar.sharding.joint import JointStrategy, Placement, replicated
 from autopar.sharding.lowering import Lowering
-from autopar.sharding.reshard import Collective, Conversion, conversion
+from autopar.sharding.reshard import Collective, Conversion
+from autopar.sharding.route import conversions, summed_at_once
 from autopar.sharding.state import Kind, R, State
 from autopar.sharding.strategy import Strategy
 from autopar.simulate.lowering_costs import Exchange, LoweringCost, lowering_cost
@@ -57,7 +58,7 @@ class _Memo:
         self.times: dict[tuple[int, tuple[Placement, ...], tuple[Placement, ...]], OpTime] = {}
         self.found: dict[tuple[int, tuple[Placement, ...], tuple[Placement, ...]], Found | None] = {}
         self.ops: dict[tuple[object, ...], tuple[int, Op]] = {}  # ops are kept: their ids are in the keys
-        self.conversions: dict[tuple[float, bool, Placement, Placement], OpTime | None] = {}
+        self.conversions: dict[tuple[float, float, bool, Placement, Placement], OpTime | None] = {}
         self.collectives: dict[tuple[Collective, float, int], float] = {}
 
 
@@ -322,12 +323,15 @@ class ClassCosts:
         self, name: str, src: State | Placement, dst: State | Placement
     ) -> tuple[tuple[int, float, Conversion], ...] | None:
         """The conversions, (axis, share of the tensor that its group holds, what is done), from one to another."""
-        return _conversions(_each(src), _each(dst), self._whole[name].requires_grad, self.sizes)
+        whole = self._whole[name]
+        return conversions(
+            _each(src), _each(dst), whole.requires_grad, self.sizes, summed_at_once(whole.numel)
+        )
 
     def conversion_time(self, name: str, src: State | Placement, dst: State | Placement) -> OpTime | None:
         """Seconds that turning a tensor from one state into another takes; None where no conversion exists."""
         whole = self._whole[name]
-        key = (whole.size_bytes, whole.requires_grad, _each(src), _each(dst))
+        key = (whole.size_bytes, whole.element_bytes, whole.requires_grad, _each(src), _each(dst))
         known = self._memo.conversions
         if key not in known:
             found = self.conversions(name, src, dst)
@@ -422,22 +426,6 @@ class ClassCosts:
         while name in self.view_of:
             name = self.view_of[name]
         return name
-
-
-@lru_cache(maxsize=1 << 18)
-def _conversions(
-    src: Placement, dst: Placement, has_gradient: bool, sizes: tuple[int, ...]
-) -> tuple[tuple[int, float, Conversion], ...] | None:
-    path = steps(src, dst, has_gradient)
-    if path is None:
-        return None
-    found = []
-    for step in path:
-        made = conversion(step.src, step.dst, has_gradient)
-        assert made is not None, "a step is a conversion"
-        others = tuple(R if i == step.axis else state for i, state in enumerate(step.before))
-        found.append((step.axis, held_share(others, sizes), made))
-    return tuple(found)
 
 
 def _strategies(strategy: Strategy | JointStrategy | None) -> JointStrategy:

@@ -18,10 +18,11 @@ from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage, Variant, i
 from autopar.plan.verify import problems
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.shardings import at_rows
-from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, joint_strategies, steps
+from autopar.sharding.joint import JointStrategy, Placement, can_be_placed, joint_strategies
 from autopar.sharding.lowering import Lowering
 from autopar.sharding.rewrite import Rewrite
 from autopar.sharding.rewrites import apply_rewrite, candidates_of, rewritten
+from autopar.sharding.route import steps
 from autopar.sharding.rows import at_other_rows
 from autopar.sharding.state import RP, Kind, R, shard
 from autopar.sharding.strategy import ClassSharding

@@ -12,6 +12,7 @@ from torch import Tensor
 from autopar.runtime.collectives import Axis, all_reduce, converter, take_shard
 from autopar.runtime.local import LocalPool
 from autopar.sharding.reshard import conversion
+from autopar.sharding.route import SUMS
 from autopar.sharding.state import RP, Kind, P, R, State, padded_shard, shard
 
 pytestmark = pytest.mark.processes
@@ -72,3 +73,34 @@ def wrong_conversions(dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.float64), (4, torch.float64), (2, torch.complex128)])
 def test_values_and_gradients_of_all_conversions(pool: LocalPool, size: int, dtype: torch.dtype) -> None:
     assert pool.run(wrong_conversions, dtype, num_ranks=size) == [[]] * size
+
+
+def wrong_sums(dtype: torch.dtype) -> list[str]:
+    """What is wrong with sums over both axes of two by two ranks, of tensors that the inner axis cuts and does not."""
+    rank, rows, columns = dist.get_rank(), [[0, 1], [2, 3]], [[0, 2], [1, 3]]
+    outer, inner = (
+        Axis(group_name=next(group for own, group in zip(groups, made, strict=True) if rank in own).group_name, size=2,
+             rank=rank % 2 if groups is rows else rank // 2)
+        for groups in (columns, rows) for made in [[dist.new_group(own) for own in groups]]
+    )
+    wrong = []
+    for shape in ((4, 6), (3, 5), ()):
+        parts = torch.randn(4, *shape, dtype=dtype, generator=torch.Generator().manual_seed(3))
+        for src, dst in SUMS:
+            convert = converter(src, dst, outer, [inner], differentiable=True)
+            assert convert is not None
+            start = parts[rank].clone().requires_grad_()
+            out = convert(start)
+            out.backward(parts[rank])
+            assert start.grad is not None
+            expected = parts.sum(0) if src == P else parts[rank]
+            if not torch.allclose(out, expected, rtol=1e-12):
+                wrong.append(f"value of {src} -> {dst}, {shape}")
+            if not torch.allclose(start.grad, parts.sum(0) if dst == RP else parts[rank], rtol=1e-12):
+                wrong.append(f"gradient of {src} -> {dst}, {shape}")
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_sums_over_two_axes_at_once(pool: LocalPool, dtype: torch.dtype) -> None:
+    assert pool.run(wrong_sums, dtype, num_ranks=4) == [[]] * 4

@@ -20,7 +20,8 @@ from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import compare
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.shardings import at_rows
-from autopar.sharding.joint import Placement, can_be_placed, joint_strategies, steps
+from autopar.sharding.joint import Placement, can_be_placed, joint_strategies
+from autopar.sharding.route import steps
 from autopar.sharding.state import RP, Kind, R, State, shard
 from autopar.sharding.strategy import ClassSharding
 

@@ -22,6 +22,7 @@ from autopar.graph.model_graph import BlockClass, ModelGraph, TensorInfo
 from autopar.runtime.collectives import Axis
 from autopar.runtime.lower import lower_class
 from autopar.search.intra_op import shard_class_jointly
+from autopar.sharding import route
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies, placed_shape
 from autopar.sharding.reshard import Collective
 from autopar.sharding.state import R, shard
@@ -157,3 +158,11 @@ def test_convolutions_issue_what_is_priced() -> None:
 def test_two_axes_issue_what_is_priced(boundary: Any) -> None:
     total = compared("llama", (2, 2), (shard(1), boundary), 0, 6)
     assert {at for at, _, _, _ in total} == {0, 1}
+
+
+def test_sums_over_two_axes_issue_what_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = compared("gpt2", (2, 2), (R, R), 0, 3)
+    monkeypatch.setattr(route, "LEAST_SUMMED_AT_ONCE", 4)
+    total = compared("gpt2", (2, 2), (R, R), 0, 3)
+    kinds = [sum(n for (_, kind, _, _), n in found.items() if kind == "reduce_scatter") for found in (few, total)]
+    assert kinds[1] > kinds[0]

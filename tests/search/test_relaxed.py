@@ -16,6 +16,7 @@ from autopar.graph.model_graph import BlockClass
 from autopar.search.block_problem import Problem
 from autopar.search.elimination import eliminate
 from autopar.search.relaxed import Relaxed, _Grid
+from autopar.sharding import route
 from autopar.sharding.joint import JointOptions, Placement, joint_strategies
 from autopar.sharding.state import RP, P, R, shard
 
@@ -34,9 +35,18 @@ def relaxed_of(cls: BlockClass, options: dict[str, JointOptions], boundary: Plac
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(
     block_classes(4), st.sampled_from([(R, R), (shard(1), R), (R, R, R), (shard(1), shard(1), R)]),
-    st.sampled_from([LINK, FAST]), st.integers(0, 2**32 - 1),
+    st.sampled_from([LINK, FAST]), st.integers(0, 2**32 - 1), st.booleans(),
 )
-def test_no_choice_costs_less_than_its_bounds(cls: BlockClass, boundary: Placement, link: Link, seed: int) -> None:
+def test_no_choice_costs_less_than_its_bounds(
+    cls: BlockClass, boundary: Placement, link: Link, seed: int, at_once: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if at_once:
+            patch.setattr(route, "LEAST_SUMMED_AT_ONCE", 2)
+        _no_choice_costs_less(cls, boundary, link, seed)
+
+
+def _no_choice_costs_less(cls: BlockClass, boundary: Placement, link: Link, seed: int) -> None:
     options, chance = options_of(cls, len(boundary)), np.random.default_rng(seed)
     relaxed = relaxed_of(cls, options, boundary, link)
     rows = {name: int(chance.integers(len(own))) for name, own in options.items()}
@@ -79,8 +89,12 @@ def test_what_costs_more_is_dropped_and_the_likeliest_is_the_best_of_a_chain() -
 
 
 
-
-def test_a_way_between_placements_costs_no_more_than_the_conversion() -> None:
+@pytest.mark.parametrize("least", [1, 1 << 20])
+def test_a_way_between_placements_costs_no_more_than_the_conversion(
+    monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """Where sums over several axes are made at once, and where they are not."""
+    monkeypatch.setattr(route, "LEAST_SUMMED_AT_ONCE", least)
     build = ClassBuilder("one")
     cls = build.build(build.linear(build.input("x", (4, 8, 16)), build.param("w", (16, 16)), "y"))
     costs, labels = costs_of(cls, 3, LINK), (R, RP, P, shard(0), shard(1), shard(2, 2))
