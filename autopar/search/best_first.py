@@ -178,8 +178,11 @@ class Engine:
             if level is Level.QUICK:
                 entry = self._refine(candidate, even, min(state.below_s, best.step_time_s if best else math.inf))
                 if entry is not None:
-                    level = Level.CLOSER if even else Level.OF_CUTS
-                    heapq.heappush(queue, (max(bound, entry[0]), level, candidate, entry[1]))
+                    heapq.heappush(queue, (max(bound, entry[0]), Level.OF_CUTS, candidate, entry[1]))
+                continue
+            if level is Level.OF_CUTS and even:
+                closer = self.bounds.closer_of_cut(candidate, cuts[0])
+                heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
                 continue
             if level is Level.OF_CUTS:
                 limit_s = min(state.below_s, best.step_time_s if best else math.inf)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,9 +187,25 @@ class Problem:
                 for own, placed in zip(self.strategies[index], self._placed[index], strict=True)
             ]
             self.factors.append(Factor((index,), np.array(prices, dtype=np.float64)))
-        for name, variable in self._param_variable.items():
-            prices = [self.parameter_s(name, place) for place in self._param_states[name]]
-            self.factors.append(Factor((variable,), np.array(prices, dtype=np.float64)))
+        self.factors += self._param_costs()
+
+    def _param_costs(self) -> list[Factor]:
+        return [
+            Factor((variable,), np.array([self.parameter_s(name, place) for place in self._param_states[name]]))
+            for name, variable in self._param_variable.items()
+        ]
+
+    def weighed(self, parameter_weight: float) -> Problem:
+        """The same with another weight of what storing parameters is charged with."""
+        if self.impossible or parameter_weight == self.parameter_weight:
+            return self
+        made = copy(self)
+        made.parameter_weight = parameter_weight
+        first = len(self.cls.ops)  # the factors of parameters come after those of ops
+        made.factors = list(self.factors)
+        made.factors[first : first + len(self._param_variable)] = made._param_costs()
+        made.graph = FactorGraph(self.graph.sizes, tuple(made.factors))
+        return made
 
     def parameter_s(self, name: str, place: Placement) -> float:
         """What storing a parameter in a placement is charged with."""
@@ -302,6 +319,27 @@ class Problem:
                     [price(src, dst, may=may and is_placed) for dst, may in zip(columns, allowed, strict=True)]
                 )
         return np.array([rows[src] for src in have], dtype=np.float64)
+
+
+_kept: dict[tuple[object, ...], tuple[object, Problem]] = {}
+_MOST_KEPT = 32  # as many as the rewrites of a class that are weighed in turn, and more
+
+
+def kept_problem(
+    cls: BlockClass, strategies: Mapping[str, Sequence[JointStrategy]], boundary: Placement, costs: ClassCosts, *,
+    parameter_weight: float, whole_params: Sequence[bool],
+) -> Problem:
+    """The problem, not made anew where one of the last differs in nothing but the weight."""
+    key = id(cls), id(strategies), id(costs), boundary, tuple(whole_params)
+    if key not in _kept:
+        while len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        made = Problem(
+            cls, strategies, boundary, costs, parameter_weight=parameter_weight, whole_params=whole_params
+        )
+        # What the key has ids of is kept with it, so that no id is used again.
+        _kept[key] = (cls, strategies, costs), made
+    return _kept[key][1].weighed(parameter_weight)
 
 
 def _joint(

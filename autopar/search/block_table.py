@@ -56,10 +56,10 @@ class Sorts:
 
     def least(self, table: Table) -> Table:
         """Of each sort of range the least value of its ranges in table[first, last]."""
-        found = np.full(len(self.counts), np.inf)
+        found = np.full(len(self.counts) + 1, np.inf)  # the last is of ranges that are not looked at
         pairs = np.triu_indices(len(table), 1)
         np.minimum.at(found, self.ranges[pairs], table[pairs])
-        return found
+        return found[:-1]
 
     def from_start(self, of_sort: Table) -> Table:
         """The values of the ranges from the chain's start to each block; 0 for the empty one."""

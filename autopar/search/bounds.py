@@ -102,7 +102,7 @@ class Bounds:
         self._sorts = [Sorts.of(graph, self._layer, ends_apart=apart) for apart in (False, True)]
         self._blocks: dict[tuple[object, ...], BlockTable] = {}
         self._overlaps: dict[tuple[object, ...], list[Table]] = {}
-        self._limits: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._limits: dict[tuple[object, ...], tuple[tuple[float, float], tuple[float, float]]] = {}
         self._collectives: dict[tuple[int, Collective, float], float] = {}  # by a group's id; the layout keeps it
         self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
         self._of_cuts: dict[Cuts, Sorts] = {}
@@ -114,14 +114,15 @@ class Bounds:
         """A bound without the costs of blocks at the candidate's rows: all rows as quick as those of endless batches.
 
         No device does a row of a smaller batch in less: efficiencies of products rise with the rows, and what does not
-        grow with them comes on top. 0 where that is not known: times or links are measured, or rows meet rows.
+        grow with them comes on top. Nor is a micro-batch quicker than one of hardly any rows, which still launches
+        every kernel and reads every weight. 0 where that is not known: times or links are measured, or rows meet rows.
         """
         kinds = self._layout.kinds(c)
         key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.pp > 1, frozenset(k.compute_kind for k in kinds))
         if key not in self._limits:
             self._limits[key] = self._row_limits(c, tuple(dict.fromkeys(kinds)))
-        forward, backward = self._limits[key]
-        return _shared_work(c, c.rows * forward, c.rows * backward)
+        (forward, backward), (least_forward, least_backward) = self._limits[key]
+        return _shared_work(c, max(c.rows * forward, least_forward), max(c.rows * backward, least_backward))
 
     def of_work(self, c: Candidate) -> float:
         """A bound by what the blocks take at the candidate's rows, with nothing of data axes."""
@@ -131,20 +132,26 @@ class Bounds:
         backward = np.minimum.reduce([table.backward_s for table in tables])
         return _shared_work(c, float(forward @ number), float(backward @ number))
 
-    def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[float, float]:
-        """Seconds that a row of an endless batch takes through all blocks at least, forward and backward."""
+    def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Seconds that a row of an endless batch takes through all blocks at least, forward and backward.
+
+        And those that a micro-batch of hardly any rows takes.
+        """
         rows = self._graph.rows
         if not self._graph.rows_are_tagged or any(
             info.numel % rows**2 == 0 for cls in self._chooser.classes for info in cls.tensors if info.numel
         ) or any(_is_measured(kind) for kind in kinds):
-            return 0.0, 0.0
-        endless = replace(c, micro_batch=ENDLESS_ROWS, spread=1)
-        tables = [self._block_table(endless, kind) for kind in kinds]
-        number = tables[0].sorts.number
-        return (
-            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.forward_s for t in tables]) @ number),
-            (1 - ENDLESS_ERROR) / ENDLESS_ROWS * float(np.minimum.reduce([t.backward_s for t in tables]) @ number),
-        )
+            return (0.0, 0.0), (0.0, 0.0)
+        found = []
+        for own, share in ((ENDLESS_ROWS, (1 - ENDLESS_ERROR) / ENDLESS_ROWS), (1 / ENDLESS_ROWS, 1 - ENDLESS_ERROR)):
+            like = replace(c, micro_batch=max(1, round(own)), spread=max(1, round(1 / own)))
+            tables = [self._block_table(like, kind) for kind in kinds]
+            number = tables[0].sorts.number
+            found.append((
+                share * float(np.minimum.reduce([t.forward_s for t in tables]) @ number),
+                share * float(np.minimum.reduce([t.backward_s for t in tables]) @ number),
+            ))
+        return found[0], found[1]
 
     def quick(self, c: Candidate, limit_s: float = np.inf) -> float:
         """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit.
@@ -220,16 +227,25 @@ class Bounds:
         """
         if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
             return bound, dict.fromkeys(cuts, bound)
-        loads, sorts = self._make_loads(c, closer=True, limit_s=limit_s), self._sorts[True]
-        assert loads.chain_s is not None, "stages are alike"
-        works, laters, owns = (_tables_of(sorts, each) for each in (loads.first, loads.later, loads.own))
-        pipeline = PipelineBound(
-            works=works, laters=laters, owns=owns, once=loads.once, once_alone=loads.once_alone,
-            chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches,
-        )
+        pipeline = self._pipeline(c, self._make_loads(c, closer=True, limit_s=limit_s), self._sorts[True])
         found = pipeline.least(limit_s)
         every = cuts if found.cuts is None else (found.cuts, *cuts)
         return max(bound, found.bound_s), {own: pipeline.time_s(own) for own in every}
+
+    def closer_of_cut(self, c: Candidate, cuts: Cuts) -> float:
+        """The bound of one cut from closer times where stages are alike."""
+        if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
+            return self.of_cut(c, cuts)
+        return self._pipeline(c, self._make_loads(c, closer=True, cuts=cuts), self._sorts_of(cuts)).time_s(cuts)
+
+    @staticmethod
+    def _pipeline(c: Candidate, loads: _Loads, sorts: Sorts) -> PipelineBound:
+        assert loads.chain_s is not None, "stages are alike"
+        works, laters, owns = (_tables_of(sorts, each) for each in (loads.first, loads.later, loads.own))
+        return PipelineBound(
+            works=works, laters=laters, owns=owns, once=loads.once, once_alone=loads.once_alone,
+            chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches,
+        )
 
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:
         """The bound of one cut; infinite where it does not fit into memory."""

@@ -7,7 +7,7 @@ without rewrites of layers, which are taken to gain as much as without a context
 
 from __future__ import annotations
 
-import time
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -71,11 +71,15 @@ def estimated(engine: Engine, c: Candidate, limit: float = float("inf")) -> floa
 
     Where a rougher one is not below the limit already, that one.
     """
+    rough = _roughly(engine, c)
+    return rough if rough >= limit else engine.bounds.quick(_without_axis(c), limit)
+
+
+def _roughly(engine: Engine, c: Candidate) -> float:
+    """What its estimate is at least."""
     if c.tp > 1 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel) is None:
         return float("inf")
-    like = _without_axis(c)
-    rough = engine.bounds.rough(like)
-    return rough if rough >= limit else engine.bounds.quick(like, limit)
+    return engine.bounds.rough(_without_axis(c))
 
 
 def _without_axis(c: Candidate) -> Candidate:
@@ -128,27 +132,36 @@ def _promising(
     space = context_candidates(cluster, request, engine.chooser, len(engine.graph.blocks))
     asked = any(axis == "cp" and size > 1 for axis, size in request.mesh)
     limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
-    promising: list[tuple[float, Candidate]] = []
-    for candidate in space:
-        if deadline is not None and time.monotonic() > deadline:
-            return None
-        estimate = estimated(engine, candidate, limit)
-        if estimate < limit:
-            promising.append((estimate, candidate))
     most = MAX_SHARDINGS if best is not None else MAX_SHARDINGS_ALONE
     groups: dict[tuple[int, int, bool], list[Candidate]] = {}
-    for _, c in sorted(promising):
+    for c in space:
         groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
+    ordered: list[tuple[int, int, bool]] = []  # the groups by their least estimates
+    queue = [(_roughly(engine, c), c, True) for c in space]
+    heapq.heapify(queue)
+    while queue and queue[0][0] < limit and len(ordered) < most:
+        if engine.out_of_time(deadline):
+            return None
+        rough, c, is_rough = heapq.heappop(queue)
+        key = c.cp, c.tp, c.sequence_parallel
+        if key in ordered:
+            continue
+        if is_rough:
+            heapq.heappush(queue, (max(rough, estimated(engine, c, limit)), c, False))
+        else:
+            ordered.append(key)
     chooser = ShardingChooser(
         engine.graph, cluster, request.dtype, rows=request.micro_batch or 1, compile=request.compile
     )
     plain = Bounds(engine.graph, engine.layout, request, chooser)
     found: list[Candidate] = []
-    for (cp, tp, sequence_parallel), alike in list(groups.items())[:most]:
-        if deadline is not None and time.monotonic() > deadline:
+    for cp, tp, sequence_parallel in ordered:
+        if engine.out_of_time(deadline):
             break
         if chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp) is None:
             continue
+        estimates = sorted((estimated(engine, c, limit), c) for c in groups[cp, tp, sequence_parallel])
+        alike = [c for estimate, c in estimates if estimate < limit]
         if _promises(engine, plain, alike, limit):
             chosen = engine.chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp)
             found += alike if chosen is not None else ()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,17 +116,22 @@ def _join(scope: list[int], sizes: tuple[int, ...], factors: list[Factor]) -> Ta
 
 def best_order(graph: FactorGraph) -> tuple[tuple[int, ...], int]:
     """An elimination order and the entries of its largest table: the better of min-fill and min-weight."""
-    candidates = [_greedy_order(graph, by_fill=by_fill) for by_fill in (True, False)]
+    return _best_order(graph.sizes, frozenset(frozenset(factor.variables) for factor in graph.factors))
+
+
+@lru_cache(maxsize=256)
+def _best_order(sizes: tuple[int, ...], scopes: frozenset[frozenset[int]]) -> tuple[tuple[int, ...], int]:
+    candidates = [_greedy_order(sizes, scopes, by_fill=by_fill) for by_fill in (True, False)]
     return min(candidates, key=lambda found: found[1])
 
 
-def _greedy_order(graph: FactorGraph, *, by_fill: bool) -> tuple[tuple[int, ...], int]:
-    sizes = graph.sizes
+def _greedy_order(
+    sizes: tuple[int, ...], scopes: frozenset[frozenset[int]], *, by_fill: bool
+) -> tuple[tuple[int, ...], int]:
     neighbours: list[set[int]] = [set() for _ in sizes]
-    for factor in graph.factors:
-        for variable in factor.variables:
-            neighbours[variable].update(factor.variables)
-            neighbours[variable].discard(variable)
+    for scope in scopes:
+        for variable in scope:
+            neighbours[variable] |= scope - {variable}
 
     def price(variable: int) -> tuple[int, int, int]:
         around = sorted(neighbours[variable])

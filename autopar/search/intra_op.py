@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.model_graph import BlockClass
-from autopar.search.block_problem import Problem, boundary_fits
+from autopar.search.block_problem import Problem, boundary_fits, kept_problem
 from autopar.search.elimination import best_order
 from autopar.search.mathopt import minimize
 from autopar.search.pruning import branch_and_bound, prune
@@ -101,7 +101,9 @@ def best_sharding(
     whole = tuple(whole_params) or (False,) * num_axes
     search = _Search(cls, tuple(boundary), costs, parameter_weight, whole)
     if num_axes == 1:
-        problem = search.problem(search.allowed(strategies) if any(whole) else strategies)
+        problem = search.problem(search.allowed(strategies)) if any(whole) else kept_problem(
+            cls, strategies, search.boundary, costs, parameter_weight=parameter_weight, whole_params=whole
+        )
         only = None if problem.impossible else minimize(problem.graph)
         if only is None:
             return None

@@ -359,7 +359,8 @@ def at_rows(shardings: tuple[ClassSharding, ...], graph: ModelGraph, rows: int) 
 
 def slowest_device(cluster: Cluster) -> DeviceType:
     """The type with the smallest peak of the cluster's devices; the first of equals."""
-    return min((node.device for node in cluster.nodes), key=lambda device: device.peak("bfloat16"))
+    distinct = {id(node.device): node.device for node in cluster.nodes}
+    return min(distinct.values(), key=lambda device: device.peak("bfloat16"))
 
 
 def tp_group(cluster: Cluster, tp: int) -> GroupShape:

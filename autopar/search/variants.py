@@ -301,11 +301,15 @@ def _exact(options: Options, numbers: NDArray[np.intp], budget: Table, weights: 
     return np.where(fits, added[np.maximum(index, 0)], np.inf)
 
 
+@lru_cache(maxsize=16)
+def _every_count(most: int, num_options: int) -> NDArray[np.intp]:
+    """counts[option, i]: all ways to take 0 to `most` of each option."""
+    return np.indices((most + 1,) * num_options, dtype=np.intp).reshape(num_options, (most + 1) ** num_options)
+
+
 def _counted(points: Points, numbers: NDArray[np.intp], budget: Table) -> Table:
     """The least added time by trying all counts of all options but the first and the last, which share the rest."""
-    middle = max(len(points) - 2, 0)
-    every = range(int(numbers.max(initial=0)) + 1)
-    counts = np.array(list(product(every, repeat=middle)), dtype=np.intp).reshape(len(every) ** middle, middle).T
+    counts = _every_count(int(numbers.max(initial=0)), max(len(points) - 2, 0))
     held, added = (np.array(column) for column in zip(*points, strict=True))
     rest = numbers[..., None] - counts.sum(axis=0)
     left = np.where(np.isfinite(budget), budget, -np.inf)[..., None] - counts.T @ held[1:-1] - rest * held[0]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from autopar.cluster.cluster import Cluster
+from autopar.cluster.cluster import Cluster, GroupShape
 from autopar.cost_models.collectives import send_recv_time_s
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import ModelGraph
@@ -115,6 +115,26 @@ def _row_ranges(plan: Plan, stage: Stage) -> list[tuple[int, int]]:
 
 def _slowest_pair(cluster: Cluster, sources: Sequence[int], targets: Sequence[int], size: float) -> float:
     """Seconds until the last device has its message, each from the device at its own place."""
+    kinds = _kept_kinds(cluster, sources, targets)
+    return max((send_recv_time_s(size, group, flows_per_node=flows) for group, flows in kinds), default=0.0)
+
+
+Kinds = tuple[tuple[GroupShape, int], ...]  # of links, with the flows that share a node's
+_kinds: dict[tuple[int, tuple[int, ...], tuple[int, ...]], tuple[Cluster, Kinds]] = {}
+_MANY_KINDS = 256
+
+
+def _kept_kinds(cluster: Cluster, sources: Sequence[int], targets: Sequence[int]) -> Kinds:
+    key = id(cluster), tuple(sources), tuple(targets)
+    if key not in _kinds:
+        if len(_kinds) >= _MANY_KINDS:
+            _kinds.clear()
+        _kinds[key] = cluster, _pair_kinds(cluster, sources, targets)  # kept, so that its id is not used again
+    return _kinds[key][1]
+
+
+def _pair_kinds(cluster: Cluster, sources: Sequence[int], targets: Sequence[int]) -> Kinds:
+    """The distinct links between devices at the same places."""
     node_of, uniform = cluster.node_of, cluster.is_uniform
     pairs: dict[tuple[int, int], tuple[int, int]] = {}
     leaving: dict[int, int] = {}
@@ -123,13 +143,13 @@ def _slowest_pair(cluster: Cluster, sources: Sequence[int], targets: Sequence[in
         if pair[0] != pair[1]:  # chunks of one group send nothing
             pairs.setdefault(nodes, pair)
         leaving[here] = leaving.get(here, 0) + (here != there)
-    kinds: dict[tuple[int, ...], float] = {}
+    kinds: dict[tuple[int, ...], tuple[GroupShape, int]] = {}
     for nodes, pair in pairs.items():
         sharing = leaving[nodes[0]] if nodes[0] != nodes[1] else 1
         kind = (int(nodes[0] == nodes[1]), sharing) if uniform else nodes
         if kind not in kinds:
-            kinds[kind] = send_recv_time_s(size, cluster.group(pair), flows_per_node=sharing)
-    return max(kinds.values(), default=0.0)
+            kinds[kind] = cluster.group(pair), sharing
+    return tuple(kinds.values())
 
 
 def _slowest(cluster: Cluster, flows: Sequence[Flow]) -> float:

@@ -68,6 +68,7 @@ def test_bounds_never_exceed_the_simulated_time(
         closest, of_cuts = engine.bounds.closer(c, best[0], [cuts])
         assert max(closest, of_cuts[cuts]) <= timeline.step_time_s * slack, c
         assert all(closest <= other * slack for other in of_cuts.values()), "no cut is below the bound over all"
+        assert own <= engine.bounds.closer_of_cut(c, cuts) * slack**2 <= timeline.step_time_s * slack**3, c
         # What takes as long as a limit may be passed over, and nothing that is below it.
         limit_s = timeline.step_time_s * rng.choice([0.5, 0.9, 1.001, 1.5])
         under = engine.bounds.best_cut(c, limit_s)
