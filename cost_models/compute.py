@@ -34,7 +34,7 @@ MEMORY_EFFICIENCY = 0.85
 # Kernels that compute along rows, or add at random places, are bound by the multiprocessors before they are by HBM:
 # bytes a second, as counted below, that each multiprocessor moves forward and backward in 16 bits, twice as many in 32.
 # From the larger sizes in hardware/kernels-H200.csv (torch 2.11; `python tests/benchmarks/bench_kernels.py`), over 132;
-# taken to be alike on other devices, whose clocks are down to 0.7 of an H200's (range 0.6-1).
+# on other devices in proportion to their clocks.
 MULTIPROCESSOR_RATES: dict[str, tuple[float, float]] = {
     "layer_norm": (17.5e9, 12.2e9),
     "rms_norm": (21.5e9, 12.4e9),
@@ -43,6 +43,11 @@ MULTIPROCESSOR_RATES: dict[str, tuple[float, float]] = {
     "gelu": (23.2e9, 26e9),
     "embedding": (math.inf, 3.2e9),  # rows are sorted, then added
 }
+RATES_CLOCK_GHZ = 1.98  # an H200's
+# The same at rows of 1024: norms have fewer elements to a row's reduction, and softmax keeps short rows in registers.
+# Between NARROW and WIDE the rates lie between, in proportion to the logarithm.
+NARROW_RATES = {"layer_norm": (12.1e9, 6.5e9), "rms_norm": (21.5e9, 7.6e9), "softmax": (15.5e9, 11.8e9)}
+NARROW, WIDE = 1024, 4096
 # Time between the end of a kernel and the start of the next that waits in the queue, as a share of `kernel_launch_s`:
 # 1.28 us in a replayed graph against 4.2 us from Python on an H100 (assumed for others, range 0.15-0.5).
 GAP_SHARE = 0.3
@@ -136,12 +141,21 @@ def memory_time_s(device: DeviceType, size_bytes: float) -> float:
     return kernel_time_s(device, size_bytes / memory_bandwidth(device))
 
 
-def _row_time_s(op: Op, device: DeviceType, size_bytes: float, element_bytes: int, *, backward: bool) -> float:
-    """Seconds of a kernel that moves `size_bytes`, bound by HBM or by the multiprocessors."""
-    rates = MULTIPROCESSOR_RATES.get(base_name(op.target).removeprefix("_"))
+def _row_time_s(
+    op: Op, device: DeviceType, size_bytes: float, element_bytes: int, *, width: float, backward: bool
+) -> float:
+    """Seconds of a kernel that moves `size_bytes` in rows of this width, bound by HBM or by the multiprocessors."""
+    name = base_name(op.target).removeprefix("_")
+    rates = MULTIPROCESSOR_RATES.get(name)
     if rates is None or _is_cpu(device):
         return memory_time_s(device, size_bytes)
-    rate = rates[backward] * efficiency_of(device.name).multiprocessors * max(1.0, element_bytes / 2)
+    found = efficiency_of(device.name)
+    rate = rates[backward]
+    narrow = NARROW_RATES.get(name, rates)[backward]
+    if narrow != rate and width < WIDE:
+        nearness = min(1.0, math.log(WIDE / max(1.0, width)) / math.log(WIDE / NARROW))
+        rate *= (narrow / rate) ** nearness
+    rate *= found.multiprocessors * found.clock_ghz / RATES_CLOCK_GHZ * max(1.0, element_bytes / 2)
     return kernel_time_s(device, size_bytes / min(memory_bandwidth(device), rate))
 
 
@@ -210,10 +224,13 @@ def op_time_s(
     if kind is OpKind.GATHER:
         # The backward fills the table's gradient with zeros and adds into it.
         filled_s = grad_in_bytes / memory_bandwidth(device)
-        added_s = _row_time_s(op, device, 3 * out_bytes, outputs[0].element_bytes if outputs else 2, backward=True)
+        added_s = _row_time_s(
+            op, device, 3 * out_bytes, outputs[0].element_bytes if outputs else 2, width=math.inf, backward=True
+        )
         return OpTime(memory_time_s(device, 2 * out_bytes), added_s + filled_s if grads else 0.0)
     element_bytes = operands[0].element_bytes if operands else 2
-    forward = _row_time_s(op, device, in_bytes + out_bytes + extra_bytes, element_bytes, backward=False)
+    width = operands[0].shape[-1] if operands and operands[0].shape else 1.0
+    forward = _row_time_s(op, device, in_bytes + out_bytes + extra_bytes, element_bytes, width=width, backward=False)
     if not grads or not any(output.requires_grad for output in outputs) or base_name(op.target) in ("cat", "stack"):
         return OpTime(forward, 0.0)  # the gradient of a concatenation is read in place
     if base_name(op.target) == "cross_entropy_loss":
@@ -230,7 +247,7 @@ def op_time_s(
     moved = out_bytes + saved_bytes + extra_bytes + grad_in_bytes
     if base_name(op.target) in ("mul", "div") and len(grads) > 1:
         moved += out_bytes  # two kernels read the gradient
-    return OpTime(forward, _row_time_s(op, device, moved, element_bytes, backward=True))
+    return OpTime(forward, _row_time_s(op, device, moved, element_bytes, width=width, backward=True))
 
 
 def _linears_time(

@@ -20,6 +20,7 @@ class Efficiency:
     """One device's entry of the table; the file says what each field means."""
 
     multiprocessors: int
+    clock_ghz: float
     matmul: float
     attention_forward: float
     attention_backward: float

@@ -160,3 +160,16 @@ def test_a_convolution_turns_its_tensors_over() -> None:
     plain = op_time_s(op, wide[:3], wide[3:], H100, "float32", flops=flops, backward_flops=2 * flops)
     rate = H100.peak("float32") * matmul_efficiency(H100, 1024, 64, 576, 1, "float32") * CONVOLUTION_EFFICIENCY
     assert plain.forward_s == pytest.approx(kernel_time_s(H100, flops / rate))  # float32 is read as it lies
+
+
+@pytest.mark.parametrize(("width", "rate"), [(1024, 12.1e9), (2048, (12.1e9 * 17.5e9) ** 0.5), (4096, 17.5e9)])
+@pytest.mark.parametrize(("name", "multiprocessors", "clock"), [("H200", 132, 1.98), ("A100-80GB", 108, 1.41)])
+def test_norms_of_narrow_rows_are_slower_and_follow_the_clock(
+    name: str, multiprocessors: int, clock: float, width: int, rate: float
+) -> None:
+    device = device_type(name)
+    op = Op(name="n", target="aten.layer_norm.default", args=(Ref("x"), (width,)), outputs=("y",))
+    x = tensor(2**25 // width, width)
+    time = op_time_s(op, (x,), (x,), device, "bfloat16", flops=0, backward_flops=0)
+    whole = min(memory_bandwidth(device), rate * multiprocessors * clock / 1.98)
+    assert time.forward_s == pytest.approx(kernel_time_s(device, 2 * x.size_bytes / whole))
