@@ -48,14 +48,15 @@ def static_bytes(
     `unit_numel`: the largest layer, which is gathered and reduced as one; `root_numel`: the parameters outside layers,
     which stay gathered. ZeRO 3 holds two units at once (the one in use and the next) and the copy that an all-gather
     delivers; ZeRO 2 and 3 hold a unit's gradients in the compute dtype and again in float32 while they are reduced, in
-    every micro-batch; what ZeRO 0 and 1 need once a step for that, `reduction_bytes` says.
+    every micro-batch; what ZeRO 0 and 1 need once a step for that, `reduction_bytes` says. ZeRO 0 computes with the
+    parameters at rest where the two dtypes are one.
     """
     shards = num_shards if zero > 0 else 1
     compute, rest = DTYPE_BYTES[dtype], DTYPE_BYTES[param_dtype]
     parameters = rest * numel / shards
     buffers = 0.0
     if zero < 3:
-        parameters += compute * numel
+        parameters += 0.0 if zero == 0 and dtype == param_dtype else compute * numel
     else:
         parameters += compute * root_numel
         buffers += compute * 3 * unit_numel

@@ -11,15 +11,12 @@ those of the data sheet's rates, so that they do not depend on what was measured
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
-import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from statistics import fmean, median
@@ -85,17 +82,14 @@ def resident_bytes(what: str = "VmRSS") -> int:
     return int(found.group(1)) * 1024
 
 
-@contextlib.contextmanager
-def returning_memory() -> Iterator[None]:
-    """Processes started meanwhile give freed memory back to the system at once."""
-    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def return_memory() -> None:
+    """From now on this process gives freed memory back to the system at once.
+
+    By calls, not by the C library's environment variables: processes are forked from a server that has started already.
+    """
+    libc, trim_threshold, mmap_threshold, arena_max = ctypes.CDLL("libc.so.6"), -1, -3, -8
+    for option, value in ((arena_max, 1), (mmap_threshold, 65536), (trim_threshold, 0)):
+        assert libc.mallopt(option, value) == 1, f"mallopt({option}, {value}) failed"
 
 
 def trim() -> None:
@@ -183,7 +177,8 @@ def report(work: list[Any], plain: Any, measured: Any, options: argparse.Namespa
           flush=True)
     # A second pool tells the memory: in it, what is freed goes back to the system at once. Else the C library keeps
     # freed pieces ("kept"), and resident memory is not what the step needs.
-    with LocalPool(2) as pool, returning_memory(), LocalPool(2) as frugal:
+    with LocalPool(2) as pool, LocalPool(2) as frugal:
+        frugal.run(return_memory)
         for name, title, graph, factory, plan in work:
             timeline, before = simulate(graph, measured, plan), simulate(graph, plain, plan)
             share = measured_share(graph, measured, plan)

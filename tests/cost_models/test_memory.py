@@ -40,8 +40,9 @@ def test_adamw_in_bfloat16(zero: int, shards: int, expected: tuple[float, ...]) 
     assert per_parameter(zero, shards) == expected
 
 
-def test_float32_keeps_a_compute_copy_too() -> None:
-    assert per_parameter(0, 1, "float32") == (8, 4, 8)
+def test_whole_parameters_in_the_compute_dtype_need_no_copy() -> None:
+    assert per_parameter(0, 1, "float32") == (4, 4, 8)
+    assert per_parameter(1, 8, "float32") == (4 + 4 / 8, 4, 1)  # what was gathered lies beside the shards
 
 
 def test_units_in_flight() -> None:
