@@ -137,17 +137,20 @@ def _promising(
     for c in space:
         groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
     ordered: list[tuple[int, int, bool]] = []  # the groups by their least estimates
-    queue = [(_roughly(engine, c), c, True) for c in space]
+    # What an estimate is at least: roughly, by the work alone, and itself.
+    queue = [(_roughly(engine, c), c, 0) for c in space]
     heapq.heapify(queue)
     while queue and queue[0][0] < limit and len(ordered) < most:
         if engine.out_of_time(deadline):
             return None
-        rough, c, is_rough = heapq.heappop(queue)
+        least, c, level = heapq.heappop(queue)
         key = c.cp, c.tp, c.sequence_parallel
         if key in ordered:
             continue
-        if is_rough:
-            heapq.heappush(queue, (max(rough, estimated(engine, c, limit)), c, False))
+        if level == 0:
+            heapq.heappush(queue, (max(least, engine.bounds.of_work(_without_axis(c))), c, 1))
+        elif level == 1:
+            heapq.heappush(queue, (max(least, estimated(engine, c, limit)), c, 2))
         else:
             ordered.append(key)
     chooser = ShardingChooser(

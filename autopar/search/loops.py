@@ -87,8 +87,8 @@ class PipelineBound:
             self._add(parts, tried, middle, upper, bound)
         if not parts:
             return LeastTime(np.inf, None)
-        best = min(tried, key=lambda cuts: (self.time_s(cuts), cuts))
-        return LeastTime(max(parts[0][0], alone.value), self._moved(best))
+        best, bound = min(tried, key=lambda cuts: (self.time_s(cuts), cuts)), max(parts[0][0], alone.value)
+        return LeastTime(bound, self._moved(best) if bound < limit_s else best)
 
     def _add(
         self, parts: list[tuple[float, float, float]], tried: list[tuple[int, ...]], lower: float, upper: float,
