@@ -55,10 +55,12 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mesh:
-    """Sizes of a stage's mesh axes. `ep` is taken by `simulate` alone so far and is 1 in planned stages.
+    """Sizes of a stage's mesh axes.
 
     The data axes, `dp_replicate` and `dp_shard`, split rows and are run around the blocks; the inner axes, `cp` and
-    then `tp`, split the ops of the blocks. `cp` leaves parameters whole: its ranks share dp_shard's shards.
+    then `tp`, split the ops of the blocks. `cp` leaves parameters whole: its ranks share dp_shard's shards. `ep` adds
+    no ranks: it is the innermost part of the data axes, whose ranks have the experts of a mixture between them and
+    send each other tokens; other parameters are as without it.
     """
 
     dp_replicate: int = 1

@@ -9,6 +9,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.cluster.part import part_of, split_part
 from autopar.errors import InputError, PlanMismatchError
+from autopar.graph.expert_params import expert_params, unsplit_experts
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import check_actions, parse_actions, stage_ranks
@@ -145,10 +146,36 @@ def _meshes_match(subject: _Subject) -> Iterator[str]:
                 f"stage {index} has {len(stage.devices)} devices, and its mesh dp_replicate {mesh.dp_replicate} x "
                 f"dp_shard {mesh.dp_shard} x tp {mesh.tp} x cp {mesh.cp} takes {mesh.size}"
             )
-        if mesh.dp * mesh.cp % mesh.ep:
-            yield f"stage {index} has ep {mesh.ep}, which does not divide its {mesh.dp * mesh.cp} data ranks"
+        ranks, axis = (mesh.dp_shard, "dp_shard") if stage.zero else (mesh.dp, "dp_replicate")
+        if ranks % mesh.ep:
+            yield f"stage {index} has ep {mesh.ep}, which does not divide its {axis} {ranks}"
         if stage.zero == 0 and mesh.dp_shard != 1:
             yield f"stage {index} has zero 0, which keeps whole replicas, and dp_shard {mesh.dp_shard}"
+
+
+def _experts_divide(subject: _Subject) -> Iterator[str]:
+    """Whether data ranks can have the experts between them, and the tensor axis what that leaves of them."""
+    plan, graph = subject.plan, subject.graph
+    for index, stage in enumerate(plan.stages):
+        size = stage.mesh.ep
+        if size == 1 or graph is None:
+            continue
+        why = unsplit_experts(graph, size)
+        if why:
+            yield f"stage {index} has ep {size}: {why}"
+            return
+        for cls in dict.fromkeys(graph.block_class[block.cls] for block in graph.blocks[stage.first : stage.last]):
+            held = expert_params(cls)
+            for choice in plan.class_shardings(cls.name, stage):
+                for name, state in zip(cls.params, choice.params, strict=True):
+                    if name in held and state.kind is Kind.SHARDED and state.dim == 0 and (
+                        state.length or state.outer > 1 or cls.tensor[name].shape[0] % (size * stage.mesh.tp)
+                    ):
+                        yield (
+                            f"stage {index} has ep {size}, and tp {stage.mesh.tp} cannot split what that leaves of the "
+                            f"{cls.tensor[name].shape[0]} experts of {cls.name}"
+                        )
+                        return
 
 
 def _devices_ascend(subject: _Subject) -> Iterator[str]:
@@ -348,7 +375,8 @@ def _one_inner_mesh(subject: _Subject) -> Iterator[str]:
 
 
 CHECKS = (
-    _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _devices_ascend, _layer_counts_add_up,
+    _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _experts_divide, _devices_ascend,
+    _layer_counts_add_up,
     _batch_adds_up, _schedule_fits, _chunks_share_devices, _actions_run, _one_inner_mesh, _shardings_complete,
     _boundaries_agree,
 )

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_files
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 from autopar.errors import InputError
-from autopar.runtime.data_parallel import like_parameter, whole_tensor
 from autopar.runtime.fused_step import place_step_counts
-from autopar.runtime.layout import ParamLayout, full_tensor, local_part
+from autopar.runtime.layout import ParamLayout
+from autopar.runtime.parts import gathered, laid_out
 
 if TYPE_CHECKING:
     from autopar.runtime.engine import Trainer
@@ -45,7 +45,7 @@ def own_parameters(trainer: Trainer) -> Iterator[tuple[int, ParamLayout, nn.Para
 
 
 def _gathered(trainer: Trainer, value: Tensor, param: ParamLayout) -> Tensor:
-    return full_tensor(whole_tensor(value.detach(), trainer.groups.data_mesh), param.state, trainer.groups.tensor_axis)
+    return gathered(value.detach(), param, trainer.groups)
 
 
 def _speaks(trainer: Trainer, stage: int, param: ParamLayout) -> bool:
@@ -224,8 +224,7 @@ def _is_laid_out(value: Any, parameter: Tensor) -> bool:
 
 def _laid_out(trainer: Trainer, full: Tensor, param: ParamLayout, parameter: Tensor) -> Tensor:
     """A full tensor as this rank holds it: its part on the tensor axis, then as the data axes shard the parameter."""
-    part = local_part(full.to(parameter.device), param.state, trainer.groups.tensor_axis)
-    return like_parameter(part.contiguous(), parameter, trainer.groups.data_mesh)
+    return laid_out(full.to(parameter.device), param, parameter, trainer.groups)
 
 
 def _group_options(trainer: Trainer) -> dict[Tensor, str]:

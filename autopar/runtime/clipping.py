@@ -45,7 +45,8 @@ def _speaks(trainer: Trainer, stage: int, param: ParamLayout) -> bool:
     groups = trainer.groups
     if stage != param.stages[0]:
         return False  # a copy of a tied parameter
-    if groups.replicas is not None and dist.get_rank(groups.replicas) != 0:
+    replicas = groups.expert_replicas if param.by_experts else groups.replicas
+    if replicas is not None and dist.get_rank(replicas) != 0:
         return False
     if groups.data_mesh is not None and groups.data_mesh.get_local_rank("dp_replicate") != 0:
         return False

@@ -17,21 +17,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from autopar.runtime.stage import StageModule
+from autopar.runtime.stage import ExpertsModule, StageModule
 
 
 def shard_stage(
     stage: StageModule, units: Sequence[str], mesh: DeviceMesh, *, zero: int, dtype: torch.dtype,
-    param_dtype: torch.dtype,
+    param_dtype: torch.dtype, expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Shard a stage's parameters in place: each unit by itself, the rest with the root, which stays gathered.
 
-    Gradients are summed over the data ranks, not averaged: the loss is already divided by the global count.
+    The modules that hold experts are units over `expert_mesh`, where there is one. Gradients are summed over the data
+    ranks, not averaged: the loss is already divided by the global count.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype != param_dtype:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=param_dtype, cast_forward_inputs=False)
     modules = dict(stage.named_modules())
+    if expert_mesh is not None:
+        for module in modules.values():
+            if isinstance(module, ExpertsModule):
+                fully_shard(module, mesh=expert_mesh, mp_policy=policy, reshard_after_forward=zero == 3)
     for name in units:
         if name in modules and any(True for _ in modules[name].parameters()):
             fully_shard(modules[name], mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)

@@ -33,11 +33,12 @@ from autopar.runtime.data_parallel import like_parameter, local_tensor, shard_st
 from autopar.runtime.executor import Channel, Executor, LocalStage
 from autopar.runtime.fused_step import prefer_fused
 from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh, place_of
-from autopar.runtime.layout import local_part, parameter_layout
+from autopar.runtime.layout import parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.metrics import StepLog
 from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.optimizers import check_optimizer
+from autopar.runtime.parts import BY_EXPERTS, mesh_of, part_of
 from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
 from autopar.runtime.replicas import Replicas
@@ -110,7 +111,10 @@ class Trainer:
             name: self._from_first(value) if sent and name in persistent else value.detach().to(self.device)
             for name, value in captured.constants.items()
         }
-        builder = StageBuilder(graph, tagged, plan, self.layout, self.terms, self.groups.axes, self.device)
+        builder = StageBuilder(
+            graph, tagged, plan, self.layout, self.terms, self.groups.axes, self.device,
+            self.groups.expert_axis,
+        )
         splitting = {a.stage for actions in lists for a in actions if a.kind is ActionKind.INPUT_BACKWARD}
         self.stages = tuple(
             self._local_stage(index, builder, params[index], constants, persistent, splits=index in splitting)
@@ -295,7 +299,7 @@ class Trainer:
             if own[info.name].is_meta:
                 raise InputError(f"parameter {info.name} has no data (meta device); give the model its weights first")
         found: dict[int, dict[str, nn.Parameter]] = {index: {} for index in self.groups.place.stages}
-        state = {(index, param.name): param.state for index in found for param in self.layout.of_stage(index)}
+        layout = {(index, param.name): param for index in found for param in self.layout.of_stage(index)}
         for param in self.layout.params:
             value = own[param.name]
             needing = [index for index in param.stages if index in found]
@@ -304,7 +308,7 @@ class Trainer:
             full = self._from_first(value) if sent else value.detach().to(self.device)
             dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
             for index in needing:
-                part = local_part(full, state[index, param.name], self.groups.tensor_axis)
+                part = part_of(full, layout[index, param.name], self.groups)
                 part = part.to(dtype, copy=not sent or index != needing[0])
                 found[index][param.name] = nn.Parameter(part, requires_grad=value.requires_grad)
         return found
@@ -317,8 +321,12 @@ class Trainer:
             for param in self.layout.of_stage(index):
                 info = self.graph.param[param.name]
                 dtype = getattr(torch, self.plan.param_dtype) if own[param.name].is_floating_point() else None
-                size = self.groups.tensor_axis.size if self.groups.tensor_axis is not None else 1
-                shape = placed_shape(info.shape, (param.state,), (size,)) if size > 1 else info.shape
+                axes = ((self.groups.expert_axis, BY_EXPERTS if param.by_experts else R),
+                        (self.groups.tensor_axis, param.state))
+                shape = info.shape
+                for axis, state in axes:
+                    if axis is not None:
+                        shape = placed_shape(shape, (state,), (axis.size,))
                 part = unwritten(shape, dtype or own[param.name].dtype)
                 params[param.name] = nn.Parameter(part, requires_grad=own[param.name].requires_grad)
         return found
@@ -328,9 +336,12 @@ class Trainer:
         """Fill parameters, and the buffers that are there, from files."""
         for _, param, parameter in checkpoint.own_parameters(self):
             shape = self.graph.param[param.name].shape
-            part = files.part(param.names, shape, param.state, self.groups.tensor_axis)
+            part = files.part(
+                param.names, shape, param.state, self.groups.tensor_axis,
+                self.groups.expert_axis if param.by_experts else None,
+            )
             part = part.to(device=parameter.device, dtype=parameter.dtype)
-            parameter.copy_(like_parameter(part.contiguous(), parameter, self.groups.data_mesh))
+            parameter.copy_(like_parameter(part.contiguous(), parameter, mesh_of(param, self.groups)))
         for stage in self.stages:
             for name, value in stage.module.named_buffers():
                 if files.has([name]):
@@ -383,10 +394,16 @@ class Trainer:
             shard_stage(
                 module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
                 dtype=getattr(torch, plan.dtype), param_dtype=getattr(torch, plan.param_dtype),
+                expert_mesh=self.groups.expert_mesh,
             )
         replicas = copies = None
         if self.groups.replicas is not None:
-            replicas = Replicas(dict.fromkeys(module.parameters()), self.groups.replicas)
+            named = dict(module.named_parameters(remove_duplicate=False))
+            own = {
+                named[param.name]: self.groups.expert_replicas for param in self.layout.of_stage(index)
+                if param.by_experts
+            }
+            replicas = Replicas(dict.fromkeys(module.parameters()), self.groups.replicas, own)
         if self.groups.data_mesh is None and plan.dtype != plan.param_dtype:
             blocks = module._autopar_blocks  # no name that a model may have
             copies = ComputeCopies(

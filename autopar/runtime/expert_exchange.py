@@ -6,6 +6,7 @@ exchanged first, and the host waits for them once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,13 +41,15 @@ class _Exchange(torch.autograd.Function):
 def expert_exchange(
     axis: Axis, hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
     up_bias: Tensor | None = None, down_bias: Tensor | None = None, transposed: bool = False, gate: str = "",
+    *, num_experts: int = 0, inside: Callable[..., tuple[Tensor, Tensor]] = experts,
 ) -> tuple[Tensor, Tensor]:
     """`autopar::experts` for this rank's tokens, where rank i holds the i-th part of the experts.
 
-    Two all-to-alls in the forward and two in the backward, each of as many rows as there are choices.
+    Two all-to-alls in the forward and two in the backward, each of as many rows as there are choices. `inside` runs
+    this rank's part of `num_experts` experts, of which axes inside this one may hold parts again; 0: they do not.
     """
     num_tokens, num_choices = index.shape
-    num_local = up.shape[0]
+    num_local = num_experts // axis.size or up.shape[0]
     absent = (index < 0) | (index >= num_local * axis.size)
     ids = index.masked_fill(absent, 0).reshape(-1)  # a choice of no expert goes along with weight zero
     order = torch.argsort(ids, stable=True)
@@ -57,7 +60,7 @@ def expert_exchange(
     numbers = torch.arange(num_local, device=index.device).repeat(axis.size)
     own = torch.repeat_interleave(numbers, arriving.flatten()).unsqueeze(1)
     ones = weights.new_ones(own.shape, requires_grad=False)
-    results, kept = experts(rows, own, ones, up, down, up_bias, down_bias, transposed, gate)
+    results, kept = inside(rows, own, ones, up, down, up_bias, down_bias, transposed, gate)
     back: Tensor = _Exchange.apply(results, axis, received, sent)  # type: ignore[no-untyped-call]
     each = back[torch.argsort(order)].view(num_tokens, num_choices, -1)
     weighted = each * weights.masked_fill(absent, 0).unsqueeze(-1)

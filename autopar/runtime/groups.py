@@ -34,7 +34,9 @@ class Groups:
 
     `axes` are the axes inside the stage, outermost first; `tensor_axis` is the one of them called "tp". `data` holds
     the ranks that have other rows; `data_mesh` all those that have other tokens, which share the shards of parameters.
-    `replicas` holds the same ranks where each of them has whole parameters.
+    `replicas` holds the same ranks where each of them has whole parameters. `expert_axis` are data ranks that have the
+    experts between them; `expert_mesh` and `expert_replicas` are for experts what `data_mesh` and `replicas` are for
+    all other parameters: the ranks that have the same experts.
     `tied` maps a set of stages to the group of the ranks that hold the same part of the parameters which they share,
     `tied_whole` to all ranks of stages that hold them in unlike parts.
     `forward[i]` and `backward[i]` carry what passes between stages i and i + 1; on one device nothing need be carried.
@@ -47,6 +49,9 @@ class Groups:
     data: dist.ProcessGroup | None
     data_mesh: DeviceMesh | None  # ("dp_replicate", "dp_shard")
     replicas: dist.ProcessGroup | None
+    expert_axis: Axis | None
+    expert_mesh: DeviceMesh | None
+    expert_replicas: dist.ProcessGroup | None
     tied: dict[tuple[int, ...], dist.ProcessGroup]
     tied_whole: dict[tuple[int, ...], dist.ProcessGroup]
     forward: dict[int, dist.ProcessGroup]
@@ -60,9 +65,6 @@ def check_runnable(plan: Plan, world_size: int) -> None:
             f"the plan is for {plan.num_devices} devices, and the job has {world_size} processes; "
             f"start it with torchrun --nproc-per-node {plan.num_devices}, or plan again"
         )
-    for stage in plan.stages:
-        if stage.mesh.ep > 1:
-            raise InputError(f"the plan has ep {stage.mesh.ep}, which can be simulated, not yet run")
     for one, other in pairwise(plan.stages):
         if one.devices == other.devices and one.shardings != other.shardings:
             raise InputError("two neighbour stages on the same devices split ops differently; make them one stage")
@@ -102,6 +104,7 @@ def make_groups(
     place = place_of(plan, rank)
     mine: dict[str, dist.ProcessGroup] = {}
     data_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
     seen: set[tuple[int, ...]] = set()
     for stage in plan.stages:
         if stage.devices in seen:
@@ -115,12 +118,25 @@ def make_groups(
             device_mesh = DeviceMesh(device.type, grid.view(mesh.dp_replicate, shards, mesh.tp), mesh_dim_names=names)
             if rank in stage.devices:
                 data_mesh = device_mesh["dp_replicate", "dp_shard"]
+            if mesh.ep > 1:
+                names = ("dp_replicate", "dp_shard", "ep_tp")
+                alike = grid.view(mesh.dp_replicate, mesh.dp_shard // mesh.ep, mesh.ep, mesh.cp, mesh.tp)
+                alike = alike.movedim(2, 3).reshape(mesh.dp_replicate, shards // mesh.ep, mesh.ep * mesh.tp)
+                device_mesh = DeviceMesh(device.type, alike, mesh_dim_names=names)
+                if rank in stage.devices:
+                    expert_mesh = device_mesh["dp_replicate", "dp_shard"]
         rows = {
             "tp": grid.flatten(0, 1).tolist(), "cp": grid.transpose(1, 2).flatten(0, 1).tolist(),
             "data": grid.flatten(1, 2).t().tolist(),
         }
         if stage.zero == 0:
             rows["replicas"] = grid.flatten(0, 1).t().tolist()
+        if mesh.ep > 1:
+            # The expert axis is the innermost part of the data axes.
+            parts = grid.view(mesh.dp // mesh.ep, mesh.ep, mesh.cp, mesh.tp)
+            rows["ep"] = parts.movedim(1, 3).flatten(0, 2).tolist()
+            if stage.zero == 0:
+                rows["expert_replicas"] = parts.transpose(1, 2).flatten(0, 1).flatten(1, 2).t().tolist()
         for axis, members in rows.items():
             for ranks in members:
                 if len(ranks) > 1:
@@ -152,10 +168,11 @@ def make_groups(
         name: Axis(
             group_name=mine[name].group_name, size=dist.get_world_size(mine[name]), rank=dist.get_rank(mine[name]),
             name=name,
-        ) for name in ("cp", "tp") if name in mine
+        ) for name in ("cp", "tp", "ep") if name in mine
     }
     return Groups(
-        place=place, axes=tuple(axes.values()), tensor_axis=axes.get("tp"), tensor=mine.get("tp"),
-        data=mine.get("data"), data_mesh=data_mesh, replicas=mine.get("replicas"), tied=tied, tied_whole=whole,
-        forward=forward, backward=backward,
+        place=place, axes=tuple(axis for name, axis in axes.items() if name != "ep"), tensor_axis=axes.get("tp"),
+        tensor=mine.get("tp"), data=mine.get("data"), data_mesh=data_mesh, replicas=mine.get("replicas"),
+        expert_axis=axes.get("ep"), expert_mesh=expert_mesh, expert_replicas=mine.get("expert_replicas"), tied=tied,
+        tied_whole=whole, forward=forward, backward=backward,
     )

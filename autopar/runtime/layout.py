@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from autopar.graph.expert_params import expert_params
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
 from autopar.runtime.collectives import Axis, all_gather, take_shard
@@ -19,13 +20,15 @@ class ParamLayout:
 
     `names` are its own FQN and those of its ties; `state` is its state on the tensor axis of one stage; `stages` are
     the stages whose blocks use it, each of which has a copy; `unit` is the name of the block that it is gathered with
-    ("" for the root of its stage).
+    ("" for the root of its stage). `by_experts`: the ranks of the expert axis have parts of it along dim 0, of which
+    `state` says what the tensor axis has.
     """
 
     names: tuple[str, ...]
     state: State
     stages: tuple[int, ...]
     unit: str
+    by_experts: bool = False
 
     @property
     def name(self) -> str:
@@ -55,8 +58,12 @@ def parameter_layout(graph: ModelGraph, plan: Plan, module_names: Iterable[str])
     stage_of = [index for index, stage in enumerate(plan.stages) for _ in range(stage.first, stage.last)]
     wanted: dict[tuple[str, int], list[State]] = {}
     users: dict[str, list[int]] = {}
+    by_experts: set[str] = set()
     for position, block in enumerate(graph.blocks):
-        stage = plan.stages[stage_of[position]]
+        stage, cls = plan.stages[stage_of[position]], graph.block_class[block.cls]
+        if stage.mesh.ep > 1:
+            held = expert_params(cls)
+            by_experts.update(name for own, name in zip(cls.params, block.params, strict=True) if own in held)
         on_tensor_axis = [choice for choice in plan.class_shardings(block.cls, stage) if choice.axis == "tp"]
         states = on_tensor_axis[0].params if on_tensor_axis else (R,) * len(block.params)
         for name, state in zip(block.params, states, strict=True):
@@ -82,7 +89,7 @@ def parameter_layout(graph: ModelGraph, plan: Plan, module_names: Iterable[str])
                 )
             copies.append(ParamLayout(
                 names=names[info.name], state=found[0] if len(set(found)) == 1 else RP, stages=stages,
-                unit=unit_of.get(info.name, ""),
+                unit=unit_of.get(info.name, ""), by_experts=info.name in by_experts,
             ))
             by_stage[index].append(copies[-1])
         params.append(copies[0])

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 import autopar.graph.kernels  # noqa: F401  # registers its ops
+from autopar.graph.expert_params import num_experts
+from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.model_graph import Arg, BlockClass, Literal, Op, Ref
 from autopar.runtime.collectives import Axis, converter
+from autopar.runtime.expert_exchange import expert_exchange
 from autopar.runtime.loss import Term, ignored_index
 from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
 from autopar.runtime.recompute import OpGroup, op_groups, recompute
@@ -182,12 +185,14 @@ class _Writer:
 def lower_class(
     cls: BlockClass, sharding: ClassSharding | Sequence[ClassSharding] | None, axis: Axis | Sequence[Axis] | None,
     device: torch.device, terms: Mapping[str, Term] | None = None, cores: Sequence[AttentionCore] = (),
+    expert_axis: Axis | None = None,
 ) -> LoweredClass:
     """The program of a class on one rank of the mesh axes inside its stage (none: whole tensors, no sharding).
 
     There is one sharding an axis, outermost first. `terms` are the loss's terms in this class: a counted cross-entropy
     sums, and terms that are counted or shared are multiplied with the factor that the caller passes under the op's
-    name. `cores` are computed again in the backward.
+    name. `cores` are computed again in the backward. `expert_axis`: ranks with other rows, that have
+    the class's experts between them.
     """
     terms = terms or {}
     axes = (axis,) if isinstance(axis, Axis) else tuple(axis or ())
@@ -223,7 +228,12 @@ def lower_class(
         with writer.recomputed(group, wanted) if group.is_core else nullcontext():
             for op in group.ops:
                 counted = terms.get(op.name) is Term.COUNT
-                writer.call(*_program(cls, op, joint(op), axes, counted), wanted(op), left(op))
+                called, program = _program(cls, op, joint(op), axes, counted)
+                if expert_axis is not None and op.target == EXPERTS_OP:
+                    program = partial(
+                        expert_exchange, expert_axis, num_experts=num_experts(cls, op), inside=program
+                    )
+                writer.call(called, program, wanted(op), left(op))
                 if op.name in factors:
                     variable = writer.where[op.outputs[0], left(op)[0]]
                     writer.lines.append(f"{variable} = {variable} * factor_{writer.identifier(op.name)}")

@@ -26,6 +26,8 @@ def sharded_because(plan: Plan, layout: Layout) -> str:
             return f"stage {index} shards its states (zero {stage.zero})"
         if any(param.state.kind is Kind.SHARDED for param in layout.of_stage(index)):
             return f"stage {index} splits parameters over its tensor axis"
+        if any(param.by_experts for param in layout.of_stage(index)):
+            return f"stage {index} parts its experts over its data ranks"
     return ""
 
 

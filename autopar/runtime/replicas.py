@@ -5,7 +5,7 @@ FSDP2 would gather and cut up parameters that are whole anyway, and make each a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,18 @@ class Replicas:
     """Sums the gradients of one stage's parameters over a group, in buckets, each once a step.
 
     Buckets go in one order on all ranks: parameters from last to first, as a backward reaches them. `overlaps` says
-    whether the backward that runs next is the step's last, so that full buckets may go.
+    whether the backward that runs next is the step's last, so that full buckets may go. Some parameters may have copies
+    in a group of their `own` (None: on this rank alone).
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-        self.group, self.overlaps = group, False
-        self.buckets = _buckets([param for param in params if param.requires_grad])
+    def __init__(
+        self, params: Iterable[nn.Parameter], group: dist.ProcessGroup,
+        own: Mapping[nn.Parameter, dist.ProcessGroup | None] | None = None,
+    ) -> None:
+        self.overlaps = False
+        groups = {param: (own or {}).get(param, group) for param in params if param.requires_grad}
+        self._group_of = {param: each for param, each in groups.items() if each is not None}
+        self.buckets = _buckets(self._group_of)
         self._bucket_of = {param: index for index, bucket in enumerate(self.buckets) for param in bucket}
         self._ready: list[set[nn.Parameter]] = [set() for _ in self.buckets]
         self._next = 0
@@ -49,9 +55,9 @@ class Replicas:
 
     def accumulated(self, param: Tensor) -> None:
         """A parameter's gradient of this backward is there: said by its hook, or by whoever adds it up elsewhere."""
-        if not self.overlaps:
-            return
         assert isinstance(param, nn.Parameter)
+        if not self.overlaps or param not in self._bucket_of:
+            return
         index = self._bucket_of[param]
         self._ready[index].add(param)
         while self._next < len(self.buckets) and len(self._ready[self._next]) == len(self.buckets[self._next]):
@@ -71,17 +77,18 @@ class Replicas:
             sizes = [gradient.numel() for gradient in gradients]
             for param, part in zip(held, torch.split(flat, sizes), strict=True):
                 param.grad = part.view_as(param)
-        work = dist.all_reduce(flat, group=self.group, async_op=True)
+        work = dist.all_reduce(flat, group=self._group_of[bucket[0]], async_op=True)
         assert work is not None
         self._works.append(work)
 
 
-def _buckets(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters from last to first, cut where a bucket is full or the dtype changes."""
+def _buckets(group_of: Mapping[nn.Parameter, dist.ProcessGroup]) -> list[list[nn.Parameter]]:
+    """Parameters from last to first, cut where a bucket is full or the dtype or the group changes."""
     found: list[list[nn.Parameter]] = []
     size = 0
-    for param in reversed(params):
-        if not found or size >= BUCKET_BYTES or found[-1][0].dtype != param.dtype:
+    for param in reversed(list(group_of)):
+        first = found[-1][0] if found else None
+        if first is None or size >= BUCKET_BYTES or (first.dtype, group_of[first]) != (param.dtype, group_of[param]):
             found.append([])
             size = 0
         found[-1].append(param)

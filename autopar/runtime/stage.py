@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.errors import InputError
 from autopar.graph.model_graph import Block, ModelGraph, Op
 from autopar.plan.plan import Plan, Recompute, Stage, Variant, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
@@ -27,6 +28,13 @@ from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import attention_cores
 
 
+class ExpertsModule(nn.Module):
+    """What holds experts that the expert axis has by parts. It runs what uses them: FSDP2 gathers them around that."""
+
+    def forward(self, run: Callable[..., Any], *inputs: Any) -> Any:
+        return run(*inputs)
+
+
 class BlockModule(nn.Module):
     """A block at its own path. Parameters are looked up at every call: FSDP2 swaps them under their names."""
 
@@ -35,6 +43,7 @@ class BlockModule(nn.Module):
         self._autopar_program: LoweredClass | None = None
         self._autopar_evaluation: LoweredClass | None = None
         self._autopar_copies: tuple[list[CopyUnit], list[Tensor]] | None = None
+        self._autopar_within: tuple[ExpertsModule, ...] = ()  # modules of their own below this one
 
     def bind(
         self, program: LoweredClass, evaluation: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]],
@@ -44,6 +53,9 @@ class BlockModule(nn.Module):
 
         `evaluation` runs where no gradients are wanted.
         """
+        self._autopar_within = tuple(
+            module for module in dict.fromkeys(module for module, _, _ in params) if isinstance(module, ExpertsModule)
+        )
         self._autopar_program, self._autopar_evaluation = program, evaluation
         self._autopar_params = list(params)
         self._autopar_buffers = list(buffers)
@@ -81,6 +93,13 @@ class BlockModule(nn.Module):
         return program.code(*params, *self._autopar_buffers, *inputs)
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        run: Callable[..., tuple[Any, ...]] = self._forward
+        for module in self._autopar_within:
+            run = partial(module, run)
+        return run(*inputs)
+
+    def _forward(self, *inputs: Any) -> tuple[Any, ...]:
+        """All parameters are gathered."""
         if not torch.is_grad_enabled():
             return self._run(*inputs)
         variant, offloader = self._autopar_variant, self._autopar_offloader
@@ -146,14 +165,26 @@ def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     return module, name
 
 
+def _experts_module(root: nn.Module, path: str) -> None:
+    """Make the module that holds this parameter one of experts."""
+    where = path.rpartition(".")[0]
+    owner, name = _owner(root, where)
+    found = owner._modules.get(name)
+    if not isinstance(found, ExpertsModule):
+        if not where or found is not None:
+            raise InputError(f"{path} is in a module of other things, which ep cannot share out; plan with ep 1")
+        owner.add_module(name, ExpertsModule())
+
+
 class StageBuilder:
     """Makes the modules of a rank's stages; programs are made once a class and shared by all of them."""
 
     def __init__(
         self, graph: ModelGraph, tagged: ModelGraph, plan: Plan, layout: Layout, terms: LossTerms,
-        axes: tuple[Axis, ...], device: torch.device,
+        axes: tuple[Axis, ...], device: torch.device, expert_axis: Axis | None = None,
     ) -> None:
         """`graph` is at this rank's rows; `tagged` is the same model as it was captured."""
+        self.expert_axis = expert_axis
         self.graph, self.tagged, self.plan, self.layout, self.terms = graph, tagged, plan, layout, terms
         self.axes, self.device = axes, device
         self.programs: dict[tuple[str, bool, bool, tuple[ClassSharding, ...]], LoweredClass] = {}
@@ -179,7 +210,9 @@ class StageBuilder:
         key = (name, selective, evaluation, stage.shardings)
         if key not in self.programs:
             cores = attention_cores(cls) if selective else ()
-            lowered = lower_class(cls, self._shardings(name, stage), self.axes, self.device, terms, cores)
+            lowered = lower_class(
+                cls, self._shardings(name, stage), self.axes, self.device, terms, cores, self.expert_axis
+            )
             if self.plan.compile:
                 lowered = LoweredClass(
                     name=name, code=torch.compile(lowered.code), source=lowered.source, factors=lowered.factors
@@ -208,6 +241,8 @@ class StageBuilder:
             module._autopar_chain.append((block, made))
         for param in self.layout.of_stage(index):
             for path in param.names:
+                if param.by_experts:
+                    _experts_module(module, path)
                 owner, name = _owner(module, path)
                 owner.register_parameter(name, params[param.name])
         buffers = self._add_buffers(module, blocks, constants, persistent)

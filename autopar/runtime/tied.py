@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autopar.plan.plan import Plan
-from autopar.runtime.data_parallel import like_parameter, local_tensor, whole_tensor
+from autopar.runtime.data_parallel import local_tensor
 from autopar.runtime.groups import Groups
-from autopar.runtime.layout import Layout, ParamLayout, full_tensor, local_part
+from autopar.runtime.layout import Layout, ParamLayout
+from autopar.runtime.parts import gathered, laid_out
 
 Stages = tuple[int, ...]
 
@@ -83,8 +84,7 @@ def _sum_whole(copies: Sequence[Copy], groups: Groups, group: dist.ProcessGroup 
     total: Tensor | None = None
     for copy in copies:
         assert copy.parameter.grad is not None
-        whole = whole_tensor(copy.parameter.grad, groups.data_mesh)
-        whole = full_tensor(whole, copy.layout.state, groups.tensor_axis)
+        whole = gathered(copy.parameter.grad, copy.layout, groups)
         total = whole.clone() if total is None else total + whole
     assert total is not None
     if groups.place.lane != 0:
@@ -92,8 +92,7 @@ def _sum_whole(copies: Sequence[Copy], groups: Groups, group: dist.ProcessGroup 
     if group is not None:
         sum_in_place([total], group)
     for copy in copies:
-        part = local_part(total, copy.layout.state, groups.tensor_axis).contiguous()
-        _gradient(copy).copy_(local_tensor(like_parameter(part, copy.parameter, groups.data_mesh)))
+        _gradient(copy).copy_(local_tensor(laid_out(total, copy.layout, copy.parameter, groups)))
 
 
 def _gradient(copy: Copy) -> Tensor:

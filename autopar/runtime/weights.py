@@ -53,8 +53,13 @@ class WeightFiles:
         """Whether a tensor is there under one of its names."""
         return any(name in self._file_of for name in names)
 
-    def part(self, names: Sequence[str], shape: tuple[int, ...], state: State, axis: Axis | None) -> Tensor:
+    def part(
+        self, names: Sequence[str], shape: tuple[int, ...], state: State, axis: Axis | None,
+        expert_axis: Axis | None = None,
+    ) -> Tensor:
         """This rank's part on the tensor axis of the tensor called by one of `names`, of a whole `shape`, on the CPU.
+
+        With an `expert_axis` the tensor axis has part of what that leaves of dim 0.
 
         InputError, one line, where it is missing or of another shape.
         """
@@ -68,6 +73,10 @@ class WeightFiles:
             found = self._handle(self._file_of[name]).get_slice(name)
             if tuple(found.get_shape()) != shape:
                 raise InputError(f"{name} in {self.path} is of shape {found.get_shape()}; the model's is {list(shape)}")
+            if expert_axis is not None:
+                each = shape[0] // expert_axis.size
+                held: Tensor = found[expert_axis.rank * each : (expert_axis.rank + 1) * each]
+                return local_part(held, state, axis)
             plain = axis is not None and state.kind is Kind.SHARDED and state.outer == 1 and not state.length
             if plain and axis is not None and shape[state.dim] % axis.size == 0:
                 each = shape[state.dim] // axis.size

@@ -8,6 +8,7 @@ from itertools import pairwise
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import InputError
+from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Mesh, Plan, Recompute, Schedule, Stage, Variant, is_layer
@@ -132,8 +133,14 @@ def _check(graph: ModelGraph, cluster: Cluster, d: Degrees, mesh: Mesh) -> int:
             f"{mesh.size * d.pp} devices, and {cluster.name} has {cluster.num_devices}; make the degrees multiply to "
             f"{cluster.num_devices}"
         )
-    if (mesh.dp * mesh.cp) % d.ep:
-        raise InputError(f"ep {d.ep} does not divide the {mesh.dp * mesh.cp} data ranks; choose a divisor")
+    ranks, axis = (mesh.dp_shard, "dp_shard") if d.zero else (mesh.dp, "dp_replicate")
+    if ranks % d.ep:
+        raise InputError(
+            f"ep {d.ep} does not divide {axis} {ranks}, whose innermost ranks have the experts between them; choose a "
+            "divisor"
+        )
+    if d.ep > 1 and (why := unsplit_experts(graph, d.ep)):
+        raise InputError(f"{why}; choose another ep")
     rows = mesh.dp * d.micro_batch
     if d.global_batch % rows:
         below = d.global_batch // rows * rows

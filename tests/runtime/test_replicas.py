@@ -16,8 +16,13 @@ def test_buckets_run_from_the_last_parameter_and_hold_one_dtype() -> None:
     params = [nn.Parameter(torch.zeros(replicas.BUCKET_BYTES // 8)) for _ in range(5)]
     params.append(nn.Parameter(torch.zeros(3, dtype=torch.float64)))
     place = {id(param): index for index, param in enumerate(params)}
-    found = replicas._buckets(params)
-    assert [[place[id(param)] for param in bucket] for bucket in found] == [[5], [4, 3], [2, 1], [0]]
+    one, other = object(), object()
+
+    def found(group_of: dict[nn.Parameter, object]) -> list[list[int]]:
+        return [[place[id(param)] for param in bucket] for bucket in replicas._buckets(group_of)]  # type: ignore[arg-type]
+
+    assert found(dict.fromkeys(params, one)) == [[5], [4, 3], [2, 1], [0]]
+    assert found({param: other if i == 3 else one for i, param in enumerate(params)}) == [[5], [4], [3], [2, 1], [0]]
 
 
 def make_layers() -> nn.Sequential:
