@@ -33,6 +33,8 @@ def expert_params(cls: BlockClass) -> frozenset[str]:
 
 def unsplit_experts(graph: ModelGraph, size: int) -> str:
     """Why `size` data ranks cannot have the model's experts between them; "" where they can."""
+    if not graph.rows_are_tagged:
+        return f"{graph.name} was captured for one number of rows alone"
     found = False
     for cls in graph.classes:
         ops = expert_ops(cls)

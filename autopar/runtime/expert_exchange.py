@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autopar.graph.experts import experts
+from autopar.graph.fake import is_fake
 from autopar.runtime.collectives import Axis
 
 _ops = torch.ops._c10d_functional
@@ -37,6 +38,11 @@ class _Exchange(torch.autograd.Function):
         return _exchange(ctx.axis, grads[0], ctx.received, ctx.sent), None, None, None
 
 
+def _choices_of_experts(ids: Tensor, num_experts: int) -> Tensor:
+    """How many of the choices are of each expert."""
+    return ids.new_empty(num_experts) if is_fake(ids) else torch.bincount(ids, minlength=num_experts)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def expert_exchange(
     axis: Axis, hidden: Tensor, index: Tensor, weights: Tensor, up: Tensor, down: Tensor,
@@ -53,12 +59,16 @@ def expert_exchange(
     absent = (index < 0) | (index >= num_local * axis.size)
     ids = index.masked_fill(absent, 0).reshape(-1)  # a choice of no expert goes along with weight zero
     order = torch.argsort(ids, stable=True)
-    leaving = torch.bincount(ids, minlength=num_local * axis.size).view(axis.size, num_local)
+    leaving = _choices_of_experts(ids, num_local * axis.size).view(axis.size, num_local)
     arriving = _exchange(axis, leaving, [1] * axis.size, [1] * axis.size)
-    sent, received = torch.stack((leaving.sum(1), arriving.sum(1))).tolist()
-    rows: Tensor = _Exchange.apply(hidden[order // num_choices], axis, sent, received)  # type: ignore[no-untyped-call]
     numbers = torch.arange(num_local, device=index.device).repeat(axis.size)
-    own = torch.repeat_interleave(numbers, arriving.flatten()).unsqueeze(1)
+    if is_fake(index):  # a dry run, to which nobody tells how many: each rank sends every other equally many
+        sent = received = [(ids.numel() + rank) // axis.size for rank in range(axis.size)]
+        own = numbers.new_empty((ids.numel(), 1))
+    else:
+        sent, received = torch.stack((leaving.sum(1), arriving.sum(1))).tolist()
+        own = torch.repeat_interleave(numbers, arriving.flatten()).unsqueeze(1)
+    rows: Tensor = _Exchange.apply(hidden[order // num_choices], axis, sent, received)  # type: ignore[no-untyped-call]
     ones = weights.new_ones(own.shape, requires_grad=False)
     results, kept = inside(rows, own, ones, up, down, up_bias, down_bias, transposed, gate)
     back: Tensor = _Exchange.apply(results, axis, received, sent)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,7 +113,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.label(leaf, Kind.PARAMETER if gathers else Kind.OTHER, again=False)
         for leaf in found:
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                self._see(_storage(leaf))
         return result
 
     def __enter__(self) -> Any:
@@ -140,7 +141,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def label(self, tensor: Tensor, kind: Kind, *, again: bool = True) -> None:
         """Say what a tensor's memory is for; `again`: even if that was said already."""
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         self._see(storage)
         known = self._known.get(storage._cdata)
         if known is not None and (again or known[2] is Kind.OTHER) and known[2] is not kind:
@@ -196,6 +197,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "_c10d_functional" and op == "all_gather":
             size *= len(ranks)
         self.calls.append(Call(op=op, group=group, ranks=ranks, size_bytes=size, peer=peer, during=self.during))
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    """The memory that the tensor takes on this rank: a distributed tensor's own storage is as large as the whole."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return tensor.to_local().untyped_storage()
+    return tensor.untyped_storage()
 
 
 def _group_name(boxed: Any) -> str:

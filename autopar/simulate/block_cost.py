@@ -17,11 +17,14 @@ from autopar.cost_models.compute import (
     memory_bandwidth,
 )
 from autopar.cost_models.op_kinds import OpKind, op_kind
+from autopar.graph.expert_params import expert_params
+from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
+from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import Collective, Conversion, LocalAction
-from autopar.sharding.state import Kind
-from autopar.sharding.strategy import ClassSharding
+from autopar.sharding.state import Kind, shard
+from autopar.sharding.strategy import ClassSharding, Strategy
 from autopar.simulate.attention_core import attention_cores
 from autopar.simulate.class_costs import ClassCosts, CostAxis
 from autopar.simulate.lowering_costs import LoweringCost
@@ -53,6 +56,7 @@ class BlockCost:
     key_value_bytes: float  # keys and values on this rank, before heads are repeated
     param_numel_local: float
     params: tuple[float, ...]  # this rank's elements of each of the class's parameters
+    by_experts: tuple[bool, ...]  # whether the expert axis has it by parts
     partial_params: tuple[bool, ...]  # whether the parameter's gradient is a sum over the tensor axis
     buffer_bytes: float
 
@@ -84,15 +88,16 @@ _CACHE_SIZE = 8192
 def block_cost(
     graph: ModelGraph, cls: BlockClass, sharding: ClassSharding | Sequence[ClassSharding] | None, *, tp: int,
     rows: float, device: DeviceType, tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
-    outer: Sequence[CostAxis] = (),
+    outer: Sequence[CostAxis] = (), expert_axis: CostAxis | None = None,
 ) -> BlockCost:
     """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached.
 
     With `outer` axes before the tensor axis there is a sharding for each of them, and then that of the tensor axis.
+    `expert_axis`: ranks with as many other rows each, that have the block's experts between them.
     """
     each = () if sharding is None else (sharding,) if isinstance(sharding, ClassSharding) else tuple(sharding)
     kept = (graph, cls, *each, device)
-    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, *outer)
+    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, expert_axis, *outer)
     found = _cache.get(key)
     if found is None:
         if len(_cache) >= _CACHE_SIZE:
@@ -103,7 +108,7 @@ def block_cost(
         # The key holds ids: what they stand for is kept with the result, so that no id is used again.
         split = math.prod(costs.sizes) > 1
         assert not each or not split or len(each) == len(costs.sizes), "one sharding an axis"
-        found = _cache[key] = (kept, _Summation(costs, each if split else (), compile).total())
+        found = _cache[key] = (kept, _Summation(costs, each if split else (), compile, expert_axis).total())
     return found[1]
 
 
@@ -120,7 +125,9 @@ def block_charges(costs: ClassCosts, shardings: Sequence[ClassSharding]) -> tupl
 class _Summation:
     """One pass over the ops of a class in execution order, as the lowered block would run them."""
 
-    def __init__(self, costs: ClassCosts, shardings: Sequence[ClassSharding], compile_: bool) -> None:
+    def __init__(
+        self, costs: ClassCosts, shardings: Sequence[ClassSharding], compile_: bool, expert_axis: CostAxis | None = None
+    ) -> None:
         self.costs, self.cls, self.shardings, self.compile = costs, costs.cls, tuple(shardings), compile_
         self.whole = replicated(len(costs.axes))
         self.state: dict[str, Placement] = {}
@@ -129,6 +136,14 @@ class _Summation:
         self.comm = [0.0, 0.0]
         self.charges: list[Charge] = []
         self.host = [0.0, 0.0]  # what the host needs to issue the ops and the collectives
+        held = expert_params(costs.cls) if expert_axis is not None else frozenset[str]()
+        self.expert_axis, self.by_experts = expert_axis, tuple(name in held for name in costs.cls.params)
+        self.at_all_rows: ClassCosts | None = None  # of all ranks of the expert axis
+        if expert_axis is not None and held:
+            self.at_all_rows = ClassCosts(
+                costs.graph, costs.cls, tp=costs.tp, rows=costs.rows * expert_axis.size, device=costs.device,
+                tp_group=costs.tp_group, dtype=costs.dtype, outer=(*costs.outer, expert_axis),
+            )
 
     def total(self) -> BlockCost:
         costs, cls = self.costs, self.cls
@@ -155,12 +170,15 @@ class _Summation:
                     self.storage[output] = reads.get(source or "", output)
             if core is not None and core.internal.intersection(op.operands):
                 again_tp += self.comm[0] - before
-            time = costs.op_time(op, strategy)
-            lowered = self.add_lowering(op, strategy)
+            own, exact = costs, strategy
+            if self.at_all_rows is not None and op.target == EXPERTS_OP:
+                own, exact = self.at_all_rows, self.with_expert_axis(op, strategy)
+            time = own.op_time(op, exact)
+            lowered = self.add_lowering(own, op, exact)
             if fused is None or op.name not in fused.group_of:
                 forward += time.forward_s
                 backward += time.backward_s
-            issue = costs.issue_time(op, strategy)
+            issue = own.issue_time(op, exact)
             self.host[0] += issue.forward_s
             self.host[1] += issue.backward_s
             weights += _weight_share(costs, op) * time.backward_s
@@ -168,7 +186,7 @@ class _Summation:
             if core is not None:
                 recompute += time.forward_s
                 again_tp += lowered.forward_s
-            op_extra = costs.saved_extra_bytes(op, strategy)
+            op_extra = own.saved_extra_bytes(op, exact)
             extra += op_extra
             # A product's own copies of queries, keys and values stay: recomputation starts from them.
             dropped_extra = core is not None and op_kind(op.target) is not OpKind.MATMUL
@@ -211,7 +229,11 @@ class _Summation:
             forward = max(forward, self.host[0] - self.comm[0])
             backward = max(backward, self.host[1] - self.comm[1])
         saved_bytes = sum(saved.values()) + extra
-        local_params = [costs.local(name, self.state[name]).numel for name in cls.params]
+        experts = self.expert_axis.size if self.expert_axis is not None else 1
+        local_params = [
+            costs.local(name, self.state[name]).numel / (experts if by_experts else 1)
+            for name, by_experts in zip(cls.params, self.by_experts, strict=True)
+        ]
         return BlockCost(
             forward_compute_s=forward, backward_compute_s=backward,
             forward_tp_comm_s=self.comm[0], backward_tp_comm_s=self.comm[1],
@@ -228,22 +250,36 @@ class _Summation:
             forward_flops=flops,
             key_value_bytes=sum(self.smallest_view_bytes(name) for core in cores for name in core.keys_and_values),
             param_numel_local=sum(local_params),
-            params=tuple(local_params),
+            params=tuple(local_params), by_experts=self.by_experts,
             partial_params=tuple(
                 costs.tp > 1 and self.state[name][-1].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params
             ),
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
 
-    def add_lowering(self, op: Op, strategy: JointStrategy | None) -> OpTime:
+    def with_expert_axis(self, op: Op, strategy: JointStrategy | None) -> JointStrategy:
+        """The op's strategy over all rows of the expert axis, whose ranks have the experts between them.
+
+        The axis lies between the outer axes and the tensor axis.
+        """
+        token = shard(0)
+        own = Strategy(
+            factor="t+e", lowering=Lowering.EXPERT_EXCHANGE, outputs=(token,) * len(op.outputs),
+            inputs=tuple(token for name in op.operands),
+        )
+        each = strategy or ()
+        at = len(self.costs.outer)
+        return (*each[:at], own, *each[at:])
+
+    def add_lowering(self, costs: ClassCosts, op: Op, strategy: JointStrategy | None) -> OpTime:
         """Adds the collectives of the op's special programs, and gives their times."""
-        time = self.costs.lowering_comm(op, strategy)
+        time = costs.lowering_comm(op, strategy)
         self.comm[0] += time.forward_s
         self.comm[1] += time.backward_s
-        for axis, found in self.costs.lowerings(op, strategy):
-            self.charges += self.of_lowering(op, strategy, axis, found)
-            self.host[0] += lowering_dispatch_s(self.costs.device, len(found.forward), found.forward_calls)
-            self.host[1] += lowering_dispatch_s(self.costs.device, len(found.backward), found.backward_calls)
+        for axis, found in costs.lowerings(op, strategy):
+            self.charges += self.of_lowering(costs, op, strategy, axis, found)
+            self.host[0] += lowering_dispatch_s(costs.device, len(found.forward), found.forward_calls)
+            self.host[1] += lowering_dispatch_s(costs.device, len(found.backward), found.backward_calls)
         return time
 
     def places(self, word: str) -> tuple[Placement, ...]:
@@ -295,11 +331,11 @@ class _Summation:
                     )
 
     def of_lowering(
-        self, op: Op, strategy: JointStrategy | None, axis: CostAxis, found: LoweringCost
+        self, costs: ClassCosts, op: Op, strategy: JointStrategy | None, axis: CostAxis, found: LoweringCost
     ) -> Iterator[Charge]:
         """The collectives of an op's special program on an axis."""
-        at = next(i for i, own in enumerate(self.costs.axes) if own is axis)
-        time = self.costs.op_time(op, strategy)
+        at = next(i for i, own in enumerate(costs.axes) if own is axis)
+        time = costs.op_time(op, strategy)
         for exchanges, compute_s, is_backward in (
             (found.forward, time.forward_s, False), (found.backward, time.backward_s, True)
         ):
@@ -307,7 +343,7 @@ class _Summation:
                 yield Charge(
                     subject=op.name, axis=at, collective=item.collective, size_bytes=item.size_bytes,
                     is_backward=is_backward, lowering=strategy[at].lowering if strategy else "",
-                    time_s=self.costs.exchange_time_s(item, axis, compute_s),
+                    time_s=costs.exchange_time_s(item, axis, compute_s),
                 )
 
     def saved_storage(

@@ -96,8 +96,6 @@ def host_notes(size_bytes: float) -> tuple[str, ...]:
 def model_notes(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[str, ...]:
     """What the simulation of this plan does not model, or counts at a guess."""
     notes = []
-    if any(stage.mesh.ep > 1 for stage in plan.stages):
-        notes.append("ep not modelled: every rank counts all experts and no all-to-all; such a plan cannot run")
     if any(op.target in KERNELS for cls in graph.classes for op in cls.ops):
         notes.append("norms, gated activations and the loss are counted as the kernels that training systems have")
     unknown = sorted({op.target for cls in graph.classes for op in cls.ops if not is_known(op.target)})

@@ -119,8 +119,8 @@ def stage_cost(
     device = device or slowest_device(cluster, stage.devices, plan.dtype)
     rows = rows or plan.global_batch / (mesh.dp * plan.num_micro_batches)
     tp_group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
-    outer = context_axis(cluster, stage)
-    costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group, outer) for block in blocks]
+    outer, experts = context_axis(cluster, stage), expert_axis(cluster, stage)
+    costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group, outer, experts) for block in blocks]
 
     forward = sum(cost.forward_compute_s for cost in costs)
     backward = sum(cost.backward_compute_s for cost in costs)
@@ -137,13 +137,9 @@ def stage_cost(
         # What the stage received stays on the device until its backward ends.
         held += max(cost.boundary_bytes for block, cost in zip(blocks, costs, strict=True) if is_layer(block))
 
-    numels, root_numel, partial = _unit_numels(blocks, costs)
-    numel = sum(numels) + root_numel
-    unit = max(numels, default=0.0)
-    static = static_bytes(
-        numel, zero=stage.zero, num_shards=mesh.dp_shard * mesh.cp, dtype=plan.dtype, param_dtype=plan.param_dtype,
-        optimizer=plan.optimizer, unit_numel=unit, root_numel=root_numel,
-    )
+    held_numels = _numels(blocks, costs, stage)
+    numel = sum(each.numel for each in held_numels)
+    static = _static_bytes(plan, stage, held_numels)
     always = workspace_bytes(device) + sum(cost.buffer_bytes for cost in costs)
     static = replace(static, buffers=static.buffers + always)
     if stage.zero < 2 and plan.num_micro_batches > 1:
@@ -153,33 +149,43 @@ def stage_cost(
             adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * numel / memory_bandwidth(device)
         backward += adding
         weights += adding
-    data = _data_parallel(cluster, plan, stage, blocks, costs, added, numels, root_numel, device)
-    data_shards = mesh.dp_shard * mesh.cp
-    moved = optimizer_step_bytes(numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer)
+    data = _data_parallel(cluster, plan, stage, blocks, costs, added, held_numels, device)
+    moved = sum(
+        optimizer_step_bytes(each.numel, zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer)
+        for each in held_numels
+    )
     optimizer = measured_step_s(blocks, costs, plan, stage, device)
     if optimizer is None:
         optimizer = memory_time_s(device, moved) if moved else 0.0
-    step_bytes = step_temporary_bytes(zero=stage.zero, num_shards=data_shards) * numel
+    step_bytes = sum(
+        step_temporary_bytes(zero=stage.zero, num_shards=each.num_shards) * each.numel for each in held_numels
+    )
     state_bytes = 0.0
     if stage.offload_optimizer:
-        optimizer += offloaded_step_s(
-            numel, zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer, device=device
+        optimizer += sum(
+            offloaded_step_s(
+                each.numel, zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer, device=device
+            ) for each in held_numels
         )
-        per_numel = step_temporary_bytes(
-            zero=stage.zero, num_shards=data_shards, optimizer=plan.optimizer
-        )
-        step_bytes, state_bytes = per_numel * max(unit, root_numel), static.optimizer
+        step_bytes, state_bytes = sum(
+            step_temporary_bytes(zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer)
+            * max(each.unit, each.root) for each in held_numels
+        ), static.optimizer
         static = replace(static, optimizer=0.0)
     return StageCost(
         forward_compute_s=forward, backward_compute_s=backward,
         weight_backward_s=weights,
         forward_tp_s=forward_tp, backward_tp_s=backward_tp,
         forward_dp_s=data.forward_s, backward_dp_s=data.backward_s, step_start_s=data.start_s, step_end_s=data.end_s,
-        step_tp_s=collective_time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * partial, tp_group),
+        step_tp_s=collective_time_s(
+            Collective.ALL_REDUCE, GRADIENT_BYTES * sum(each.partial for each in held_numels), tp_group
+        ),
         optimizer_s=optimizer,
         held_bytes=held, extra_bytes=extra, static=static,
         optimizer_step_bytes=step_bytes,
-        reduction_bytes=reduction_bytes(unit, zero=stage.zero, num_shards=data_shards),
+        reduction_bytes=sum(
+            reduction_bytes(each.unit, zero=stage.zero, num_shards=each.num_shards) for each in held_numels
+        ),
         host_bytes=sum(more.host_bytes for more in added),
         host_state_bytes=state_bytes,
         forward_flops=sum(cost.forward_flops for cost in costs), param_numel=numel,
@@ -200,11 +206,12 @@ def measured_step_s(
     total = 0.0
     seen: set[str] = set()
     for block, cost in zip(blocks, costs, strict=True):
-        for param, numel in zip(block.params, cost.params, strict=True):
+        for param, numel, by_experts in zip(block.params, cost.params, cost.by_experts, strict=True):
             if param in seen:
                 continue
             seen.add(param)
-            taken = measured_pass_s(device, name, numel / shards, plan.param_dtype)
+            own = shards // mesh.ep if by_experts and stage.zero else shards
+            taken = measured_pass_s(device, name, numel / own, plan.param_dtype)
             if taken is None:
                 return None
             total += taken
@@ -231,6 +238,14 @@ def context_axis(cluster: Cluster, stage: Stage) -> tuple[CostAxis, ...]:
     return (inner_axis(cluster, ranks),)
 
 
+def expert_axis(cluster: Cluster, stage: Stage) -> CostAxis | None:
+    """The data ranks that have the experts between them, where the stage has such."""
+    mesh = stage.mesh
+    if mesh.ep == 1:
+        return None
+    return inner_axis(cluster, tuple(stage.devices[i * mesh.cp * mesh.tp] for i in range(mesh.ep)))
+
+
 def inner_axis(cluster: Cluster, ranks: tuple[int, ...]) -> CostAxis:
     """An axis whose first group these ranks are; all other devices of their nodes form groups of the same shape."""
     shape = cluster.group(ranks)
@@ -240,12 +255,12 @@ def inner_axis(cluster: Cluster, ranks: tuple[int, ...]) -> CostAxis:
 
 def _cost_of(
     graph: ModelGraph, plan: Plan, block: Block, stage: Stage, rows: float, device: DeviceType,
-    tp_group: GroupShape | None, outer: tuple[CostAxis, ...],
+    tp_group: GroupShape | None, outer: tuple[CostAxis, ...], experts: CostAxis | None,
 ) -> BlockCost:
     return block_cost(
         graph, graph.block_class[block.cls], plan.class_shardings(block.cls, stage),
         tp=stage.mesh.tp, rows=rows, device=device, tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
-        outer=outer,
+        outer=outer, expert_axis=experts,
     )
 
 
@@ -261,26 +276,68 @@ def added_by_variants(
     ]
 
 
-def _unit_numels(blocks: Sequence[Block], costs: Sequence[BlockCost]) -> tuple[list[float], float, float]:
-    """Local parameters of each layer and of the rest, and of those whose gradient is summed over the tensor axis.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Numels:
+    """Parameters on a device that the same ranks share out: the experts where an expert axis has them, or all others.
 
-    A parameter that several blocks of the stage share counts once.
+    `units` has those of each layer, `unit` those of the layer that has most of both kinds, `root` those outside layers.
+    `partial`: those whose gradient is summed over the tensor axis.
     """
+
+    units: tuple[float, ...]
+    unit: float
+    root: float
+    partial: float
+    num_shards: int
+    by_experts: bool
+
+    @property
+    def numel(self) -> float:
+        return sum(self.units) + self.root
+
+
+def _numels(blocks: Sequence[Block], costs: Sequence[BlockCost], stage: Stage) -> tuple[_Numels, ...]:
+    """Local parameters; those of the expert axis apart. One that several blocks of the stage share counts once."""
     seen: set[str] = set()
-    units: list[float] = []
-    root = partial = 0.0
+    kinds = (False, True) if stage.mesh.ep > 1 else (False,)
+    units: list[list[float]] = [[] for _ in kinds]
+    root, partial = [0.0] * len(kinds), [0.0] * len(kinds)
     for block, cost in zip(blocks, costs, strict=True):
-        own = 0.0
-        for name, numel, is_partial in zip(block.params, cost.params, cost.partial_params, strict=True):
+        own = [0.0] * len(kinds)
+        for name, numel, is_partial, by_experts in zip(
+            block.params, cost.params, cost.partial_params, cost.by_experts, strict=True
+        ):
             if name not in seen:
                 seen.add(name)
-                own += numel
-                partial += numel if is_partial else 0.0
-        if is_layer(block):
-            units.append(own)
-        else:
-            root += own
-    return units, root, partial
+                own[by_experts] += numel
+                partial[by_experts] += numel if is_partial else 0.0
+        for kind in kinds:
+            if is_layer(block):
+                units[kind].append(own[kind])
+            else:
+                root[kind] += own[kind]
+    largest = max(zip(*units, strict=True), key=sum, default=(0.0,) * len(kinds))
+    shards = stage.mesh.dp_shard * stage.mesh.cp
+    return tuple(
+        _Numels(
+            units=tuple(units[kind]), unit=largest[kind], root=root[kind], partial=partial[kind],
+            num_shards=max(1, shards // stage.mesh.ep) if kind else shards, by_experts=kind,
+        ) for kind in kinds
+    )
+
+
+def _static_bytes(plan: Plan, stage: Stage, numels: Sequence[_Numels]) -> StaticBytes:
+    """What a device holds of all states, whatever the micro-batches."""
+    each = [
+        static_bytes(
+            own.numel, zero=stage.zero, num_shards=own.num_shards, dtype=plan.dtype, param_dtype=plan.param_dtype,
+            optimizer=plan.optimizer, unit_numel=own.unit, root_numel=own.root,
+        ) for own in numels
+    ]
+    return StaticBytes(
+        parameters=sum(own.parameters for own in each), gradients=sum(own.gradients for own in each),
+        optimizer=sum(own.optimizer for own in each), buffers=sum(own.buffers for own in each),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,27 +350,25 @@ class _DataTimes:
 
 def _data_parallel(
     cluster: Cluster, plan: Plan, stage: Stage, blocks: Sequence[Block], costs: Sequence[BlockCost],
-    added: Sequence[VariantCost], numels: Sequence[float], root_numel: float, device: DeviceType,
+    added: Sequence[VariantCost], numels: Sequence[_Numels], device: DeviceType,
 ) -> _DataTimes:
     """What gathering parameters and reducing gradients adds, by ZeRO level (each layer a unit, the rest the root)."""
-    mesh, zero, tp = stage.mesh, stage.zero, stage.mesh.tp
+    mesh, zero = stage.mesh, stage.zero
     if mesh.dp * mesh.cp == 1:
         return _DataTimes(forward_s=0.0, backward_s=0.0, start_s=0.0, end_s=0.0)
-    inner = mesh.dp_shard * mesh.cp
-    shard = _group(cluster, plan, tuple(stage.devices[i * tp] for i in range(inner)))
-    copies = _group(cluster, plan, tuple(stage.devices[i * inner * tp] for i in range(mesh.dp_replicate)))
-    whole = _group(cluster, plan, tuple(stage.devices[i * tp] for i in range(mesh.dp * mesh.cp)))
+    groups = {own.by_experts: _data_groups(cluster, plan, stage, by_experts=own.by_experts) for own in numels}
     compute_bytes = DTYPE_BYTES[plan.dtype]
     bandwidth = memory_bandwidth(device)
 
-    def gather_s(numel: float) -> float:
-        return shard.time_s(Collective.ALL_GATHER, compute_bytes * numel) if zero else 0.0
+    def gather_s(own: _Numels, numel: float) -> float:
+        return groups[own.by_experts].shard.time_s(Collective.ALL_GATHER, compute_bytes * numel) if zero else 0.0
 
-    def reduce_s(numel: float) -> float:
+    def reduce_s(own: _Numels, numel: float) -> float:
+        among = groups[own.by_experts]
         if zero == 0:
-            return whole.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * numel)
-        return shard.time_s(Collective.REDUCE_SCATTER, GRADIENT_BYTES * numel) + copies.time_s(
-            Collective.ALL_REDUCE, GRADIENT_BYTES * numel / inner
+            return among.whole.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * numel)
+        return among.shard.time_s(Collective.REDUCE_SCATTER, GRADIENT_BYTES * numel) + among.copies.time_s(
+            Collective.ALL_REDUCE, GRADIENT_BYTES * numel / own.num_shards
         )
 
     # Units in order of the forward. What lies outside layers is one unit that is gathered first and reduced last.
@@ -324,16 +379,19 @@ def _data_parallel(
         c.backward_compute_s + c.backward_tp_comm_s + more.backward_s + more.backward_tp_s
         for c, more in zip(costs, added, strict=True)
     ]
-    layer = iter(numels)
-    sizes = [root_numel] + [next(layer) if is_layer(block) else 0.0 for block in blocks]
-    numel = sum(sizes)
-    gathers = [gather_s(size) for size in sizes]
-    reductions = [reduce_s(size) for size in sizes]
-    none = [0.0] * len(sizes)
+    numel = sum(own.numel for own in numels)
+    none = [0.0] * (1 + len(blocks))
+    gathers, reductions = list(none), list(none)
+    sizes: list[list[float]] = []
+    for own in numels:
+        layer = iter(own.units)
+        sizes.append([own.root] + [next(layer) if is_layer(block) else 0.0 for block in blocks])
+        gathers = [before + gather_s(own, size) for before, size in zip(gathers, sizes[-1], strict=True)]
+        reductions = [before + reduce_s(own, size) for before, size in zip(reductions, sizes[-1], strict=True)]
     flipped = list(reversed(backward_s))
     hides = not device.name.startswith("CPU")
     if not hides:
-        measured = _measured_units(plan, stage, sizes, device)
+        measured = _measured_units(plan, stage, numels, sizes, device)
         if measured is not None:
             return measured
     once_forward = forward_exposed(forward_s, gathers, hides=hides) if zero > 0 else Exposed(during_s=0.0, after_s=0.0)
@@ -364,20 +422,48 @@ def _data_parallel(
     )
 
 
-def _measured_units(plan: Plan, stage: Stage, sizes: Sequence[float], device: DeviceType) -> _DataTimes | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _DataGroups:
+    """The ranks that share out parameters, those that have copies of a shard, and all of them."""
+
+    shard: _Group
+    copies: _Group
+    whole: _Group
+
+
+def _data_groups(cluster: Cluster, plan: Plan, stage: Stage, *, by_experts: bool) -> _DataGroups:
+    """The groups of the stage's first rank; `by_experts`: of ranks that have the same experts."""
+    mesh = stage.mesh
+    inner, apart = mesh.cp * mesh.tp, mesh.ep if by_experts else 1
+    data = [stage.devices[i * inner :: mesh.tp][: mesh.cp] for i in range(0, mesh.dp, apart)]
+    whole = tuple(rank for ranks in data for rank in ranks)
+    shard = whole if stage.zero == 0 else whole[: max(1, mesh.dp_shard // apart) * mesh.cp]
+    each = mesh.dp_shard * inner
+    copies = tuple(stage.devices[i * each] for i in range(mesh.dp_replicate))
+    return _DataGroups(
+        shard=_group(cluster, plan, shard), copies=_group(cluster, plan, copies), whole=_group(cluster, plan, whole),
+    )
+
+
+def _measured_units(
+    plan: Plan, stage: Stage, numels: Sequence[_Numels], sizes: Sequence[Sequence[float]], device: DeviceType
+) -> _DataTimes | None:
     """`_data_parallel` from measured layers, where nothing runs beside anything else; None where none were measured.
 
-    `sizes` has the parameters of the root, and then those of each layer.
+    `sizes` has for each of `numels` the parameters of the root, and then those of each layer.
     """
     mesh, zero = stage.mesh, stage.zero
     if (mesh.dp_replicate > 1 and mesh.dp_shard * mesh.cp > 1) or plan.dtype != plan.param_dtype:
         return None
-    ranks = mesh.dp * mesh.cp
-    times = [measured_unit_s(device, size, ranks, sharded=zero > 0) for size in sizes]
-    known = [time for time in times if time is not None]
-    if len(known) < len(times):
-        return None
-    gathers, reduced = [time.forward_s for time in known], sum(time.backward_s for time in known)
+    gathers, reduced = [0.0] * len(sizes[0]), 0.0
+    for own, units in zip(numels, sizes, strict=True):
+        ranks = mesh.dp * mesh.cp // (mesh.ep if own.by_experts else 1)
+        for at, size in enumerate(units if ranks > 1 else ()):
+            time = measured_unit_s(device, size, ranks, sharded=zero > 0)
+            if time is None:
+                return None
+            gathers[at] += time.forward_s
+            reduced += time.backward_s
     if zero < 2:
         return _DataTimes(forward_s=0.0, backward_s=0.0, start_s=sum(gathers), end_s=reduced)
     if zero == 2:
