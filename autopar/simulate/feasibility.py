@@ -8,6 +8,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost_models.memory import HOST_LINK_EFFICIENCY, check_optimizer
 from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
+from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.kernels import KERNELS
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.plan.plan import Plan
@@ -31,6 +32,8 @@ def check_plan(graph: ModelGraph, cluster: Cluster, plan: Plan) -> None:
         at = stage.last
         if len(stage.devices) != stage.mesh.size:
             raise PlanMismatchError(f"stage {i} has {len(stage.devices)} devices for a mesh of {stage.mesh.size}")
+        if stage.mesh.ep > 1 and (why := unsplit_experts(graph, stage.mesh.ep)):
+            raise InputError(f"stage {i} has ep {stage.mesh.ep}: {why}")
         if max(stage.devices) >= cluster.num_devices:
             raise PlanMismatchError(f"stage {i} uses rank {max(stage.devices)} of a cluster of {cluster.num_devices}")
         layers = sum(map(is_layer, graph.blocks[stage.first : stage.last]))

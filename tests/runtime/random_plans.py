@@ -11,6 +11,7 @@ from typing import Any
 from local_machines import slow_cluster
 
 from autopar.errors import InputError
+from autopar.graph.expert_params import expert_ops
 from autopar.graph.fingerprint import model_fingerprint
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.actions import Action, ActionKind, ActionLists, requirements
@@ -83,6 +84,8 @@ def _plan(
     features: set[str] = set()
     stages: list[Stage] = []
     zeros = [chance.choice([0, 1, 2, 3]) if mesh.dp_shard == 1 else chance.choice([1, 2, 3]) for mesh in meshes]
+    if any(expert_ops(cls) for cls in graph.classes):
+        meshes = [_with_expert_axis(mesh, zero, chance) for mesh, zero in zip(meshes, zeros, strict=True)]
     for index, (first, last) in enumerate(zip([0, *cuts], [*cuts, len(graph.blocks)], strict=True)):
         group = index % num_groups
         mesh, own_rows = meshes[group], rows[group]
@@ -143,6 +146,12 @@ def _mesh(size: int, chance: random.Random) -> Mesh:
             rest //= factor
             axes[chance.choice(["dp_replicate", "dp_shard", "cp", "tp", "tp"])] *= factor
     return Mesh(**axes)
+
+
+def _with_expert_axis(mesh: Mesh, zero: int, chance: random.Random) -> Mesh:
+    """The mesh with some of its data ranks as an expert axis."""
+    ranks = mesh.dp_shard if zero else mesh.dp
+    return replace(mesh, ep=chance.choice([size for size in range(1, ranks + 1) if ranks % size == 0]))
 
 
 def _rows(total: int, num_ranks: int, chance: random.Random) -> tuple[int, ...]:
@@ -306,6 +315,7 @@ def _features(plan: Plan) -> frozenset[str]:
     has = {
         "pipeline": plan.num_stages > 1, "tp": any(mesh.tp > 1 for mesh in meshes),
         "cp": any(mesh.cp > 1 for mesh in meshes), "hybrid dp": any(m.dp_replicate > 1 < m.dp_shard for m in meshes),
+        "ep": any(mesh.ep > 1 for mesh in meshes),
         "unlike meshes": len(meshes) > 1,
         "unlike zero": len({stage.zero for stage in stages}) > 1,
         "unequal rows": any(len(set(stage.rows)) > 1 for stage in stages),

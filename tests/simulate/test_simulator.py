@@ -132,9 +132,9 @@ def test_what_does_not_fit_is_named() -> None:
     assert "rank 0" in timeline.infeasible_reason
 
 
-def test_expert_parallelism_is_noted_and_a_context_axis_needs_shardings() -> None:
-    notes = run(hand.plan(MODEL, mesh=Mesh(ep=2, dp_shard=2), zero=3)).notes
-    assert any("ep not modelled" in note for note in notes)
+def test_an_expert_axis_needs_experts_and_a_context_axis_shardings() -> None:
+    with pytest.raises(InputError, match="has no experts"):
+        run(hand.plan(MODEL, mesh=Mesh(ep=2, dp_shard=2), zero=3))
     with pytest.raises(PlanMismatchError, match="cp axis of 2 but blocks without a sharding"):
         run(hand.plan(MODEL, mesh=Mesh(cp=2)))
 
