@@ -24,7 +24,7 @@ from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.search.variants import Option, Room, cheapest, layer_options
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import simulate
-from autopar.simulate.stage_cost import is_layer, stage_cost
+from autopar.simulate.stage_cost import expert_axis, is_layer, stage_cost
 
 Progress = Callable[[int, int, float | None], None]  # candidates settled, of how many, best step time so far
 # A limit in work, not in time, so that the same input gives the same plan on every machine.
@@ -273,12 +273,12 @@ class Engine:
             best.setdefault(found.candidate, found)
         return list(best.values())[:count]
 
-    def plan(self, c: Candidate, cuts: Cuts) -> Plan:
+    def plan(self, c: Candidate, cuts: Cuts, *, ep: int = 1) -> Plan:
         """The candidate as a plan, with no certificate yet; layers recompute or offload so that every stage fits.
 
-        Where nothing makes a stage fit, its layers keep everything.
+        Where nothing makes a stage fit, its layers keep everything. `ep`: the size of an expert axis.
         """
-        plan = self.plan_of(c, cuts)
+        plan = self.plan_of(c, cuts, ep=ep)
         stages = tuple(
             stage if options is None else stage.with_variants([option.variant for option in options])
             for index, stage in enumerate(plan.stages)
@@ -298,7 +298,7 @@ class Engine:
         if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.step_end_bytes) <= left:
             return None
         blocks = self.graph.blocks[stage.first : stage.last]
-        found = self.bounds.block_costs(c, kind)
+        found = self.bounds.block_costs(c, kind, expert_axis(self.cluster, stage))
         layers = [found[block.cls] for block in blocks if is_layer(block)]
         others = [found[block.cls] for block in blocks if not is_layer(block)]
         if cost.optimizer_step_bytes > left:
@@ -317,7 +317,7 @@ class Engine:
         m = c.num_micro_batches
         return cheapest(options, room, (float(m - in_flight + 1), float(m)))
 
-    def plan_of(self, c: Candidate, cuts: Cuts) -> Plan:
+    def plan_of(self, c: Candidate, cuts: Cuts, *, ep: int = 1) -> Plan:
         """The candidate as a plan whose layers keep everything."""
         choice = self.chooser.choose(
             c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
@@ -337,7 +337,8 @@ class Engine:
             rewrites=choice.rewrites, notes=choice.notes, blocks=tuple(block.name for block in self.graph.blocks),
             stages=tuple(
                 Stage(
-                    first=first, last=last, devices=stage_devices(stage, c.mesh.size), mesh=c.mesh, zero=c.zero,
+                    first=first, last=last, devices=stage_devices(stage, c.mesh.size), mesh=replace(c.mesh, ep=ep),
+                    zero=c.zero,
                     recompute=Recompute.NONE, offload_optimizer=c.offload_optimizer,
                 )
                 for stage, (first, last) in enumerate(pairwise(cuts))

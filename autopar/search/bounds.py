@@ -51,7 +51,7 @@ from autopar.sharding.joint import held_share
 from autopar.sharding.reshard import Collective
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, block_cost
-from autopar.simulate.class_costs import captured_dtype
+from autopar.simulate.class_costs import CostAxis, captured_dtype
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
@@ -122,7 +122,7 @@ class Bounds:
         if key not in self._limits:
             self._limits[key] = self._row_limits(c, tuple(dict.fromkeys(kinds)))
         (forward, backward), (least_forward, least_backward) = self._limits[key]
-        return _shared_work(c, max(c.rows * forward, least_forward), max(c.rows * backward, least_backward))
+        return shared_work(c, max(c.rows * forward, least_forward), max(c.rows * backward, least_backward))
 
     def of_work(self, c: Candidate) -> float:
         """A bound by what the blocks take at the candidate's rows, with nothing of data axes."""
@@ -130,7 +130,7 @@ class Bounds:
         number = tables[0].sorts.number
         forward = np.minimum.reduce([table.forward_s for table in tables])
         backward = np.minimum.reduce([table.backward_s for table in tables])
-        return _shared_work(c, float(forward @ number), float(backward @ number))
+        return shared_work(c, float(forward @ number), float(backward @ number))
 
     def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[tuple[float, float], tuple[float, float]]:
         """Seconds that a row of an endless batch takes through all blocks at least, forward and backward.
@@ -741,7 +741,9 @@ class Bounds:
             self._blocks[key] = self._make_blocks(c, kind)
         return self._blocks[key]
 
-    def block_costs(self, c: Candidate, kind: StageKind) -> dict[str, BlockCost]:
+    def block_costs(
+        self, c: Candidate, kind: StageKind, expert_axis: CostAxis | None = None
+    ) -> dict[str, BlockCost]:
         """The cost of a block of each class on a stage of this kind."""
         sharding = self._shardings(c)
         graph = self._chooser.graph(
@@ -751,6 +753,7 @@ class Bounds:
             cls.name: block_cost(
                 graph, graph.block_class[cls.name], sharding[cls.name], tp=c.tp, rows=c.rows, device=kind.device,
                 tp_group=kind.tp_group, dtype=self._request.dtype, compile=self._request.compile, outer=kind.context,
+                expert_axis=expert_axis,
             )
             for cls in self._chooser.classes
         }
@@ -781,7 +784,7 @@ class Bounds:
         )
 
 
-def _shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
+def shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
     """What a step takes at least, where a micro-batch takes so long through all blocks and stages share that evenly."""
     m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
     later = ((m - 1) * backward_s + (m - most) * forward_s) / c.pp

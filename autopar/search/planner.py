@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.errors import InfeasibleError, InputError
+from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Certificate, Plan
 from autopar.plan.verify import verify_plan
@@ -18,6 +19,7 @@ from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.search.experts import NOT_TRIED, ExpertsOutcome, search_experts
 from autopar.search.mixed import search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.plan_schedules import ORDERED, search_orders
@@ -43,7 +45,6 @@ OTHER_ORDERS = (
     f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
     "best pipelines"
 )
-ON_AN_AXIS = "expert parallelism on an axis of its own"
 OTHER_CHOICES = (
     "op strategies other than each block's own fastest at the smallest micro-batch",
     "rewrites of layers that keep more for the backward",
@@ -52,15 +53,13 @@ UNUSED = "leaving devices unused"
 NOT_SEARCHED = (
     OTHER_ORDERS,
     f"a context axis where an estimate promised less than {PROMISE:.0%}, or beyond the {MAX_SHARDINGS} best estimates",
-    ON_AN_AXIS,
     "devices in another order than the cluster's",
     UNUSED,
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (
-    "interleaved schedules of such stages, and zero-bubble but for the best plan", ON_AN_AXIS,
-    UNUSED, *OTHER_CHOICES,
+    "interleaved schedules of such stages, and zero-bubble but for the best plan", UNUSED, *OTHER_CHOICES,
 )
 
 
@@ -120,7 +119,10 @@ def find_plan(
             outcome, lower_bound_s=min(step_s, mixed.lower_bound_s), complete=mixed.complete,
             timed_out=not mixed.complete, num_simulated=outcome.num_simulated + mixed.num_simulated,
         )
+    experts = ExpertsOutcome()
     if best is None and mixed.best is None:
+        experts = search_experts(engine, space, None, math.inf, deadline)
+    if best is None and mixed.best is None and experts.best is None:
         if outcome.timed_out:
             raise InfeasibleError(
                 f"the time limit of {request.max_search_seconds:g} s came before any plan was found; give "
@@ -144,13 +146,21 @@ def find_plan(
     shared = search_shares(engine, request, step_s, deadline)
     if shared is not None:
         step_s = shared.step_time_s
+    if experts.best is None:
+        experts = search_experts(engine, space, best, step_s, deadline)
+    if experts.best is not None:
+        step_s = experts.best.step_time_s
+        outcome = replace(outcome, lower_bound_s=min(outcome.lower_bound_s, experts.lower_bound_s))
     if engine.interrupted:
         outcome = replace(outcome, complete=False)
     outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))
     searched_s = time.monotonic() - began
     offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
     log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
-    if shared is not None:
+    if experts.best is not None:
+        plan = experts.best.plan
+        memory = tuple(zip(experts.best.peak_bytes, experts.best.limit_bytes, strict=True))
+    elif shared is not None:
         plan = shared.plan
         memory = tuple(zip(shared.peak_bytes, shared.limit_bytes, strict=True))
     elif ordered is not None:
@@ -177,6 +187,8 @@ def find_plan(
         lacking = (ALIKE, *NOT_SEARCHED)
     if has_unlike_devices(cluster):
         lacking = (*lacking, NOT_SHARED)
+    if not unsplit_experts(graph, 1):
+        lacking = (*lacking, NOT_TRIED)
     certificate = Certificate(
         upper_bound_s=step_s, lower_bound_s=outcome.lower_bound_s,
         searched=f"{what}, each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from runtime_models import llama as small_llama
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from autopar.cluster.parse import parse_cluster
 from autopar.graph.capture import Captured, capture
@@ -86,6 +88,16 @@ def test_dropout_on_a_part_draws_no_number_of_fake_tensors() -> None:
     with fake_mode():
         program = special_program("axis_random", torch.ops.aten.dropout.default, Axis(group_name="", size=2, rank=1))
         assert program(torch.ones(4, 3), 0.5, True).shape == (4, 3)
+
+
+def test_a_recorder_counts_this_ranks_part_of_a_distributed_tensor() -> None:
+    with fake_job(0, 4):
+        mesh = init_device_mesh("cpu", (4,))
+        parts = distribute_tensor(torch.zeros(40, 10), mesh, [Shard(0)], src_data_rank=None)
+        with Recorder() as recorder:
+            kept = torch.zeros_like(parts)
+            assert kept.shape == (40, 10)
+            assert recorder.peak_bytes == 10 * 10 * 4
 
 
 def test_a_fake_job_leaves_nothing_behind() -> None:

@@ -1,0 +1,140 @@
+"""Plans whose data ranks have the experts of a mixture between them, tried beside those where each rank has all.
+
+An expert axis changes nothing but the experts: their exchange, their weights in memory, and what is reduced of them.
+What a candidate's blocks take with it, shared evenly by the stages, is a bound, and so is all that one stage takes; the
+settings of least bound are simulated, cut evenly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autopar.errors import AutoparError
+from autopar.graph.expert_params import unsplit_experts
+from autopar.plan.verify import problems
+from autopar.search.best_first import Engine, Found
+from autopar.search.bounds import shared_work
+from autopar.search.candidates import Candidate, divisors
+from autopar.search.mixed import MixedFound
+from autopar.sharding.rewrites import rewritten
+from autopar.simulate.simulator import simulate
+from autopar.simulate.stage_cost import inner_axis, stage_cost
+
+log = logging.getLogger(__name__)
+MAX_SIMULATED = 120
+MAX_SIMULATED_ACTIONS = 400_000
+ROUNDING = 1e-9  # relative, of sums in another order
+NOT_TRIED = (
+    f"an expert axis beyond the {MAX_SIMULATED} settings of least bound, with uneven cuts, a context axis, an "
+    "offloaded optimizer or on devices of several types"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsOutcome:
+    """The best plan with an expert axis that beats all others, if any, and what none of them can be faster than."""
+
+    best: MixedFound | None = None
+    lower_bound_s: float = float("inf")
+    num_simulated: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class _Setting:
+    """A candidate with an expert axis of `ep` data ranks, and what its step takes at least."""
+
+    bound_s: float
+    ep: int
+    candidate: Candidate
+
+
+def search_experts(
+    engine: Engine, space: Sequence[Candidate], best: Found | None, best_s: float, deadline: float | None
+) -> ExpertsOutcome:
+    """The best plan with an expert axis that is faster than `best_s`; `best` is tried with its own cuts too.
+
+    An interrupt ends it with the best so far.
+    """
+    if not engine.cluster.is_uniform or unsplit_experts(engine.graph, 1):
+        return ExpertsOutcome()
+    found: MixedFound | None = None
+    lower_s, simulated, actions = float("inf"), 0, 0
+    try:
+        for setting in sorted(_settings(engine, space, best_s, deadline)):
+            c, limit_s = setting.candidate, found.step_time_s if found is not None else best_s
+            if setting.bound_s >= limit_s:
+                break
+            ended = simulated >= MAX_SIMULATED or actions >= MAX_SIMULATED_ACTIONS or engine.out_of_time(deadline)
+            if ended or c.pp > 1:
+                lower_s = min(lower_s, setting.bound_s)  # of other cuts, or of this setting and all after it
+            if ended:
+                break
+            cuts = {engine.even_cuts(c.pp), best.cuts if best is not None and best.candidate.pp == c.pp else None}
+            for cut in sorted(own for own in cuts if own is not None):
+                simulated += 1
+                actions += 2 * c.pp * c.num_micro_batches
+                made = _simulated(engine, c, cut, setting.ep)
+                if made is not None and made.step_time_s < (found.step_time_s if found is not None else best_s):
+                    found = made
+    except KeyboardInterrupt:
+        engine.interrupted, lower_s = True, 0.0
+    return ExpertsOutcome(best=found, lower_bound_s=lower_s, num_simulated=simulated)
+
+
+def _settings(engine: Engine, space: Sequence[Candidate], below_s: float, deadline: float | None) -> list[_Setting]:
+    """Every setting with a bound that is below the limit; where there is no time for a bound it is 0."""
+    groups: dict[tuple[object, ...], list[Candidate]] = {}
+    for c in space:
+        if c.dp > 1 and not c.offload_optimizer and c.cp == 1:
+            groups.setdefault((c.pp, c.tp, c.sequence_parallel, c.split_weights, c.micro_batch), []).append(c)
+    found = []
+    allowed = [size for size in divisors(engine.cluster.num_devices)[1:] if not unsplit_experts(engine.graph, size)]
+    for candidates in groups.values():
+        for size in allowed:
+            own = [c for c in candidates if (c.dp_shard if c.zero else c.dp) % size == 0]
+            late = engine.out_of_time(deadline)
+            least_s = _bound(engine, own[0], size) if own and not late else 0.0
+            for c in own if least_s < below_s else ():
+                closer_s = least_s if late or c.pp > 1 else max(least_s, _alone_s(engine, c, size))
+                if closer_s < below_s:
+                    found.append(_Setting(bound_s=closer_s, candidate=c, ep=size))
+    return found
+
+
+def _alone_s(engine: Engine, c: Candidate, size: int) -> float:
+    """Seconds of a step of one stage that keeps everything: what it must recompute or offload only adds to it."""
+    plan = engine.plan_of(c, (0, len(engine.graph.blocks)), ep=size)
+    cost = stage_cost(rewritten(engine.graph, plan.rewrites), engine.cluster, plan, 0)
+    return (1 - ROUNDING) * (plan.num_micro_batches * (cost.forward_s + cost.backward_s) + cost.step_once_s)
+
+
+def _bound(engine: Engine, c: Candidate, size: int) -> float:
+    """What a step takes at least with an expert axis of this size: all blocks' work, with nothing of data axes."""
+    kind = engine.layout.kinds(c)[0]  # nodes are alike
+    axis = inner_axis(engine.cluster, tuple(i * c.tp for i in range(size)))
+    costs = engine.bounds.block_costs(c, kind, expert_axis=axis)
+    forward = backward = 0.0
+    for name, number in Counter(block.cls for block in engine.graph.blocks).items():
+        cost = costs[name]
+        forward += number * (cost.forward_compute_s + cost.forward_tp_comm_s)
+        backward += number * (cost.backward_compute_s + cost.backward_tp_comm_s)
+    return shared_work(c, forward, backward)
+
+
+def _simulated(engine: Engine, c: Candidate, cuts: tuple[int, ...], size: int) -> MixedFound | None:
+    plan = engine.plan(c, cuts, ep=size)
+    try:
+        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
+    except AutoparError as error:
+        log.info("ep %d cannot be simulated: %s", size, error)
+        return None
+    if not timeline.feasible or next(problems(plan, engine.graph), None):
+        return None
+    limits = tuple(kind.memory_limit_bytes for kind in engine.layout.kinds(c))
+    return MixedFound(
+        step_time_s=timeline.step_time_s, plan=plan, peak_bytes=timeline.rank_peak_bytes, limit_bytes=limits
+    )
+

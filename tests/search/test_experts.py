@@ -1,0 +1,58 @@
+"""The search over expert axes against every setting simulated."""
+
+from __future__ import annotations
+
+import pytest
+from mixtures import mixture
+
+from autopar.cluster.parse import parse_cluster
+from autopar.search import experts
+from autopar.search.best_first import Engine
+from autopar.search.candidates import PlanRequest, candidates
+from autopar.search.experts import search_experts
+from autopar.search.planner import find_plan
+from autopar.simulate.simulator import simulate
+
+CLUSTER = parse_cluster("1x4xA100-80GB")
+REQUEST = PlanRequest(global_batch=4, micro_batch=1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(mixture(), CLUSTER, REQUEST)
+
+
+def test_it_finds_the_fastest_and_no_bound_is_above_its_setting(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "MAX_SIMULATED", 10_000)
+    space = candidates(CLUSTER, REQUEST, engine.chooser, len(engine.graph.blocks))
+    fastest = float("inf")
+    settings = experts._settings(engine, space, float("inf"), None)
+    assert {setting.ep for setting in settings} == {2, 4}
+    for setting in settings:
+        cuts = engine.even_cuts(setting.candidate.pp)
+        assert cuts is not None
+        made = experts._simulated(engine, setting.candidate, cuts, setting.ep)
+        if made is not None:
+            assert setting.bound_s <= made.step_time_s
+            fastest = min(fastest, made.step_time_s)
+    outcome = search_experts(engine, space, None, float("inf"), None)
+    assert outcome.best is not None
+    assert outcome.best.step_time_s == fastest
+    assert outcome.lower_bound_s <= fastest or outcome.lower_bound_s == float("inf")
+    assert search_experts(engine, space, None, fastest, None).best is None
+
+
+def test_a_plan_that_has_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else is found, a faster plan with an expert axis takes its place, and the bound is of both."""
+    space = candidates(CLUSTER, REQUEST, engine.chooser, len(engine.graph.blocks))
+    found = search_experts(engine, space, None, float("inf"), None).best
+    assert found is not None
+    won = experts.ExpertsOutcome(best=found, lower_bound_s=found.step_time_s / 2)
+    monkeypatch.setattr("autopar.search.planner.search_experts", lambda *_: won)
+    plan = find_plan(mixture(), CLUSTER, REQUEST)
+    assert all(stage.mesh.ep > 1 for stage in plan.stages)
+    assert plan.certificate is not None
+    assert plan.certificate.lower_bound_s <= found.step_time_s / 2
+    assert simulate(mixture(), CLUSTER, plan).step_time_s == pytest.approx(plan.certificate.upper_bound_s)
