@@ -231,8 +231,10 @@ class _Joint:
     def _narrow(self, relaxed: Relaxed) -> None:
         """Drops strategies until few are left, or no more can be."""
         gap = math.inf
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             relaxed.sweep()
+            if not number:
+                relaxed.drop(self.cost)  # all that follows takes time by what is left
             relaxed.sweep()
             if math.isinf(relaxed.lower_bound):
                 return

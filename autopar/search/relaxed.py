@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import Any
 
 import numpy as np
@@ -147,26 +147,40 @@ class _Grid:
         found = np.ascontiguousarray(values / weight)
         if self.unmade is not None and backwards:
             found[..., self.unmade] = np.inf
-        while True:
-            before = found
-            for axis, cost in enumerate(moves):
-                size = self.shape[axis]
-                if size > 1:
-                    seen = found.reshape(-1, cost.shape[0], size, 1, cost.shape[3])
-                    found = (seen + cost).min(axis=2).reshape(values.shape)
-            if self.sums:
-                found = found if found is not before else found.copy()
-                grid = found.reshape(-1, *self.shape)
-                for src, dst, cost in self.sums:
-                    start, end = (dst, src) if backwards else (src, dst)
-                    np.minimum(grid[end], grid[start] + cost, out=grid[end])
-            if np.array_equal(found, before):
+        ways = [axis for axis, size in enumerate(self.shape) if size > 1] + [-1] * bool(self.sums)
+        unchanged = 0
+        for way in cycle(ways):
+            after = self._along_axis(found, moves[way]) if way >= 0 else self._at_once(found, backwards=backwards)
+            unchanged = unchanged + 1 if np.array_equal(after, found) else 0
+            found = after
+            if unchanged == len(ways):
                 break
         found *= weight
         if self.unmade is not None:
             if backwards:
                 return np.minimum(found, values)
             found[..., self.unmade] = values[..., self.unmade]
+        return found
+
+    def _along_axis(self, values: Table, cost: Table) -> Table:
+        """The least at each placement where one axis may change once."""
+        before, size, _, after = cost.shape
+        seen = values.reshape(-1, before, size, 1, after)
+        if after > 1 or len(seen) == 1:
+            least: Table = (seen + cost).min(axis=2)
+            return least.reshape(values.shape)
+        least = seen[:, :, 0] + cost[:, 0]  # numpy takes minima over short dims slowly
+        for i in range(1, size):
+            np.minimum(least, seen[:, :, i] + cost[:, i], out=least)
+        return least.reshape(values.shape)
+
+    def _at_once(self, values: Table, *, backwards: bool) -> Table:
+        """The least at each placement where there may be sums over several axes."""
+        found = values.copy()
+        grid = found.reshape(-1, *self.shape)
+        for src, dst, cost in self.sums:
+            start, end = (dst, src) if backwards else (src, dst)
+            np.minimum(grid[end], grid[start] + cost, out=grid[end])
         return found
 
 

@@ -122,6 +122,7 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, Sequenc
     if len(sizes) == 1:
         return {name: tuple((strategy,) for strategy in found) for name, found in single[sizes[0]].items()}
     result: dict[str, Sequence[JointStrategy]] = {}
+    known: dict[object, JointOptions] = {}
     for op in cls.ops:
         factors = single[sizes[0]].factors.get(op.name)
         if factors is None:  # no rule, or no gradient: whole on every rank
@@ -129,7 +130,12 @@ def joint_strategies(cls: BlockClass, sizes: Sequence[int]) -> dict[str, Sequenc
             result[op.name] = tuple(product(plain, repeat=len(sizes)))
             continue
         splits = [single[size].splits.get(op.name, ()) for size in sizes]
-        result[op.name] = joint_strategies_with(op, cls.tensor, sizes, factors, splits)
+        # Ops with one rule at one size have the same choices: a block has many elementwise ones.
+        plain = strategies_with(op, cls.tensor, sizes[0], factors, ())
+        key = repr(factors), tuple(map(tuple, splits)), tuple(gradients(op, cls.tensor)[0]), plain
+        if key not in known:
+            known[key] = joint_strategies_with(op, cls.tensor, sizes, factors, splits)
+        result[op.name] = known[key]
     return result
 
 
@@ -168,6 +174,8 @@ class _Choices:
         """The strategies of the axes from `axis` on, on the op as the `earlier` splits (with their sizes) leave it."""
         if axis == len(self.sizes):
             return np.zeros((1, 0), dtype=np.intp)
+        if not self.factors.joint:  # splits of different factors do not see each other
+            earlier = tuple(sorted(earlier, key=lambda done: done[0][0]))
         key = axis, earlier
         if key in self._following:
             return self._following[key]
