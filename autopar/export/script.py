@@ -77,6 +77,8 @@ def to_script(plan: Plan, model: ScriptModel) -> Settings:
     mesh, _ = one_mesh(plan, "the script")
     if mesh.cp > 1:
         raise InputError("the plan has a context axis, which no public call of torch splits models over: plan without")
+    if mesh.ep > 1:
+        raise InputError("the plan parts experts over data ranks (ep), which no call of torch does: plan without ep")
     if any(stage.rows for stage in plan.stages):
         raise InputError("the plan shares out rows unequally, and FSDP2 and DDP average over ranks: plan without")
     gaps = _gaps(plan)

@@ -7,8 +7,8 @@ with that op held to another loop dimension, so each is the best block that the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s
@@ -27,7 +27,7 @@ from autopar.sharding.state import R, State, shard
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, Charge, block_charges, block_cost
 from autopar.simulate.class_costs import ClassCosts, CostAxis
-from autopar.simulate.stage_cost import class_costs_of, inner_axis, slowest_device
+from autopar.simulate.stage_cost import class_costs_of, data_ranks, expert_axis, inner_axis, slowest_device
 
 Choice = Mapping[str, JointStrategy]  # by op
 
@@ -145,6 +145,7 @@ def explain(graph: ModelGraph, cluster: Cluster, plan: Plan, block: str = "") ->
     shardings = plan.class_shardings(cls.name, stage)
     cost = place.cost(shardings, compile_=plan.compile)
     alternatives, notes = place.alternatives(shardings, plan) if shardings else ((), ())
+    notes = (*notes, *place.expert_notes(shardings, cost, plan))
     return Explanation(
         block=found.name, cls=cls.name, num_blocks=sum(other.cls == cls.name for other in graph.blocks), stage=index,
         axes=stage.mesh.inner, rows=place.costs.rows, cost=cost, params=_params(found, cls, shardings),
@@ -200,6 +201,7 @@ class _Place:
     cls: BlockClass
     costs: ClassCosts
     axes: tuple[tuple[str, int], ...]
+    expert_axis: CostAxis | None
 
     @staticmethod
     def of(graph: ModelGraph, cluster: Cluster, plan: Plan, stage: Stage, cls: BlockClass) -> _Place:
@@ -207,12 +209,28 @@ class _Place:
         device = slowest_device(cluster, stage.devices, plan.dtype)
         rows = plan.global_batch / (mesh.dp * plan.num_micro_batches)
         costs = class_costs_of(graph, cls, cluster, plan, stage, device=device, rows=rows)
-        return _Place(graph=graph, cls=cls, costs=costs, axes=mesh.inner)
+        return _Place(
+            graph=graph, cls=cls, costs=costs, axes=mesh.inner, expert_axis=expert_axis(cluster, stage)
+        )
 
     def cost(self, shardings: Sequence[ClassSharding], *, compile_: bool) -> BlockCost:
         return block_cost(
             self.graph, self.cls, shardings or None, tp=self.costs.tp, rows=self.costs.rows, device=self.costs.device,
             tp_group=self.costs.tp_group, dtype=self.costs.dtype, compile=compile_, outer=self.costs.outer,
+            expert_axis=self.expert_axis,
+        )
+
+    def expert_notes(self, shardings: Sequence[ClassSharding], cost: BlockCost, plan: Plan) -> tuple[str, ...]:
+        """What the expert axis does in this block."""
+        if self.expert_axis is None or not any(cost.by_experts):
+            return ()
+        alone = replace(self, expert_axis=None).cost(shardings, compile_=plan.compile)
+        forward_s = cost.forward_tp_comm_s - alone.forward_tp_comm_s
+        backward_s = cost.backward_tp_comm_s - alone.backward_tp_comm_s
+        return (
+            f"{self.expert_axis.size} data ranks (ep) have the experts between them: tokens go to theirs and back, "
+            f"{1e3 * forward_s:.3g} ms forward and {1e3 * backward_s:.3g} ms backward of what is said above; the "
+            "alternatives are weighed without it",
         )
 
     def choices(self, shardings: Sequence[ClassSharding]) -> tuple[OpChoice, ...]:
@@ -330,31 +348,39 @@ class _AxisSearch:
 
 def _data_traffic(cluster: Cluster, plan: Plan, stage: Stage, cost: BlockCost) -> tuple[DataTraffic, ...]:
     """What gathering the block's parameters and reducing its gradients moves."""
-    mesh, zero, numel = stage.mesh, stage.zero, cost.param_numel_local
-    if mesh.dp * mesh.cp == 1 or not numel:
-        return ()
-    inner, tp, every = mesh.dp_shard * mesh.cp, mesh.tp, plan.num_micro_batches
+    mesh = stage.mesh
+    found: list[DataTraffic] = []
+    for by_experts in (False, True):
+        numel = sum(n for n, own in zip(cost.params, cost.by_experts, strict=True) if own is by_experts)
+        if numel and mesh.dp * mesh.cp > 1:
+            found += _traffic_of(cluster, plan, stage, numel, by_experts)
+    return tuple(found)
 
-    def traffic(what: str, kind: Collective, axis: CostAxis, times: int, size_bytes: float) -> DataTraffic:
+
+def _traffic_of(
+    cluster: Cluster, plan: Plan, stage: Stage, numel: float, by_experts: bool
+) -> Iterator[DataTraffic]:
+    zero, every, ranks = stage.zero, plan.num_micro_batches, data_ranks(stage, by_experts=by_experts)
+    of_experts = " of experts" if by_experts else ""
+
+    def traffic(what: str, kind: Collective, members: tuple[int, ...], times: int, size_bytes: float) -> DataTraffic:
+        axis = inner_axis(cluster, members)
         return DataTraffic(
             what=what, collective=kind, num_ranks=axis.size, times_a_step=times, size_bytes=size_bytes,
             time_s=collective_time_s(kind, size_bytes, axis.group, groups_per_node=axis.groups_per_node),
         )
 
     if zero == 0:
-        whole = inner_axis(cluster, tuple(stage.devices[i * tp] for i in range(mesh.dp * mesh.cp)))
-        return (traffic("gradients are summed", Collective.ALL_REDUCE, whole, 1, GRADIENT_BYTES * numel),)
-    found = []
-    if inner > 1:
-        shards = inner_axis(cluster, tuple(stage.devices[i * tp] for i in range(inner)))
-        found += [
-            traffic("parameters are gathered", Collective.ALL_GATHER, shards, 2 * every if zero == 3 else 1,
-                    DTYPE_BYTES[plan.dtype] * numel),
-            traffic("gradients are summed, each rank keeps its part", Collective.REDUCE_SCATTER, shards,
-                    every if zero > 1 else 1, GRADIENT_BYTES * numel),
-        ]
-    if mesh.dp_replicate > 1:
-        copies = inner_axis(cluster, tuple(stage.devices[i * inner * tp] for i in range(mesh.dp_replicate)))
-        found.append(traffic("the parts are summed over the replicas", Collective.ALL_REDUCE, copies,
-                             every if zero > 1 else 1, GRADIENT_BYTES * numel / inner))
-    return tuple(found)
+        if len(ranks.whole) > 1:
+            yield traffic(
+                f"gradients{of_experts} are summed", Collective.ALL_REDUCE, ranks.whole, 1, GRADIENT_BYTES * numel
+            )
+        return
+    if len(ranks.shard) > 1:
+        yield traffic(f"parameters{of_experts} are gathered", Collective.ALL_GATHER, ranks.shard,
+                      2 * every if zero == 3 else 1, DTYPE_BYTES[plan.dtype] * numel)
+        yield traffic(f"gradients{of_experts} are summed, each rank keeps its part", Collective.REDUCE_SCATTER,
+                      ranks.shard, every if zero > 1 else 1, GRADIENT_BYTES * numel)
+    if len(ranks.copies) > 1:
+        yield traffic(f"the parts{of_experts} are summed over the replicas", Collective.ALL_REDUCE, ranks.copies,
+                      every if zero > 1 else 1, GRADIENT_BYTES * numel / len(ranks.shard))

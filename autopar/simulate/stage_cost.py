@@ -423,8 +423,31 @@ def _data_parallel(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataRanks:
+    """The ranks that share out parameters with a stage's first, those with copies of its shard, and all of them."""
+
+    shard: tuple[int, ...]
+    copies: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
+def data_ranks(stage: Stage, *, by_experts: bool = False) -> DataRanks:
+    """The data ranks of the stage's first rank; `by_experts`: of those that have the same experts."""
+    mesh = stage.mesh
+    inner, apart = mesh.cp * mesh.tp, mesh.ep if by_experts else 1
+    whole = tuple(
+        rank for i in range(0, mesh.dp, apart) for rank in stage.devices[i * inner : (i + 1) * inner : mesh.tp]
+    )
+    each = mesh.dp_shard * inner
+    return DataRanks(
+        shard=whole if stage.zero == 0 else whole[: max(1, mesh.dp_shard // apart) * mesh.cp],
+        copies=tuple(stage.devices[i * each] for i in range(mesh.dp_replicate)), whole=whole,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _DataGroups:
-    """The ranks that share out parameters, those that have copies of a shard, and all of them."""
+    """The groups of these ranks."""
 
     shard: _Group
     copies: _Group
@@ -432,16 +455,10 @@ class _DataGroups:
 
 
 def _data_groups(cluster: Cluster, plan: Plan, stage: Stage, *, by_experts: bool) -> _DataGroups:
-    """The groups of the stage's first rank; `by_experts`: of ranks that have the same experts."""
-    mesh = stage.mesh
-    inner, apart = mesh.cp * mesh.tp, mesh.ep if by_experts else 1
-    data = [stage.devices[i * inner :: mesh.tp][: mesh.cp] for i in range(0, mesh.dp, apart)]
-    whole = tuple(rank for ranks in data for rank in ranks)
-    shard = whole if stage.zero == 0 else whole[: max(1, mesh.dp_shard // apart) * mesh.cp]
-    each = mesh.dp_shard * inner
-    copies = tuple(stage.devices[i * each] for i in range(mesh.dp_replicate))
+    ranks = data_ranks(stage, by_experts=by_experts)
     return _DataGroups(
-        shard=_group(cluster, plan, shard), copies=_group(cluster, plan, copies), whole=_group(cluster, plan, whole),
+        shard=_group(cluster, plan, ranks.shard), copies=_group(cluster, plan, ranks.copies),
+        whole=_group(cluster, plan, ranks.whole),
     )
 
 
