@@ -9,9 +9,9 @@ import pytest
 import runtime_models
 from local_machines import slow_cluster
 from test_parity import captured_of
-from test_several_axes import graph_of, plan_of, random_shardings
+from test_several_axes import graph_of, random_shardings
 
-from autopar.plan.plan import Plan, Recompute
+from autopar.plan.plan import Mesh, Plan, Recompute
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import compare
 from autopar.search.degrees import Degrees, plan_from_degrees
@@ -49,8 +49,11 @@ def test_exchanged_tokens_give_the_numbers_of_one_process(
 
 
 def test_tokens_that_two_axes_split_are_exchanged_over_one(pool: LocalPool) -> None:
-    graph, plan = graph_of("mixture", "float64"), plan_of("mixture", "cp2xtp2")
-    names = dict.fromkeys(choice.cls for choice in plan.shardings)
+    graph = graph_of("mixture", "float64")
+    plan = plan_from_degrees(graph, slow_cluster(4), Degrees(
+        global_batch=8, micro_batch=2, dp_replicate=4, dtype="float64", param_dtype="float64", optimizer="sgd",
+    ))
+    names = dict.fromkeys(block.cls for block in graph.blocks)
 
     def drawn(seed: int) -> list[ClassSharding]:
         chance, boundary = random.Random(seed), (shard(1),) * 2
@@ -61,7 +64,10 @@ def test_tokens_that_two_axes_split_are_exchanged_over_one(pool: LocalPool) -> N
         return chosen["cp"].startswith("t") and chosen["tp"].startswith("t+e")
 
     shardings = next(found for seed in range(100) if exchanges(found := drawn(seed)))
-    plan = replace(plan, shardings=at_rows(tuple(shardings), graph, plan.micro_batch))
+    plan = replace(
+        plan, shardings=at_rows(tuple(shardings), graph, plan.micro_batch), num_micro_batches=4,
+        stages=(replace(plan.stages[0], mesh=Mesh(cp=2, tp=2)),),
+    )
     report = compare(
         runtime_models.mixture, plan, steps=2, pool=pool, captured=captured_of("mixture", "float64")
     )
