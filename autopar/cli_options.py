@@ -48,7 +48,8 @@ SearchedMicroBatch = Annotated[int | None, typer.Option(
 SearchSeconds = Annotated[float | None, typer.Option(
     "--max-search-seconds", metavar="T", min=0, help="Stop the search then, with the best plan so far.")]
 MeshOption = Annotated[str | None, typer.Option(
-    "--mesh", metavar="AXIS=N,...", help="Fix axes (pp, dp, dp_replicate, dp_shard, cp, tp); the rest is searched.")]
+    "--mesh", metavar="AXIS=N,...",
+    help="Fix axes (pp, dp, dp_replicate, dp_shard, ep, cp, tp); the rest is searched.")]
 Compile = Annotated[bool, typer.Option("--compile", help="The model runs under torch.compile.")]
 OffloadOption = Annotated[bool, typer.Option(
     "--offload/--no-offload", help="Let activations and optimizer state rest in host memory where that pays.")]

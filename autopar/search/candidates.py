@@ -29,8 +29,8 @@ class PlanRequest:
     mesh: tuple[tuple[str, int], ...] = ()  # axes of MESH_AXES whose size the user fixed; the others are searched
 
     def allows(self, candidate: Candidate) -> bool:
-        """Whether the candidate has the sizes that the user fixed."""
-        return all(getattr(candidate, axis) == size for axis, size in self.mesh)
+        """Whether the candidate has the sizes that the user fixed; an expert axis is made of its data ranks."""
+        return all(axis == "ep" or getattr(candidate, axis) == size for axis, size in self.mesh)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -86,7 +86,7 @@ class Candidate:
         return ", ".join(words)
 
 
-MESH_AXES = ("pp", "dp", "dp_replicate", "dp_shard", "cp", "tp")
+MESH_AXES = ("pp", "dp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
 
 
 def parse_mesh(text: str) -> tuple[tuple[str, int], ...]:

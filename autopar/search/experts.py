@@ -17,7 +17,7 @@ from autopar.graph.expert_params import unsplit_experts
 from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import shared_work
-from autopar.search.candidates import Candidate, divisors
+from autopar.search.candidates import Candidate, PlanRequest, divisors
 from autopar.search.mixed import MixedFound
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import simulate
@@ -56,9 +56,10 @@ def search_experts(
 ) -> ExpertsOutcome:
     """The best plan with an expert axis that is faster than `best_s`; `best` is tried with its own cuts too.
 
-    An interrupt ends it with the best so far.
+    Its size is the user's, where that is fixed. An interrupt ends it with the best so far.
     """
-    if not engine.cluster.is_uniform or unsplit_experts(engine.graph, 1):
+    fixed = fixed_size(engine.request)
+    if not engine.cluster.is_uniform or unsplit_experts(engine.graph, 1) or fixed == 1:
         return ExpertsOutcome()
     found: MixedFound | None = None
     lower_s, simulated, actions = float("inf"), 0, 0
@@ -84,6 +85,23 @@ def search_experts(
     return ExpertsOutcome(best=found, lower_bound_s=lower_s, num_simulated=simulated)
 
 
+def fixed_size(request: PlanRequest) -> int | None:
+    """The size that the user gave the expert axis; None where it is searched."""
+    return dict(request.mesh).get("ep")
+
+
+def why_none(engine: Engine, size: int) -> str:
+    """Why no plan with an expert axis of the size that the user fixed was found."""
+    if why := unsplit_experts(engine.graph, size):
+        return f"{why}; change or leave out ep in --mesh"
+    if not engine.cluster.is_uniform:
+        return f"an expert axis is not searched on nodes that are not alike, as in {engine.cluster.name}; leave ep out"
+    return (
+        f"no plan with ep {size} on {engine.cluster.name} was found that fits: ep must divide the data ranks (dp_shard "
+        "where ZeRO is on); change or leave out ep in --mesh"
+    )
+
+
 def _settings(engine: Engine, space: Sequence[Candidate], below_s: float, deadline: float | None) -> list[_Setting]:
     """Every setting with a bound that is below the limit; where there is no time for a bound it is 0."""
     groups: dict[tuple[object, ...], list[Candidate]] = {}
@@ -91,7 +109,11 @@ def _settings(engine: Engine, space: Sequence[Candidate], below_s: float, deadli
         if c.dp > 1 and not c.offload_optimizer and c.cp == 1:
             groups.setdefault((c.pp, c.tp, c.sequence_parallel, c.split_weights, c.micro_batch), []).append(c)
     found = []
-    allowed = [size for size in divisors(engine.cluster.num_devices)[1:] if not unsplit_experts(engine.graph, size)]
+    fixed = fixed_size(engine.request)
+    allowed = [
+        size for size in divisors(engine.cluster.num_devices)[1:]
+        if fixed in (None, size) and not unsplit_experts(engine.graph, size)
+    ]
     for candidates in groups.values():
         for size in allowed:
             own = [c for c in candidates if (c.dp_shard if c.zero else c.dp) % size == 0]

@@ -19,8 +19,8 @@ from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.search.experts import NOT_TRIED, ExpertsOutcome, search_experts
-from autopar.search.mixed import search_mixed
+from autopar.search.experts import NOT_TRIED, ExpertsOutcome, fixed_size, search_experts, why_none
+from autopar.search.mixed import MixedOutcome, search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.plan_schedules import ORDERED, search_orders
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
@@ -83,9 +83,14 @@ def find_plan(
     )
     if deadline is not None:
         engine.probe(space, deadline)
-    mixed = search_mixed(engine, cluster, engine.best.step_time_s if engine.best else math.inf, deadline, progress)
+    ep = fixed_size(request) or 1
+    mixed = MixedOutcome()
+    if ep == 1:
+        mixed = search_mixed(engine, cluster, engine.best.step_time_s if engine.best else math.inf, deadline, progress)
     baselines = run_baselines(engine, space, deadline)
-    if mixed.best is not None:
+    if ep > 1:
+        outcome = Outcome(best=None, lower_bound_s=math.inf, num_simulated=0, complete=True)  # all is without the axis
+    elif mixed.best is not None:
         outcome = engine.search(
             space, incumbent=engine.best, deadline=deadline, progress=progress, below_s=mixed.best.step_time_s,
             max_simulations=MAX_BESIDE,
@@ -98,7 +103,7 @@ def find_plan(
             space = wider
             outcome = engine.search(space, deadline=deadline, progress=progress)
     context = (
-        search_context(engine, cluster, request, outcome.best, deadline, progress) if mixed.best is None
+        search_context(engine, cluster, request, outcome.best, deadline, progress) if mixed.best is None and ep == 1
         else ContextOutcome()
     )
     if context.outcome is not None:
@@ -130,6 +135,8 @@ def find_plan(
             )
         if not space:
             raise InputError(no_mesh(cluster, request))
+        if ep > 1:
+            raise InputError(why_none(engine, ep))
         raise InfeasibleError(
             smallest_need(engine, space, deadline) if need
             else f"{graph.name} does not fit into the memory of {cluster.name}"
@@ -140,10 +147,10 @@ def find_plan(
             engine.search([own for own in space if own.pp > 1], deadline=deadline, max_simulations=MAX_TO_ORDER)
         except KeyboardInterrupt:
             engine.interrupted = True
-    ordered = search_orders(engine, step_s, deadline)
+    ordered = search_orders(engine, step_s, deadline) if ep == 1 else None
     if ordered is not None:
         step_s = ordered.step_time_s
-    shared = search_shares(engine, request, step_s, deadline)
+    shared = search_shares(engine, request, step_s, deadline) if ep == 1 else None
     if shared is not None:
         step_s = shared.step_time_s
     if experts.best is None:
@@ -182,7 +189,7 @@ def find_plan(
     else:
         what = (
             f"{len(space) + context.num_searched} settings of pp, tp, sequence parallelism, dp, ZeRO"
-            f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}"
+            f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}{f' with ep {ep}' * (ep > 1)}"
         )
         lacking = (ALIKE, *NOT_SEARCHED)
     if has_unlike_devices(cluster):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from mixtures import mixture
 
 from autopar.cluster.parse import parse_cluster
+from autopar.errors import InputError
 from autopar.search import experts
 from autopar.search.best_first import Engine
 from autopar.search.candidates import PlanRequest, candidates
@@ -51,8 +54,21 @@ def test_a_plan_that_has_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
     assert found is not None
     won = experts.ExpertsOutcome(best=found, lower_bound_s=found.step_time_s / 2)
     monkeypatch.setattr("autopar.search.planner.search_experts", lambda *_: won)
-    plan = find_plan(mixture(), CLUSTER, REQUEST)
+    plan = find_plan(mixture(), CLUSTER, replace(REQUEST, mesh=(("pp", 1), ("tp", 1))))
     assert all(stage.mesh.ep > 1 for stage in plan.stages)
     assert plan.certificate is not None
     assert plan.certificate.lower_bound_s <= found.step_time_s / 2
     assert simulate(mixture(), CLUSTER, plan).step_time_s == pytest.approx(plan.certificate.upper_bound_s)
+
+
+def test_a_size_that_the_user_fixes() -> None:
+    plan = find_plan(mixture(), CLUSTER, replace(REQUEST, mesh=(("ep", 2), ("pp", 1), ("tp", 1))))
+    assert [stage.mesh.ep for stage in plan.stages] == [2]
+    assert plan.certificate is not None
+    assert "with ep 2" in plan.certificate.searched
+    without = Engine(mixture(), CLUSTER, replace(REQUEST, mesh=(("ep", 1),)))
+    assert search_experts(without, (), None, float("inf"), None).best is None
+    with pytest.raises(InputError, match=r"the 8 experts of .* do not divide over ep 3; change"):
+        find_plan(mixture(), CLUSTER, replace(REQUEST, mesh=(("ep", 3), ("pp", 1), ("tp", 1))))
+    with pytest.raises(InputError, match=r"no plan with ep 4 .* ep must divide the data ranks"):
+        find_plan(mixture(), CLUSTER, replace(REQUEST, mesh=(("ep", 4), ("pp", 2), ("tp", 1))))
