@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -38,14 +38,16 @@ class Ordered:
     limit_bytes: tuple[float, ...]
 
 
-def search_orders(engine: Engine, best_s: float, deadline: float | None) -> Ordered | None:
-    """The best of the quickest pipelines in other orders; None where none is better than `best_s`.
+def search_orders(
+    engine: Engine, best_s: float, deadline: float | None, others: Sequence[Found] = ()
+) -> Ordered | None:
+    """The best of the quickest pipelines, and of some others, in other orders; None where none beats `best_s`.
 
     An interrupt ends it with the best so far.
     """
     found: Ordered | None = None
     try:
-        for base in engine.quickest_pipelines(ORDERED):
+        for base in dict.fromkeys((*engine.quickest_pipelines(ORDERED), *others)):
             for plan in _orders(engine, base, best_s):
                 if engine.out_of_time(deadline):
                     return found

@@ -15,6 +15,7 @@ from autopar.plan.plan import Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
 from autopar.search.best_first import Engine, Outcome, Progress
+from autopar.search.borders import search_borders
 from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
@@ -117,6 +118,10 @@ def find_plan(
         outcome = replace(outcome, complete=False, timed_out=True)
     best = outcome.best
     step_s = min(own.step_time_s for own in (best, mixed.best) if own is not None) if best or mixed.best else math.inf
+    before = engine.quickest_pipelines(ORDERED)
+    if best is not None and best.step_time_s == step_s:
+        best = search_borders(engine, best, deadline)
+        step_s = best.step_time_s
     if mixed.best is not None:
         # What was proved is of stages of their own mesh; plans of one mesh for all were tried beside them.
         tried = ONE_MESH.format(tried=outcome.num_simulated, total=len(space))
@@ -147,7 +152,7 @@ def find_plan(
             engine.search([own for own in space if own.pp > 1], deadline=deadline, max_simulations=MAX_TO_ORDER)
         except KeyboardInterrupt:
             engine.interrupted = True
-    ordered = search_orders(engine, step_s, deadline) if ep == 1 else None
+    ordered = search_orders(engine, step_s, deadline, before) if ep == 1 else None
     if ordered is not None:
         step_s = ordered.step_time_s
     shared = search_shares(engine, request, step_s, deadline) if ep == 1 else None

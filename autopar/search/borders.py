@@ -1,0 +1,192 @@
+"""The quickest pipelines with the borders between their stages moved while that makes the simulated step shorter.
+
+Bounds choose the cuts that are simulated, and the cut of least bound need not be the quickest: where a step has about
+as many micro-batches as stages it may take some per cent longer than the bound says, and other cuts less. So from what
+was simulated a layer is taken from one stage for another, and all borders between the two move on by one. Which of
+these moves are simulated first, an estimate says: the closed form of the schedule on the costs of the stages, each of
+which is found once for all cuts in which a stage holds such blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from autopar.plan.plan import Schedule
+from autopar.search.best_first import Engine, Found
+from autopar.search.bounds import Cuts
+from autopar.sharding.rewrites import rewritten
+from autopar.simulate.closed_form import closed_form_s
+from autopar.simulate.events import StageTimes, execute
+from autopar.simulate.members import member_costs, slowest_times
+from autopar.simulate.schedules import plan_actions
+from autopar.simulate.simulator import pipeline_times
+
+IMPROVED = 4  # pipelines, those of least time
+NEAR = 1.05  # times the best step: what takes longer is not tried
+MAX_SIMULATED = 60  # of one pipeline
+MAX_ACTIONS = 500_000  # executed for all pipelines together
+MAX_ESTIMATES = 6_000  # of one pipeline
+TRIES = 40  # moves of least estimate whose schedules are executed
+GAIN = 1e-9  # relative; less is rounding
+
+
+def search_borders(engine: Engine, best: Found, deadline: float | None) -> Found:
+    """The best of the quickest pipelines with their borders moved; what was given, where none is better.
+
+    The time limit and an interrupt end it with the best so far.
+    """
+    climbs: list[_Climb] = []
+    try:
+        for base in engine.quickest_pipelines(IMPROVED):
+            if engine.out_of_time(deadline) or base.step_time_s > NEAR * best.step_time_s:
+                break
+            climbs.append(_Climb(engine, base, deadline, climbs[-1].actions if climbs else MAX_ACTIONS))
+            climbs[-1].run(best)
+            best = min(best, climbs[-1].now)
+    except KeyboardInterrupt:
+        engine.interrupted = True
+    return min((best, *(climb.now for climb in climbs)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Estimated:
+    """A stage's times, what it does once a step, and what of that comes after its gradients are reduced."""
+
+    times: StageTimes
+    once_s: float
+    after_s: float
+
+
+class _Climb:
+    """Moves the borders of one pipeline. `now`: how far it came; `actions`: how many may still be executed."""
+
+    def __init__(self, engine: Engine, base: Found, deadline: float | None, actions: int) -> None:
+        self.engine, self.now, self.deadline, self.actions = engine, base, deadline, actions
+        self.candidate, self.kinds = base.candidate, engine.layout.kinds(base.candidate)
+        self.plan = engine.plan_of(base.candidate, base.cuts)
+        self.graph = rewritten(engine.graph, self.plan.rewrites)
+        self.lists = plan_actions(self.plan)
+        _, self.links = pipeline_times(self.graph, engine.cluster, self.plan)
+        self.simulated, self.estimates = 0, 0
+        self.beside_s = 0.0  # what the simulator adds to the schedule: sums of tied gradients over stages
+        self._stages: dict[tuple[object, ...], _Estimated | None] = {}
+        self._known: dict[Cuts, float] = {}
+        self._executed: dict[Cuts, float] = {}
+
+    def run(self, best: Found) -> None:
+        """Moves borders while that helps; not at all where estimates promise nothing below the best."""
+        promising = self._descend(self.now.cuts)
+        if self.now != best and self.estimate(promising) >= best.step_time_s:
+            return
+        executed_s = self._execute(self.now.cuts)
+        if executed_s < math.inf:
+            self.beside_s = self.now.step_time_s - executed_s
+        self._step([promising])
+        while not self.engine.out_of_time(self.deadline):
+            own = sorted((self.estimate(cuts), cuts) for cuts in moves(self.now.cuts))
+            if not self._step([cuts for estimate_s, cuts in own[:TRIES] if estimate_s < self.now.step_time_s]):
+                break
+
+    def _step(self, tried: list[Cuts]) -> bool:
+        """Whether the simulator sees one of these cuts quicker, so that it is now that; the quickest come first."""
+        limit_s = self.now.step_time_s * (1 - GAIN)
+        for executed_s, cuts in sorted((self._execute(cuts), cuts) for cuts in tried):
+            out = self.simulated >= MAX_SIMULATED or self.engine.out_of_time(self.deadline)
+            if out or executed_s + self.beside_s >= limit_s:
+                return False
+            self.simulated += 1
+            found = self.engine.simulate(self.candidate, cuts)
+            if found is not None and found.step_time_s < limit_s:
+                self.now = found
+                return True
+        return False
+
+    def _execute(self, cuts: Cuts) -> float:
+        """What the step takes by the schedule's own order; infinite where it does not fit, or the work is done."""
+        if cuts not in self._executed:
+            stages, cost = self._all(cuts), sum(map(len, self.lists))
+            if stages is None or self.actions < cost or self.engine.out_of_time(self.deadline):
+                return math.inf
+            self.actions -= cost
+            ends = execute(self.lists, [own.times for own in stages]).rank_end_s
+            self._executed[cuts] = max(end + own.after_s for end, own in zip(ends, stages, strict=True))
+        return self._executed[cuts]
+
+    def _descend(self, cuts: Cuts) -> Cuts:
+        """The cut that is reached by the moves of least estimate, while they lower it."""
+        at = (self.estimate(cuts), cuts)
+        while not self.engine.out_of_time(self.deadline):
+            least = min(((self.estimate(own), own) for own in moves(at[1])), default=at)
+            if not least[0] < at[0] * (1 - GAIN):
+                break
+            at = least
+        return at[1]
+
+    def estimate(self, cuts: Cuts) -> float:
+        """About what the step takes under this cut; infinite where it does not fit, or too much was estimated."""
+        if cuts in self._known:
+            return self._known[cuts]
+        if self.estimates >= MAX_ESTIMATES:
+            return math.inf
+        self.estimates += 1
+        self._known[cuts] = found = self._estimate(cuts)
+        return found
+
+    def _estimate(self, cuts: Cuts) -> float:
+        m, stages = self.candidate.num_micro_batches, self._all(cuts)
+        if stages is None:
+            return math.inf
+        through = closed_form_s(Schedule.ONE_F_ONE_B, [own.times for own in stages], m) + stages[0].once_s
+        return max(through, *(m * (own.times.forward_s + own.times.backward_s) + own.once_s for own in stages))
+
+    def _all(self, cuts: Cuts) -> list[_Estimated] | None:
+        """All stages under this cut; None where one does not fit."""
+        found = []
+        for stage, (first, last) in enumerate(pairwise(cuts)):
+            own = self._stage(stage, first, last)
+            if own is None:
+                return None
+            found.append(own)
+        return found
+
+    def _stage(self, stage: int, first: int, last: int) -> _Estimated | None:
+        """What a stage of these blocks takes. Links are taken as they were: what crosses borders is mostly alike."""
+        key = (stage, *(block.cls for block in self.graph.blocks[first:last]))
+        if key not in self._stages:
+            self._stages[key] = self._cost(stage, first, last)
+        return self._stages[key]
+
+    def _cost(self, stage: int, first: int, last: int) -> _Estimated | None:
+        engine, c, plan = self.engine, self.candidate, self.plan
+        own = replace(plan.stages[stage], first=first, last=last)
+        moved = replace(plan, stages=(*plan.stages[:stage], own, *plan.stages[stage + 1 :]))
+        options = engine.options(c, self.kinds[stage], moved, stage)
+        if options is not None:
+            own = own.with_variants([option.variant for option in options])
+            moved = replace(plan, stages=(*plan.stages[:stage], own, *plan.stages[stage + 1 :]))
+        costs = list(member_costs(self.graph, engine.cluster, moved, stage).values())
+        in_flight = min(c.pp - stage, c.num_micro_batches)
+        left = self.kinds[stage].memory_limit_bytes
+        for cost in costs:
+            held = max(in_flight * cost.held_bytes + cost.extra_bytes, cost.step_end_bytes)
+            if cost.static.total + held > left:
+                return None
+        link = self.links[stage]
+        return _Estimated(
+            times=slowest_times(costs, link.send_forward_s, link.send_backward_s),
+            once_s=max(cost.step_once_s for cost in costs),
+            after_s=max(cost.step_tp_s + cost.optimizer_s for cost in costs),
+        )
+
+
+def moves(cuts: Cuts) -> Iterator[Cuts]:
+    """The cuts in which one stage has a block less and another one more: all borders between them move by one."""
+    for low in range(1, len(cuts) - 1):
+        for high in range(low, len(cuts) - 1):
+            for step in (-1, 1):
+                moved = (*cuts[:low], *(at + step for at in cuts[low : high + 1]), *cuts[high + 1 :])
+                if moved[low - 1] < moved[low] and moved[high] < moved[high + 1]:
+                    yield moved
