@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from autopar.graph.source import load_source
 from autopar.plan.plan import Plan
 from autopar.runtime import engine
 from autopar.runtime.data_parallel import local_tensor
-from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode
+from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode, fused_attention
 from autopar.runtime.watch import Watch
 from autopar.simulate.schedules import Action
 from autopar.simulate.timeline import Timeline
@@ -111,11 +112,12 @@ def dry_run(
     runs: list[RankRun] = []
     problems: list[str] = []
     groups = distinct_ranks(plan)
+    on_cpu = any(name.startswith("CPU") for group in timeline.groups for name in group.types)
     for i, ranks in enumerate(groups):
         if progress is not None:
             progress(f"program {i + 1} of {len(groups)}, rank {ranks[0]}")
         try:
-            runs.append(run_rank(model, captured, plan, ranks))
+            runs.append(run_rank(model, captured, plan, ranks, fuses_attention=not on_cpu))
         except AutoparError:
             raise
         except Exception as error:  # whatever a program raises is what a dry run is there to find
@@ -151,14 +153,17 @@ def distinct_ranks(plan: Plan) -> list[tuple[int, ...]]:
     return [tuple(ranks) for ranks in found.values()]
 
 
-def run_rank(model: nn.Module, captured: Captured, plan: Plan, ranks: Sequence[int]) -> RankRun:
-    """One step of the program of `ranks[0]`."""
+def run_rank(
+    model: nn.Module, captured: Captured, plan: Plan, ranks: Sequence[int], *, fuses_attention: bool = True
+) -> RankRun:
+    """One step of the program of `ranks[0]`; `fuses_attention`: its devices have kernels for attention with dropout."""
     graph, recorder = captured.graph, Recorder()
 
     def observe(action: Action) -> None:
         recorder.during = str(action)
 
-    with fake_job(ranks[0], plan.num_devices), fake_mode(), recorder:
+    attention = fused_attention() if fuses_attention else nullcontext()
+    with fake_job(ranks[0], plan.num_devices), fake_mode(), recorder, attention:
         trainer = _DryTrainer(model, plan, captured, _optimizer(plan.optimizer), same_weights=False)
         for parameter in trainer.named_parameters().values():
             recorder.label(local_tensor(parameter), Kind.PARAMETER)

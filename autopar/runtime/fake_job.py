@@ -12,15 +12,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from autopar.runtime import recompute
 
 
 @contextlib.contextmanager
@@ -80,6 +86,30 @@ _WORDS = {
     "reduce_scatter_tensor": "reduce_scatter", "alltoall_base_": "all_to_all", "all_to_all_single": "all_to_all",
 }
 _MESSAGES = ("send", "recv")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention with dropout keeps what an accelerator's kernel keeps: a CPU has none, and keeps every score.
+
+    Its dropout is left out: on fake tensors it changes no value that anybody sees.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.ops.aten.scaled_dot_product_attention.default, nn.functional.scaled_dot_product_attention):
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """While inside, attention keeps what it keeps on an accelerator; also where the backward computes it again."""
+    again = partial(checkpoint, context_fn=lambda: (contextlib.nullcontext(), _FusedAttention()))
+    with _FusedAttention(), patch.object(recompute, "checkpoint", again):
+        yield
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -17,8 +17,9 @@ from autopar.graph.capture import Captured, capture
 from autopar.plan.plan import Plan
 from autopar.runtime.collectives import Axis
 from autopar.runtime.dry_run import MemoryRow, communication_problems, distinct_ranks, dry_run, memory_problems
-from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode
+from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode, fused_attention
 from autopar.runtime.lowerings import special_program
+from autopar.runtime.recompute import recompute
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.simulate.simulator import simulate
 
@@ -88,6 +89,27 @@ def test_dropout_on_a_part_draws_no_number_of_fake_tensors() -> None:
     with fake_mode():
         program = special_program("axis_random", torch.ops.aten.dropout.default, Axis(group_name="", size=2, rank=1))
         assert program(torch.ones(4, 3), 0.5, True).shape == (4, 3)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_attention_with_dropout_keeps_no_scores(again: bool) -> None:
+    length = 64
+    scores_bytes = length * length * 4
+
+    def attend(query: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.ops.aten.scaled_dot_product_attention.default(query, query, query, None, 0.1),)
+
+    def peak() -> int:
+        query = torch.zeros(1, 1, length, 4, requires_grad=True)
+        with Recorder() as recorder:
+            (out,) = recompute(attend, query) if again else attend(query)
+            out.sum().backward()
+        return recorder.peak_bytes
+
+    with fake_mode():
+        assert peak() > scores_bytes
+        with fused_attention():
+            assert peak() < scores_bytes
 
 
 def test_a_recorder_counts_this_ranks_part_of_a_distributed_tensor() -> None:
