@@ -22,6 +22,7 @@ from autopar.cost_models.memory import (
 from autopar.graph.model_graph import DTYPE_BYTES, Block, BlockClass, ModelGraph
 from autopar.plan.plan import Plan, Recompute, Stage, Variant
 from autopar.sharding.reshard import Collective
+from autopar.sharding.state import RP, Kind, R, State
 from autopar.simulate.block_cost import BlockCost, block_cost
 from autopar.simulate.class_costs import ClassCosts, CostAxis
 from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
@@ -137,7 +138,7 @@ def stage_cost(
         # What the stage received stays on the device until its backward ends.
         held += max(cost.boundary_bytes for block, cost in zip(blocks, costs, strict=True) if is_layer(block))
 
-    held_numels = _numels(blocks, costs, stage)
+    held_numels = _numels(graph, plan, blocks, costs, stage)
     numel = sum(each.numel for each in held_numels)
     static = _static_bytes(plan, stage, held_numels)
     always = workspace_bytes(device) + sum(cost.buffer_bytes for cost in costs)
@@ -296,21 +297,34 @@ class _Numels:
         return sum(self.units) + self.root
 
 
-def _numels(blocks: Sequence[Block], costs: Sequence[BlockCost], stage: Stage) -> tuple[_Numels, ...]:
-    """Local parameters; those of the expert axis apart. One that several blocks of the stage share counts once."""
-    seen: set[str] = set()
+def _numels(
+    graph: ModelGraph, plan: Plan, blocks: Sequence[Block], costs: Sequence[BlockCost], stage: Stage
+) -> tuple[_Numels, ...]:
+    """Local parameters; those of the expert axis apart.
+
+    One that several blocks of the stage share counts once: whole, and summed over the tensor axis, where they want it
+    in unlike states.
+    """
+    seen: dict[str, State] = {}
     kinds = (False, True) if stage.mesh.ep > 1 else (False,)
     units: list[list[float]] = [[] for _ in kinds]
     root, partial = [0.0] * len(kinds), [0.0] * len(kinds)
     for block, cost in zip(blocks, costs, strict=True):
         own = [0.0] * len(kinds)
-        for name, numel, is_partial, by_experts in zip(
-            block.params, cost.params, cost.partial_params, cost.by_experts, strict=True
+        shardings = plan.class_shardings(block.cls, stage)
+        states = shardings[-1].params if stage.mesh.tp > 1 else (R,) * len(block.params)
+        for name, state, numel, is_partial, by_experts in zip(
+            block.params, states, cost.params, cost.partial_params, cost.by_experts, strict=True
         ):
             if name not in seen:
-                seen.add(name)
+                seen[name] = state
                 own[by_experts] += numel
                 partial[by_experts] += numel if is_partial else 0.0
+            elif state != seen[name]:
+                whole = graph.param[name].numel
+                own[by_experts] += whole - _held(whole, seen[name], stage.mesh.tp)
+                partial[by_experts] += whole - (whole if seen[name] == RP else 0.0)
+                seen[name] = RP
         for kind in kinds:
             if is_layer(block):
                 units[kind].append(own[kind])
@@ -324,6 +338,11 @@ def _numels(blocks: Sequence[Block], costs: Sequence[BlockCost], stage: Stage) -
             num_shards=max(1, shards // stage.mesh.ep) if kind else shards, by_experts=kind,
         ) for kind in kinds
     )
+
+
+def _held(numel: float, state: State, tp: int) -> float:
+    """Elements that a tensor rank has of a parameter."""
+    return numel / tp if state.kind is Kind.SHARDED else numel
 
 
 def _static_bytes(plan: Plan, stage: Stage, numels: Sequence[_Numels]) -> StaticBytes:

@@ -21,6 +21,8 @@ from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode, 
 from autopar.runtime.lowerings import special_program
 from autopar.runtime.recompute import recompute
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.sharding.state import R, shard
+from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.simulator import simulate
 
 
@@ -180,3 +182,28 @@ def test_a_program_that_leaves_a_collective_out_is_found(
     ran = module.dry_run(*llama, plan, timeline)  # type: ignore[arg-type]
     assert ran.problems
     assert "rank 0" in ran.problems[0]
+
+
+def test_a_shared_parameter_that_is_wanted_in_unlike_states_is_counted_whole() -> None:
+    with fake_mode():
+        model, batch, _ = small_llama(tied=True)
+    captured = capture(model, batch, tag_rows=True)
+    plan, _ = planned(captured, 2, global_batch=4, tp=2, micro_batch=2)
+    first, last = captured.graph.blocks[0], captured.graph.blocks[-1]
+    (tied,) = set(first.params) & set(last.params)
+    wanted = {first.cls: (first, shard(0)), last.cls: (last, R)}
+
+    def stored(own: ClassSharding) -> ClassSharding:
+        if own.cls not in wanted:
+            return own
+        block, state = wanted[own.cls]
+        each = zip(block.params, own.params, strict=True)
+        return dataclasses.replace(own, params=tuple(state if name == tied else other for name, other in each))
+
+    other = dataclasses.replace(plan, shardings=tuple(map(stored, plan.shardings)))
+    timeline = simulate(captured.graph, parse_cluster("2xH100-80GB"), other)
+    ran = dry_run(model, captured, other, timeline)
+    assert ran.problems == ()
+    for row in ran.memory:
+        if row.kind == "optimizer":
+            assert row.program_bytes == pytest.approx(row.predicted_bytes, rel=0.02)
