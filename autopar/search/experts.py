@@ -28,18 +28,22 @@ MAX_SIMULATED = 120
 MAX_SIMULATED_ACTIONS = 400_000
 ROUNDING = 1e-9  # relative, of sums in another order
 NOT_TRIED = (
-    f"an expert axis beyond the {MAX_SIMULATED} settings of least bound, with uneven cuts, a context axis, an "
-    "offloaded optimizer or on devices of several types"
+    f"an expert axis beyond the {MAX_SIMULATED} settings of least bound, with uneven cuts, other "
+    "schedules, a context axis, an offloaded optimizer or on devices of several types"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsOutcome:
-    """The best plan with an expert axis that beats all others, if any, and what none of them can be faster than."""
+    """The best plan with an expert axis that beats all others, if any, and what none of them can be faster than.
+
+    `timed_out`: the time limit or an interrupt came first.
+    """
 
     best: MixedFound | None = None
     lower_bound_s: float = float("inf")
     num_simulated: int = 0
+    timed_out: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -82,7 +86,9 @@ def search_experts(
                     found = made
     except KeyboardInterrupt:
         engine.interrupted, lower_s = True, 0.0
-    return ExpertsOutcome(best=found, lower_bound_s=lower_s, num_simulated=simulated)
+    return ExpertsOutcome(
+        best=found, lower_bound_s=lower_s, num_simulated=simulated, timed_out=engine.out_of_time(deadline)
+    )
 
 
 def fixed_size(request: PlanRequest) -> int | None:

@@ -163,6 +163,8 @@ def find_plan(
     if experts.best is not None:
         step_s = experts.best.step_time_s
         outcome = replace(outcome, lower_bound_s=min(outcome.lower_bound_s, experts.lower_bound_s))
+    if experts.timed_out:
+        outcome = replace(outcome, complete=False, timed_out=True)
     if engine.interrupted:
         outcome = replace(outcome, complete=False)
     outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))
