@@ -165,8 +165,12 @@ class _Fleet:
             if self.planned and (len(self.planned) >= most or self._is_over(deadline)):
                 stopped = True
                 break
-            bound, _, counts = heapq.heappop(queue)
+            bound, _, counts = queue[0]
             self._plan(counts, bound, deadline, progress)
+            if self.interrupted:  # nothing more is known of the part than its bound
+                stopped = True
+                break
+            heapq.heappop(queue)
         best = self.planned[0] if self.only_whole else self.best
         if best is None or best.plan is None or math.isinf(best.value):
             raise self._nothing()

@@ -57,8 +57,9 @@ def test_the_limit_of_work_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     assert re.search(r"the limit of work, here \d simulations, came first", certificate.searched)
 
 
-@pytest.mark.parametrize("after", [1, 3, 6, 9])
+@pytest.mark.parametrize("after", [1, 3, 5, 7])
 def test_an_interrupt_gives_the_best_so_far(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was proved holds for the whole search of such plans; other orders of micro-batches may be quicker."""
     real, seen = Engine.simulate, []
 
     def interrupted(self: Engine, candidate: Candidate, cuts: Cuts) -> Found | None:
@@ -67,15 +68,16 @@ def test_an_interrupt_gives_the_best_so_far(after: int, monkeypatch: pytest.Monk
         seen.append(real(self, candidate, cuts))
         return seen[-1]
 
-    whole = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24)).certificate
+    whole = Engine(GRAPH, MACHINE, PlanRequest(global_batch=24))
+    best = whole.search(candidates(MACHINE, whole.request, whole.chooser, len(GRAPH.blocks))).best
     monkeypatch.setattr(Engine, "simulate", interrupted)
     plan = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24))
     assert plan.certificate is not None
-    assert whole is not None
+    assert best is not None
     assert plan.certificate.stopped_early
     assert plan.certificate.searched.endswith("an interrupt came first")
     assert plan.certificate.upper_bound_s == min(found.step_time_s for found in seen if found)
-    assert plan.certificate.lower_bound_s <= whole.upper_bound_s
+    assert plan.certificate.lower_bound_s <= best.step_time_s
     verify_plan(plan, GRAPH, MACHINE)
 
 
