@@ -138,7 +138,7 @@ def test_a_plan_that_was_found_for_unlike_nodes(pool: LocalPool) -> None:
     """A node of two quick devices and a slow one of one: stages with meshes of their own, in an order of their own."""
     quick = slow_cluster(2).nodes[0]
     network = replace(quick.network, name="slow", bandwidth_bytes_per_s=5e6)
-    slow = replace(quick.device, name="slower", peak_flops=tuple((name, rate / 3) for name, rate in
+    slow = replace(quick.device, name="slower", peak_flops=tuple((name, rate / 2) for name, rate in
                                                                quick.device.peak_flops))
     machine = Cluster(name="unlike", nodes=(
         replace(quick, network=network), replace(quick, device=slow, num_devices=1, network=network)))
