@@ -1,5 +1,6 @@
 """GroupShape, the fingerprint, and this machine as a cluster."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -67,7 +68,7 @@ def test_fingerprint_does_not_depend_on_the_hash_seed() -> None:
         "print(cluster_fingerprint(parse_cluster('2x8xH100-80GB')))"
     )
     seen = {
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PATH": ""}, check=True,
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
                        capture_output=True, text=True).stdout.strip()
         for seed in ("1", "2")
     }

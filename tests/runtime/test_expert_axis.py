@@ -74,14 +74,13 @@ def test_clipping_evaluation_and_checkpoints(pool: LocalPool, tmp_path: Path) ->
     copies = plan_of("float32", dp_replicate=2, ep=2)
     whole, shape = pool.run(train, alone, None, str(tmp_path / "alone"), num_ranks=1)[0]
     assert shape == (8, 32, 48)
-    for name, plan in {"apart": apart, "copies": copies}.items():
-        found, shape = pool.run(train, plan, None, str(tmp_path / name), num_ranks=2)[1]
-        assert shape == (4, 32, 48)  # half of the experts
-        assert found == pytest.approx(whole, rel=1e-5)
-    went_on, _ = pool.run(train, alone, str(tmp_path / "alone"), None, num_ranks=1)[0]
-    for plan, saved in ((apart, "alone"), (copies, "apart"), (alone, "copies")):
-        found, _ = pool.run(train, plan, str(tmp_path / saved), None, num_ranks=plan.num_devices)[0]
-        assert found == pytest.approx(went_on, rel=1e-5)
+    found, shape = pool.run(train, apart, None, str(tmp_path / "apart"), num_ranks=2)[1]
+    assert shape == (4, 32, 48)  # half of the experts
+    assert found == pytest.approx(whole, rel=1e-5)
+    went_on, _ = pool.run(train, alone, str(tmp_path / "apart"), None, num_ranks=1)[0]
+    found, shape = pool.run(train, copies, str(tmp_path / "alone"), None, num_ranks=2)[1]
+    assert shape == (4, 32, 48)
+    assert found == pytest.approx(went_on, rel=1e-5)
 
 
 def test_a_dry_run_of_it() -> None:
