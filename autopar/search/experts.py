@@ -7,23 +7,18 @@ settings of least bound are simulated, cut evenly.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autopar.errors import AutoparError
 from autopar.graph.expert_params import unsplit_experts
-from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import shared_work
 from autopar.search.candidates import Candidate, PlanRequest, divisors
-from autopar.search.mixed import MixedFound
+from autopar.search.mixed import MixedFound, simulated
 from autopar.sharding.rewrites import rewritten
-from autopar.simulate.simulator import simulate
 from autopar.simulate.stage_cost import inner_axis, stage_cost
 
-log = logging.getLogger(__name__)
 MAX_SIMULATED = 120
 MAX_SIMULATED_ACTIONS = 400_000
 ROUNDING = 1e-9  # relative, of sums in another order
@@ -66,28 +61,28 @@ def search_experts(
     if not engine.cluster.is_uniform or unsplit_experts(engine.graph, 1) or fixed == 1:
         return ExpertsOutcome()
     found: MixedFound | None = None
-    lower_s, simulated, actions = float("inf"), 0, 0
+    lower_s, number, actions = float("inf"), 0, 0
     try:
         for setting in sorted(_settings(engine, space, best_s, deadline)):
             c, limit_s = setting.candidate, found.step_time_s if found is not None else best_s
             if setting.bound_s >= limit_s:
                 break
-            ended = simulated >= MAX_SIMULATED or actions >= MAX_SIMULATED_ACTIONS or engine.out_of_time(deadline)
+            ended = number >= MAX_SIMULATED or actions >= MAX_SIMULATED_ACTIONS or engine.out_of_time(deadline)
             if ended or c.pp > 1:
                 lower_s = min(lower_s, setting.bound_s)  # of other cuts, or of this setting and all after it
             if ended:
                 break
             cuts = {engine.even_cuts(c.pp), best.cuts if best is not None and best.candidate.pp == c.pp else None}
             for cut in sorted(own for own in cuts if own is not None):
-                simulated += 1
+                number += 1
                 actions += 2 * c.pp * c.num_micro_batches
-                made = _simulated(engine, c, cut, setting.ep)
+                made = simulated(engine, engine.plan(c, cut, ep=setting.ep), c)
                 if made is not None and made.step_time_s < (found.step_time_s if found is not None else best_s):
                     found = made
     except KeyboardInterrupt:
         engine.interrupted, lower_s = True, 0.0
     return ExpertsOutcome(
-        best=found, lower_bound_s=lower_s, num_simulated=simulated, timed_out=engine.out_of_time(deadline)
+        best=found, lower_bound_s=lower_s, num_simulated=number, timed_out=engine.out_of_time(deadline)
     )
 
 
@@ -150,19 +145,3 @@ def _bound(engine: Engine, c: Candidate, size: int) -> float:
         forward += number * (cost.forward_compute_s + cost.forward_tp_comm_s)
         backward += number * (cost.backward_compute_s + cost.backward_tp_comm_s)
     return shared_work(c, forward, backward)
-
-
-def _simulated(engine: Engine, c: Candidate, cuts: tuple[int, ...], size: int) -> MixedFound | None:
-    plan = engine.plan(c, cuts, ep=size)
-    try:
-        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
-    except AutoparError as error:
-        log.info("ep %d cannot be simulated: %s", size, error)
-        return None
-    if not timeline.feasible or next(problems(plan, engine.graph), None):
-        return None
-    limits = tuple(kind.memory_limit_bytes for kind in engine.layout.kinds(c))
-    return MixedFound(
-        step_time_s=timeline.step_time_s, plan=plan, peak_bytes=timeline.rank_peak_bytes, limit_bytes=limits
-    )
-

@@ -54,6 +54,21 @@ class MixedFound:
     limit_bytes: tuple[float, ...]
 
 
+def simulated(engine: Engine, plan: Plan, c: Candidate) -> MixedFound | None:
+    """A plan made from a candidate, as the simulator sees it; None where it does not fit or is no plan."""
+    try:
+        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
+    except AutoparError as error:
+        log.info("a plan cannot be simulated: %s", error)
+        return None
+    if not timeline.feasible or next(problems(plan, engine.graph), None):
+        return None
+    limits = tuple(kind.memory_limit_bytes for kind in engine.layout.kinds(c))
+    return MixedFound(
+        step_time_s=timeline.step_time_s, plan=plan, peak_bytes=timeline.rank_peak_bytes, limit_bytes=limits
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleFound:
     """What leaves whole pools unused and is faster."""

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster, DeviceType
-from autopar.errors import AutoparError
 from autopar.plan.plan import Plan
-from autopar.plan.verify import problems
 from autopar.search.best_first import Engine
 from autopar.search.candidates import Candidate, PlanRequest, axis_variants, data_settings, divisors, meshes
-from autopar.search.mixed import MixedFound
+from autopar.search.mixed import MixedFound, simulated
 from autopar.sharding.rewrites import rewritten
-from autopar.simulate.simulator import simulate
 from autopar.simulate.stage_cost import stage_cost
 
-log = logging.getLogger(__name__)
 MAX_SIMULATED = 12  # settings of least estimate
 WORTH = 0.002  # what unequal shares must gain
 FAR = 1.2  # times the best: where whole copies take so long, sharing out the states, which sends no less, is left out
@@ -151,14 +146,4 @@ def _simulated(engine: Engine, candidate: Candidate, rows: tuple[int, ...]) -> M
     own = replace(candidate, micro_batch=max(rows))
     plan: Plan = engine.plan(own, (0, len(engine.graph.blocks)))
     plan = replace(plan, stages=(replace(plan.stages[0], rows=rows),))
-    try:
-        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
-    except AutoparError as error:
-        log.info("unequal shares cannot be simulated: %s", error)
-        return None
-    if not timeline.feasible or next(problems(plan, engine.graph), None):
-        return None
-    limits = tuple(kind.memory_limit_bytes for kind in engine.layout.kinds(own))
-    return MixedFound(
-        step_time_s=timeline.step_time_s, plan=plan, peak_bytes=timeline.rank_peak_bytes, limit_bytes=limits
-    )
+    return simulated(engine, plan, own)
