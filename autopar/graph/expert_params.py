@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op, Ref
 
@@ -55,6 +57,6 @@ def unsplit_experts(graph: ModelGraph, size: int) -> str:
         for own, name in zip(graph.block_class[block.cls].params, block.params, strict=True)
         if own in expert_params(graph.block_class[block.cls])
     ]
-    every = [name for block in graph.blocks for name in block.params]
-    shared = next((name for name in names if every.count(name) > 1), None)
+    uses = Counter(name for block in graph.blocks for name in block.params)
+    shared = next((name for name in names if uses[name] > 1), None)
     return f"several blocks use {shared}" if shared is not None else ""

@@ -376,7 +376,6 @@ def _one_inner_mesh(subject: _Subject) -> Iterator[str]:
 
 CHECKS = (
     _words, _blocks_covered_in_order, _devices_used_once, _meshes_match, _experts_divide, _devices_ascend,
-    _layer_counts_add_up,
-    _batch_adds_up, _schedule_fits, _chunks_share_devices, _actions_run, _one_inner_mesh, _shardings_complete,
-    _boundaries_agree,
+    _layer_counts_add_up, _batch_adds_up, _schedule_fits, _chunks_share_devices, _actions_run, _one_inner_mesh,
+    _shardings_complete, _boundaries_agree,
 )

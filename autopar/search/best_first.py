@@ -338,8 +338,7 @@ class Engine:
             stages=tuple(
                 Stage(
                     first=first, last=last, devices=stage_devices(stage, c.mesh.size), mesh=replace(c.mesh, ep=ep),
-                    zero=c.zero,
-                    recompute=Recompute.NONE, offload_optimizer=c.offload_optimizer,
+                    zero=c.zero, recompute=Recompute.NONE, offload_optimizer=c.offload_optimizer,
                 )
                 for stage, (first, last) in enumerate(pairwise(cuts))
             ),
