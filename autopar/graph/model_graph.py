@@ -9,6 +9,7 @@ names of `model.state_dict()`), activations by the names that earlier blocks gav
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,6 +160,12 @@ class ModelGraph:
     @cached_property
     def param(self) -> dict[str, TensorInfo]:
         return {info.name: info for info in self.params}
+
+    @cached_property
+    def captured_dtype(self) -> str:
+        """The dtype that most parameters were captured in (float32 for a model without parameters)."""
+        counts = Counter(info.dtype for info in self.params)
+        return counts.most_common(1)[0][0] if counts else "float32"
 
     @property
     def num_params(self) -> int:

@@ -40,7 +40,7 @@ from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
 from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageTable, StageTimes
-from autopar.search.candidates import Candidate, PlanRequest
+from autopar.search.candidates import Candidate, PlanRequest, Work
 from autopar.search.elimination import Table
 from autopar.search.loops import PipelineBound
 from autopar.search.overlaps import backward_tables, forward_tables
@@ -51,7 +51,7 @@ from autopar.sharding.joint import held_share
 from autopar.sharding.reshard import Collective
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, block_cost
-from autopar.simulate.class_costs import CostAxis, captured_dtype
+from autopar.simulate.class_costs import CostAxis
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
@@ -105,6 +105,9 @@ class Bounds:
         self._limits: dict[tuple[object, ...], tuple[tuple[float, float], tuple[float, float]]] = {}
         self._collectives: dict[tuple[int, Collective, float], float] = {}  # by a group's id; the layout keeps it
         self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._rough: dict[Work, float] = {}
+        self._of_work: dict[Work, float] = {}
+        self._statics: dict[tuple[int, int, bool], tuple[float, float, float, float]] = {}
         self._of_cuts: dict[Cuts, Sorts] = {}
         self._cut_blocks: dict[tuple[int, Cuts], tuple[BlockTable, BlockTable]] = {}  # by the whole table's id
         self._last: tuple[tuple[Candidate, float], _Loads] | None = None
@@ -117,6 +120,11 @@ class Bounds:
         grow with them comes on top. Nor is a micro-batch quicker than one of hardly any rows, which still launches
         every kernel and reads every weight. 0 where that is not known: times or links are measured, or rows meet rows.
         """
+        if (found := self._rough.get(work := c.work)) is None:
+            found = self._rough[work] = self._make_rough(c)
+        return found
+
+    def _make_rough(self, c: Candidate) -> float:
         kinds = self._layout.kinds(c)
         key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.pp > 1, frozenset(k.compute_kind for k in kinds))
         if key not in self._limits:
@@ -126,6 +134,11 @@ class Bounds:
 
     def of_work(self, c: Candidate) -> float:
         """A bound by what the blocks take at the candidate's rows, with nothing of data axes."""
+        if (found := self._of_work.get(work := c.work)) is None:
+            found = self._of_work[work] = self._make_of_work(c)
+        return found
+
+    def _make_of_work(self, c: Candidate) -> float:
         tables = [self._block_table(c, kind) for kind in dict.fromkeys(self._layout.kinds(c))]
         number = tables[0].sorts.number
         forward = np.minimum.reduce([table.forward_s for table in tables])
@@ -547,6 +560,12 @@ class Bounds:
 
     def _static(self, c: Candidate) -> tuple[float, float, float, float]:
         """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
+        key = c.zero, c.num_shards, c.offload_optimizer
+        if key not in self._statics:
+            self._statics[key] = self._make_bytes(c)
+        return self._statics[key]
+
+    def _make_bytes(self, c: Candidate) -> tuple[float, float, float, float]:
         def total(numel: float, unit: float, root: float) -> float:
             found = static_bytes(
                 numel, zero=c.zero, num_shards=c.num_shards, dtype=self._request.dtype,
@@ -713,7 +732,7 @@ class Bounds:
         graph, sharding = self._graph, self._shardings(c)
         sizes: dict[tuple[str, int], tuple[float, float]] = {}
         for cls in self._chooser.classes:
-            width = element_bytes(cls, captured_dtype(graph), self._request.dtype)
+            width = element_bytes(cls, graph.captured_dtype, self._request.dtype)
             for i, name in enumerate(cls.outputs):
                 info = cls.tensor[name]
                 sizes_of = [size for _, size in c.mesh.inner]

@@ -33,6 +33,9 @@ class PlanRequest:
         return all(axis == "ep" or getattr(candidate, axis) == size for axis, size in self.mesh)
 
 
+Work = tuple[int, int, int, int, int, bool, bool, int, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Candidate:
     """One setting of everything but where the chain is cut, and what layers recompute and offload so that they fit.
@@ -68,6 +71,14 @@ class Candidate:
     def rows(self) -> float:
         """Rows of a micro-batch, as costs count them."""
         return self.micro_batch / self.spread
+
+    @property
+    def work(self) -> Work:
+        """What tells the work of its blocks on its devices, whatever data ranks share out; alike where that is."""
+        return (
+            self.pp, self.tp, self.cp, self.dp_replicate * self.dp_shard, self.spread, self.sequence_parallel,
+            self.split_weights, self.micro_batch, self.num_micro_batches,
+        )
 
     @property
     def mesh(self) -> Mesh:

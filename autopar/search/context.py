@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from autopar.cluster.cluster import Cluster
 from autopar.search.best_first import Engine, Found, Outcome, Progress
 from autopar.search.bounds import Bounds
-from autopar.search.candidates import Candidate, PlanRequest, divisors, meshes, node_size
+from autopar.search.candidates import Candidate, PlanRequest, Work, divisors, meshes, node_size
 from autopar.search.shardings import ShardingChooser
 
 PROMISE = 0.02  # of the step time: what an estimate must be below the best
@@ -137,8 +137,11 @@ def _promising(
     for c in space:
         groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
     ordered: list[tuple[int, int, bool]] = []  # the groups by their least estimates
-    # What an estimate is at least: roughly, by the work alone, and itself.
-    queue = [(_roughly(engine, c), c, 0) for c in space]
+    # What an estimate is at least: roughly and by the work alone, for all of the same work at once; and itself.
+    works: dict[Work, list[Candidate]] = {}
+    for c in space:
+        works.setdefault(c.work, []).append(c)
+    queue = [(_roughly(engine, alike[0]), alike[0], 0) for alike in works.values()]
     heapq.heapify(queue)
     while queue and queue[0][0] < limit and len(ordered) < most:
         if engine.out_of_time(deadline):
@@ -150,7 +153,8 @@ def _promising(
         if level == 0:
             heapq.heappush(queue, (max(least, engine.bounds.of_work(_without_axis(c))), c, 1))
         elif level == 1:
-            heapq.heappush(queue, (max(least, estimated(engine, c, limit)), c, 2))
+            for own in works[c.work]:
+                heapq.heappush(queue, (max(least, estimated(engine, own, limit)), own, 2))
         else:
             ordered.append(key)
     chooser = ShardingChooser(

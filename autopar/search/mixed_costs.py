@@ -25,7 +25,6 @@ from autopar.search.runs import RunPool, StageTimes
 from autopar.search.stage_kinds import StageKind
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrite import Rewrite
-from autopar.simulate.class_costs import captured_dtype
 
 MAX_STAGES = 8
 FEW_NODES = 4  # of a pool, up to which parts of a node are groups too
@@ -235,7 +234,7 @@ class MixedCosts:
         sizes: dict[str, tuple[float, float]] = {}
         for block in graph.blocks:
             cls = graph.block_class[block.cls]
-            width = element_bytes(cls, captured_dtype(graph), self.engine.request.dtype)
+            width = element_bytes(cls, graph.captured_dtype, self.engine.request.dtype)
             for name, own in zip(block.outputs, cls.outputs, strict=True):
                 info = cls.tensor[own]
                 size = info.numel * graph.scale(info.numel, rows) * width[own]

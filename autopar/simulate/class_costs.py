@@ -35,12 +35,6 @@ _MAY_COPY = {"reshape", "contiguous", "flatten", "reshape_as"}
 RUNS_AS_IT_IS = ("", Lowering.BIAS_ON_FIRST_RANK, Lowering.SUM_OVER_COUNT, Lowering.SCALED_MEAN)
 
 
-def captured_dtype(graph: ModelGraph) -> str:
-    """The dtype that most parameters were captured in (float32 for a model without parameters)."""
-    counts = Counter(info.dtype for info in graph.params)
-    return counts.most_common(1)[0][0] if counts else "float32"
-
-
 @dataclass(frozen=True, slots=True)
 class CostAxis:
     """A mesh axis inside a stage: its size, the shape of its groups, and how many of them share a node's network."""
@@ -85,6 +79,14 @@ class _Facts:
         self.static = frozenset(cls.params) | frozenset(cls.buffers)
         self.num_consumers = Counter(name for op in cls.ops for name in set(op.operands))
         self.copies = self._copies()
+        self._widths: dict[tuple[str, str], dict[str, int]] = {}
+
+    def element_bytes(self, captured_dtype: str, dtype: str) -> dict[str, int]:
+        """Bytes an element of each tensor where the class computes in this dtype."""
+        key = captured_dtype, dtype
+        if key not in self._widths:
+            self._widths[key] = element_bytes(self.cls, captured_dtype, dtype)
+        return self._widths[key]
 
     def _copies(self) -> frozenset[str]:
         """Names of reshape-like ops whose operand is not contiguous, so that they copy.
@@ -144,7 +146,8 @@ class ClassCosts:
         self.outer = tuple(outer)
         self.axes = (*outer, CostAxis(tp, tp_group, tp_groups_per_node)) if tp > 1 or not outer else self.outer
         self.sizes = tuple(axis.size for axis in self.axes)
-        width = element_bytes(cls, captured_dtype(graph), dtype)
+        self._memo, self._facts = _memo(device, dtype, self.axes), _facts_of(cls)
+        width = self._facts.element_bytes(graph.captured_dtype, dtype)
         ratio = rows / graph.rows
         tagged = graph.rows_are_tagged
         self._whole = {
@@ -157,7 +160,6 @@ class ClassCosts:
         self._by_rows = {info.name: tagged and graph.depends_on_rows(info.numel) for info in cls.tensors}
         self._ratio = ratio
         self._table = op_table(device)
-        self._memo, self._facts = _memo(device, dtype, self.axes), _facts_of(cls)
         self._op_numbers: dict[str, int] = {}
 
     def on_axes(self, axes: Sequence[CostAxis]) -> ClassCosts:

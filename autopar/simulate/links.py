@@ -12,7 +12,6 @@ from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Stage
 from autopar.sharding.joint import Placement, held_share
-from autopar.simulate.class_costs import captured_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class Crossing:
 def crossings(graph: ModelGraph, plan: Plan, index: int) -> tuple[Crossing, ...]:
     """The tensors that pass from stage `index` to the next."""
     stage, following = plan.stages[index], plan.stages[index + 1]
-    dtype, found = captured_dtype(graph), []
+    dtype, found = graph.captured_dtype, []
     for name in graph.boundary(stage.last):
         block = next(block for block in graph.blocks[: stage.last] if name in block.outputs)
         cls, at = graph.block_class[block.cls], block.outputs.index(name)
