@@ -11,8 +11,6 @@ for each s, and the best cut is found exactly for the largest of these (`balance
 costs at least its slow-down of the compute, and at least what does not fit behind it (`simulate/overlap.py`). The links
 between stages count for the first micro-batch, with the least that any cut sends. A property test compares these bounds
 with the simulator.
-
-The file is long because time and memory bounds share one candidate's cached tables; memory is what to split off first.
 """
 
 from __future__ import annotations
@@ -20,45 +18,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autopar.cluster.cluster import DeviceType
-from autopar.cost_models.compute import memory_bandwidth
 from autopar.cost_models.measured import op_table
-from autopar.cost_models.memory import (
-    GRADIENT_BYTES,
-    offloaded_step_s,
-    optimizer_step_bytes,
-    reduction_bytes,
-    static_bytes,
-    step_temporary_bytes,
-)
 from autopar.cost_models.op_kinds import element_bytes
-from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
+from autopar.graph.model_graph import ModelGraph
 from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum
 from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageTable, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest, Work
 from autopar.search.elimination import Table
 from autopar.search.loops import PipelineBound
+from autopar.search.memory_bounds import MemoryBounds
 from autopar.search.overlaps import backward_tables, forward_tables
 from autopar.search.shardings import ShardingChooser
-from autopar.search.stage_kinds import Group, StageKind, StageLayout
-from autopar.search.variants import Weights, layer_options, least_added, levels
+from autopar.search.stage_kinds import StageKind, StageLayout
+from autopar.search.stage_tables import StageTables
 from autopar.sharding.joint import held_share
-from autopar.sharding.reshard import Collective
-from autopar.sharding.strategy import ClassSharding
-from autopar.simulate.block_cost import BlockCost, block_cost
+from autopar.simulate.block_cost import BlockCost
 from autopar.simulate.class_costs import CostAxis
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
 Cuts = tuple[int, ...]
-Number = TypeVar("Number", np.float64, np.intp)
-Room = tuple[Table, NDArray[np.bool_]]  # bytes left for activations, and whether all of them can be kept
-GENEROUS = 1e-9  # relative; sums over ranges are rounded
 ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothing else counts
 ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
 MANY_OVERLAPS = 256  # kept at once
@@ -94,24 +76,22 @@ class Bounds:
         self, graph: ModelGraph, layout: StageLayout, request: PlanRequest, chooser: ShardingChooser
     ) -> None:
         self._graph, self._layout, self._request, self._chooser = graph, layout, request, chooser
-        self._layer = np.array([is_layer(block) for block in graph.blocks])
+        layer = np.array([is_layer(block) for block in graph.blocks])
         # What crosses each border between blocks, as (class, index of output); borders that are alike count once.
         made = {name: (block.cls, i) for block in graph.blocks for i, name in enumerate(block.outputs)}
         crossing = (graph.boundary(at) for at in range(1, len(graph.blocks)))
         self._borders = tuple(dict.fromkeys(tuple(made[name] for name in names) for names in crossing))
-        self._sorts = [Sorts.of(graph, self._layer, ends_apart=apart) for apart in (False, True)]
-        self._blocks: dict[tuple[object, ...], BlockTable] = {}
+        self._sorts = [Sorts.of(graph, layer, ends_apart=apart) for apart in (False, True)]
+        self._tables = StageTables(request, chooser, self._sorts, int(layer.sum()))
+        self._memory = MemoryBounds(request, int(layer.sum()))
         self._overlaps: dict[tuple[object, ...], list[Table]] = {}
         self._limits: dict[tuple[object, ...], tuple[tuple[float, float], tuple[float, float]]] = {}
-        self._collectives: dict[tuple[int, Collective, float], float] = {}  # by a group's id; the layout keeps it
         self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
         self._rough: dict[Work, float] = {}
         self._of_work: dict[Work, float] = {}
-        self._statics: dict[tuple[int, int, bool], tuple[float, float, float, float]] = {}
         self._of_cuts: dict[Cuts, Sorts] = {}
         self._cut_blocks: dict[tuple[int, Cuts], tuple[BlockTable, BlockTable]] = {}  # by the whole table's id
         self._last: tuple[tuple[Candidate, float], _Loads] | None = None
-        self._last_static: tuple[Candidate, BlockTable, tuple[Table, Table]] | None = None
 
     def rough(self, c: Candidate) -> float:
         """A bound without the costs of blocks at the candidate's rows: all rows as quick as those of endless batches.
@@ -139,7 +119,7 @@ class Bounds:
         return found
 
     def _make_of_work(self, c: Candidate) -> float:
-        tables = [self._block_table(c, kind) for kind in dict.fromkeys(self._layout.kinds(c))]
+        tables = [self._tables.blocks(c, kind) for kind in dict.fromkeys(self._layout.kinds(c))]
         number = tables[0].sorts.number
         forward = np.minimum.reduce([table.forward_s for table in tables])
         backward = np.minimum.reduce([table.backward_s for table in tables])
@@ -158,7 +138,7 @@ class Bounds:
         found = []
         for own, share in ((ENDLESS_ROWS, (1 - ENDLESS_ERROR) / ENDLESS_ROWS), (1 / ENDLESS_ROWS, 1 - ENDLESS_ERROR)):
             like = replace(c, micro_batch=max(1, round(own)), spread=max(1, round(1 / own)))
-            tables = [self._block_table(like, kind) for kind in kinds]
+            tables = [self._tables.blocks(like, kind) for kind in kinds]
             number = tables[0].sorts.number
             found.append((
                 share * float(np.minimum.reduce([t.forward_s for t in tables]) @ number),
@@ -174,9 +154,9 @@ class Bounds:
         if limit_s < np.inf and (work_s := self.of_work(c)) >= limit_s:
             return work_s
         kinds = self._layout.kinds(c)
-        tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
+        tables = {kind: self._tables.times(c, kind) for kind in dict.fromkeys(kinds)}
         m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
-        if not self._layers_fit(c, kinds, tables):
+        if not self._memory.layers_fit(c, kinds, tables):
             return np.inf
         if c.pp == 1:
             loads = self._loads(c)
@@ -311,7 +291,7 @@ class Bounds:
         A range that takes `limit_s` or more may count as if it did not fit.
         """
         kinds = self._layout.kinds(c)
-        tables = {kind: self._entries(c, kind) for kind in dict.fromkeys(kinds)}
+        tables = {kind: self._tables.times(c, kind) for kind in dict.fromkeys(kinds)}
         if cuts is not None:
             tables = {
                 kind: replace(table, blocks=self._blocks_of(table.blocks, cuts)) for kind, table in tables.items()
@@ -349,7 +329,7 @@ class Bounds:
 
         Infinite where a range does not fit into memory with so many micro-batches in flight.
         """
-        table = self._entries(c, kind)
+        table = self._tables.times(c, kind)
         later, both, first = self._stage_loads(c, kind, (in_flight,), table.blocks, _summed(table))[0]
         sorts = self._sorts[c.pp > 1]
         return sorts.table(later), sorts.table(both), sorts.table(first)
@@ -362,17 +342,17 @@ class Bounds:
         m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
         work = table.forward_s + table.backward_s
         load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
-        room = self._room(c, kind, in_flight, blocks)
+        room = self._memory.room(c, kind, in_flight, blocks)
         if room[1].all():
             return [(own, own, work) for own in load]
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
         below = load + work < limit_s
-        added = self._added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
+        added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
         added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
         plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
         later = np.maximum(load + table.hidden_share * added, plain + added)
         if counts[0] != 1 or m == 1:
-            added = self._added(c, in_flight, blocks, room, (1.0, 1.0), below)
+            added = self._memory.added(c, in_flight, blocks, room, (1.0, 1.0), below)
         else:
             added = added / (m - 1)
         plain = table.plain_forward_s + table.plain_backward_s
@@ -394,7 +374,7 @@ class Bounds:
         """
         kind = self._layout.kinds(c)[0]
         sorts, in_flight = blocks.sorts, np.array(min(c.pp, c.num_micro_batches))
-        keeps_all = sorts.from_start(self._room(c, kind, in_flight, blocks)[1].astype(np.float64)) == 1
+        keeps_all = sorts.from_start(self._memory.room(c, kind, in_flight, blocks)[1].astype(np.float64)) == 1
         if first is None:
             least = table.once_beside_s
         else:
@@ -436,8 +416,8 @@ class Bounds:
         outside = range_sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)[sort])
         sizes, of_range = np.unique(np.where(np.isfinite(outside), outside, 0.0), return_inverse=True)
         of_range = of_range.reshape(outside.shape)
-        gather = np.array([self._gather_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
-        reduce = np.array([self._reduce_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
+        gather = np.array([self._tables.gather_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
+        reduce = np.array([self._tables.reduce_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
         gathers, reductions, nothing = behind.gathers[sort], behind.reductions[sort], np.zeros(len(sort))
         least = blocks.forward_s[sort], blocks.backward_s[sort]
         most = least[0] + blocks.most_added[0][sort], least[1] + blocks.most_added[1][sort]
@@ -468,256 +448,24 @@ class Bounds:
 
     def memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
         """Bytes that a stage of blocks[first:last] holds at its peak if it keeps all activations, for all ranges."""
-        return self._sorts[c.pp > 1].table(self._memory(c, np.array(in_flight), self._block_table(c, kind)))
+        return self._sorts[c.pp > 1].table(self._memory.all_kept(c, np.array(in_flight), self._tables.blocks(c, kind)))
 
     def least_memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
         """The same for the variants that need least."""
-        return self._sorts[c.pp > 1].table(self._least_memory(c, kind, in_flight))
+        return self._sorts[c.pp > 1].table(self._memory.least(c, in_flight, self._tables.blocks(c, kind)))
 
-    def _memory(self, c: Candidate, in_flight: NDArray[np.intp], blocks: BlockTable) -> Table:
-        static, step = self._static_tables(c, blocks)
-        held, beside = blocks.all_kept
-        activations = np.maximum(in_flight * held + beside, self._with_reduction(c, blocks, held))
-        return np.asarray(static + np.maximum(activations, step))
-
-    def _least_memory(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
-        blocks = self._block_table(c, kind)
-        static, step = self._static_tables(c, blocks)
-        rest, beside, entry = blocks.beside_layers
-        numbers = blocks.numbers
-        least = np.maximum(
-            in_flight * blocks.all_kept[0] + blocks.all_kept[1], self._with_reduction(c, blocks, blocks.all_kept[0])
-        )
-        for level in blocks.levels:
-            held = rest + (entry if level.offload else 0.0)
-            for number, options in zip(numbers, level.allowed, strict=True):
-                fewest = min((option.held_bytes for option in options), default=np.inf)
-                held = held + np.where(number > 0, number * fewest if options else np.inf, 0.0)
-            need = in_flight * held + np.maximum(beside, level.extra_bytes)
-            least = np.minimum(least, np.maximum(need, self._with_reduction(c, blocks, held)))
-        return np.asarray(static + np.maximum(least, step))
-
-    def _room(self, c: Candidate, kind: StageKind, in_flight: NDArray[np.intp], blocks: BlockTable) -> Room:
-        """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
-        static, step = self._static_tables(c, blocks)
-        left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
-        return left, self._memory(c, in_flight, blocks) <= kind.memory_limit_bytes
-
-    def _added(
-        self, c: Candidate, in_flight: NDArray[np.intp], blocks: BlockTable, room: Room, weights: Weights,
-        wanted: NDArray[np.bool_],
-    ) -> Table:
-        """For all ranges: the least seconds that variants add so that the range fits; infinite where it cannot.
-
-        Also infinite where it adds any and is not wanted.
-        """
-        left, keeps_all = room
-        added = np.where(keeps_all, 0.0, np.inf)
-        open_ = ~keeps_all & np.isfinite(left) & wanted
-        if not open_.any():
-            return added
-
-        def of_open(table: NDArray[Number]) -> NDArray[Number]:
-            return np.broadcast_to(table, open_.shape)[open_]
-
-        rest, beside, entry = (of_open(table) for table in blocks.beside_layers)
-        in_flight, allowed = of_open(in_flight), of_open(left) * (1 + GENEROUS)
-        beside = np.maximum(beside, allowed - in_flight * (allowed - of_open(self._reducing(c, blocks))))
-        numbers = [of_open(number) for number in blocks.numbers]
-        least = np.full(rest.shape, np.inf)
-        for level in blocks.levels:
-            held = (allowed - np.maximum(beside, level.extra_bytes)) / in_flight - rest
-            least = np.minimum(least, least_added(level, numbers, held - entry if level.offload else held, weights))
-        added[open_] = least
-        return added
-
-    def _static_tables(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
-        """For all ranges: bytes whatever is in flight, and those of the optimizer's step."""
-        last = self._last_static
-        if last is None or last[1] is not blocks or last[0] != c:
-            self._last_static = last = c, blocks, self._make_static(c, blocks)
-        return last[2]
-
-    def _make_static(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
-        per_numel, per_unit, per_root, per_step = self._static(c)
-        in_layers = np.where(blocks.kind >= 0, blocks.numel, 0.0)
-        outside = blocks.numel - in_layers
-        static = blocks.sorts.sums(per_numel * blocks.numel + per_root * outside + blocks.buffer_bytes)
-        static += blocks.sorts.maxima(per_unit * in_layers)
-        if c.offload_optimizer:
-            return static, np.maximum(blocks.sorts.maxima(per_step * in_layers), blocks.sorts.sums(per_step * outside))
-        return static, blocks.sorts.sums(per_step * blocks.numel)
-
-    def _with_reduction(self, c: Candidate, blocks: BlockTable, held: Table) -> Table:
-        """What the reduction needs with a micro-batch's activations; nothing where none is made in the end."""
-        reducing = self._reducing(c, blocks)
-        return np.where(reducing > 0, held + reducing, 0.0)
-
-    def _reducing(self, c: Candidate, blocks: BlockTable) -> Table:
-        """For all ranges: bytes beside one micro-batch's activations while the first gradients are reduced."""
-        per_unit = reduction_bytes(1.0, zero=c.zero, num_shards=c.num_shards)
-        return blocks.sorts.maxima(np.where(blocks.kind >= 0, per_unit * blocks.numel, 0.0))
-
-    def _static(self, c: Candidate) -> tuple[float, float, float, float]:
-        """Bytes a parameter: of any, of the largest layer's, of those outside layers, and in the optimizer's step."""
-        key = c.zero, c.num_shards, c.offload_optimizer
-        if key not in self._statics:
-            self._statics[key] = self._make_bytes(c)
-        return self._statics[key]
-
-    def _make_bytes(self, c: Candidate) -> tuple[float, float, float, float]:
-        def total(numel: float, unit: float, root: float) -> float:
-            found = static_bytes(
-                numel, zero=c.zero, num_shards=c.num_shards, dtype=self._request.dtype,
-                param_dtype=self._request.param_dtype, optimizer=self._request.optimizer, unit_numel=unit,
-                root_numel=root,
-            )
-            return found.total - (found.optimizer if c.offload_optimizer else 0.0)
-
-        step = step_temporary_bytes(
-            zero=c.zero, num_shards=c.num_shards,
-            optimizer=self._request.optimizer if c.offload_optimizer else None,
-        )
-        return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), step
-
-    def _layers_fit(self, c: Candidate, kinds: tuple[StageKind, ...], tables: dict[StageKind, StageTable]) -> bool:
-        """Whether the stages have room for all layers, each taken as the leanest of them; a necessary condition."""
-        if not self._layer.any():
-            return True
-        per_numel = self._static(c)[0]
-        in_flight = np.minimum(c.pp - np.arange(c.pp), c.num_micro_batches)
-        room = 0.0
-        for kind, table in tables.items():
-            held = in_flight[[other is kind for other in kinds]]
-            own = table.blocks.kind >= 0
-            numel, least = table.blocks.numel[own], table.blocks.least_held[own]
-            smallest = (per_numel * numel[:, None] + least[:, None] * held[None, :]).min(axis=0)
-            if smallest.min() <= 0:
-                return True
-            beside = float(table.blocks.transient_bytes[own].min())
-            room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
-        return room >= int(self._layer.sum())
+    def block_costs(
+        self, c: Candidate, kind: StageKind, expert_axis: CostAxis | None = None
+    ) -> dict[str, BlockCost]:
+        """The cost of a block of each class on a stage of this kind."""
+        return self._tables.block_costs(c, kind, expert_axis)
 
     def stage_table(self, c: Candidate, kind: StageKind) -> StageTimes:
         """Times of each block on a stage of this kind under the candidate."""
-        found, sort = self._entries(c, kind), self._sorts[c.pp > 1].sort
+        found, sort = self._tables.times(c, kind), self._sorts[c.pp > 1].sort
         return StageTimes(
             forward_s=found.forward_s[sort], backward_s=found.backward_s[sort], once_beside_s=found.once_beside_s[sort],
         )
-
-    def _entries(self, c: Candidate, kind: StageKind) -> StageTable:
-        """Times and bytes of blocks on a stage of this kind under the candidate."""
-        blocks = self._block_table(c, kind)
-        forward, backward = blocks.forward_s, blocks.backward_s
-        moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer)
-        bandwidth = memory_bandwidth(kind.device)
-        once = moved / bandwidth * blocks.numel
-        if c.offload_optimizer:
-            once = once + blocks.numel * offloaded_step_s(
-                1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer, device=kind.device
-            )
-        made = StageTable(
-            forward_s=forward, backward_s=backward, plain_forward_s=forward, plain_backward_s=backward,
-            hidden_share=1.0, once_s=once, once_beside_s=once, blocks=blocks,
-        )
-        if c.dp * c.cp > 1:
-            made = self._data_parallel(c, kind, made, *blocks.most_added)
-        if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
-            adding = (DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES) * blocks.numel / bandwidth
-            behind = made.behind and replace(made.behind, backward_s=made.behind.backward_s + adding)
-            made = replace(
-                made, backward_s=made.backward_s + adding, plain_backward_s=made.plain_backward_s + adding,
-                behind=behind,
-            )
-        return made
-
-    def _data_parallel(
-        self, c: Candidate, kind: StageKind, alone: StageTable, most_forward: Table, most_backward: Table
-    ) -> StageTable:
-        """Times with gathering and reducing, as in `simulate/stage_cost.py`. `most_...`: what variants add at most."""
-        numel, forward, backward = alone.blocks.numel, alone.forward_s, alone.backward_s
-        wide, bandwidth = DTYPE_BYTES[self._request.dtype], memory_bandwidth(kind.device)
-        # What lies outside layers moves as one; over several stages that is at least the chain's first or last block.
-        sorts, layer = alone.blocks.sorts, alone.blocks.kind >= 0
-        units = np.where(layer, numel, 0.0)
-        if c.pp > 1:
-            units[sorts.ends] = numel[sorts.ends]
-        elif sorts.first_outside is not None:
-            units[sorts.first_outside] = (numel * sorts.number)[~layer].sum()
-        sizes = units.tolist()
-        gathers = np.array([self._gather_s(c, kind, n) for n in sizes])
-        reductions = np.array([self._reduce_s(c, kind, n) for n in sizes])
-        copy_out = 2 * wide * numel / bandwidth
-        copy_in = (wide + GRADIENT_BYTES) * numel / bandwidth
-        none = np.zeros_like(numel)
-        if waits(kind.device):
-            if c.zero == 3:
-                in_layers = np.where(layer, gathers, 0.0)
-                forward, backward = forward + in_layers + copy_out, backward + in_layers + reductions + copy_out
-                return replace(
-                    alone, forward_s=forward, backward_s=backward + copy_in, plain_forward_s=forward,
-                    plain_backward_s=backward + copy_in,
-                )
-            every = reductions + copy_in if c.zero == 2 else none
-            start = alone.once_s + (gathers + copy_out if c.zero else none)
-            step = start + (reductions + copy_in if c.zero < 2 else none)
-            return replace(
-                alone, backward_s=backward + every, plain_backward_s=backward + every, once_s=step, once_beside_s=step,
-            )
-        once_s = alone.once_s
-        if c.zero == 3:
-            forward_s, backward_s = forward + copy_out, backward + copy_out + copy_in
-        else:
-            forward_s, backward_s = forward, backward + (copy_in if c.zero == 2 else none)
-            once_s = once_s + (copy_out if c.zero else none) + (copy_in if c.zero < 2 else none)
-        alone = replace(alone, behind=Behind(
-            gathers=np.where(layer, gathers, 0.0), reductions=np.where(layer, reductions, 0.0), forward_s=forward_s,
-            backward_s=backward_s, once_s=once_s,
-        ))
-        if c.zero == 3:
-            in_layers = np.where(layer, gathers, 0.0)
-            number = sorts.number
-            behind = exposed(forward, in_layers, number), exposed(backward, in_layers + reductions, number)
-            slowed = OVERLAP_SLOWDOWN * in_layers, OVERLAP_SLOWDOWN * (in_layers + reductions)
-            all_slowed = all(np.array_equal(a, b) for a, b in zip(behind, slowed, strict=True))
-            return replace(
-                alone, forward_s=forward + behind[0] + copy_out, backward_s=backward + behind[1] + copy_out + copy_in,
-                plain_forward_s=forward + slowed[0] + copy_out,
-                plain_backward_s=backward + slowed[1] + copy_out + copy_in,
-                hidden_share=1.0 if all_slowed else OVERLAP_SLOWDOWN,
-            )
-
-        def once(forward: Table, backward: Table) -> Table:
-            start = exposed(forward, gathers, sorts.number) + copy_out if c.zero else none
-            end = exposed(backward, reductions, sorts.number)
-            return alone.once_s + start + end + (copy_in if c.zero < 2 else none)
-
-        # Under ZeRO 2 every micro-batch reduces behind its backward; what is left at the end counts once.
-        more = copy_in if c.zero == 2 else none
-        return replace(
-            alone, backward_s=backward + more, plain_backward_s=backward + more, once_s=once(forward, backward),
-            once_beside_s=once(forward + most_forward, backward + most_backward),
-        )
-
-    def _gather_s(self, c: Candidate, kind: StageKind, numel: float) -> float:
-        """Seconds of gathering so many of this rank's parameters for a forward."""
-        if not c.zero:
-            return 0.0
-        return self._collective_s(kind.shard, Collective.ALL_GATHER, DTYPE_BYTES[self._request.dtype] * numel)
-
-    def _reduce_s(self, c: Candidate, kind: StageKind, numel: float) -> float:
-        """Seconds of reducing the gradients of so many."""
-        if c.zero == 0:
-            return self._collective_s(kind.whole, Collective.ALL_REDUCE, GRADIENT_BYTES * numel)
-        return self._collective_s(kind.shard, Collective.REDUCE_SCATTER, GRADIENT_BYTES * numel) + self._collective_s(
-            kind.copies, Collective.ALL_REDUCE, GRADIENT_BYTES * numel / c.num_shards
-        )
-
-    def _collective_s(self, group: Group, kind: Collective, size_bytes: float) -> float:
-        key = id(group), kind, size_bytes
-        if key not in self._collectives:
-            self._collectives[key] = group.time_s(kind, size_bytes)
-        return self._collectives[key]
 
     def _least_sent(self, c: Candidate) -> tuple[float, float]:
         """Bytes that one device sends to the next stage for a micro-batch, and gets back, at the leanest border."""
@@ -729,7 +477,7 @@ class Bounds:
         return self._sent[key]
 
     def _find_least_sent(self, c: Candidate) -> tuple[float, float]:
-        graph, sharding = self._graph, self._shardings(c)
+        graph, sharding = self._graph, self._tables.shardings(c)
         sizes: dict[tuple[str, int], tuple[float, float]] = {}
         for cls in self._chooser.classes:
             width = element_bytes(cls, graph.captured_dtype, self._request.dtype)
@@ -743,64 +491,6 @@ class Bounds:
             (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
-
-    def _shardings(self, c: Candidate) -> dict[str, tuple[ClassSharding, ...]]:
-        """Of each class the choice on each inner axis."""
-        found = self._chooser.shardings(
-            c.tp, c.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
-        )
-        by_axis = {(choice.axis, choice.cls): choice for choice in found}
-        return {
-            cls.name: tuple(by_axis[axis, cls.name] for axis, _ in c.mesh.inner) for cls in self._chooser.classes
-        }
-
-    def _block_table(self, c: Candidate, kind: StageKind) -> BlockTable:
-        key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.rows, c.pp > 1, kind.compute_kind)
-        if key not in self._blocks:
-            self._blocks[key] = self._make_blocks(c, kind)
-        return self._blocks[key]
-
-    def block_costs(
-        self, c: Candidate, kind: StageKind, expert_axis: CostAxis | None = None
-    ) -> dict[str, BlockCost]:
-        """The cost of a block of each class on a stage of this kind."""
-        sharding = self._shardings(c)
-        graph = self._chooser.graph(
-            c.tp, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights, cp=c.cp
-        )
-        return {
-            cls.name: block_cost(
-                graph, graph.block_class[cls.name], sharding[cls.name], tp=c.tp, rows=c.rows, device=kind.device,
-                tp_group=kind.tp_group, dtype=self._request.dtype, compile=self._request.compile, outer=kind.context,
-                expert_axis=expert_axis,
-            )
-            for cls in self._chooser.classes
-        }
-
-    def _make_blocks(self, c: Candidate, kind: StageKind) -> BlockTable:
-        costs = self.block_costs(c, kind)
-        sorts = self._sorts[c.pp > 1]
-        offload = self._request.offload
-        number = int(self._layer.sum())
-        options = {name: layer_options(cost, kind.device, number, offload=offload) for name, cost in costs.items()}
-        layers = [options[name] if own else None for name, own in zip(sorts.classes, sorts.is_layer, strict=True)]
-        kinds = tuple(dict.fromkeys(layer for layer in layers if layer is not None))
-        each = [costs[name] for name in sorts.classes]
-        return BlockTable(
-            sorts=sorts,
-            forward_s=np.array([x.forward_compute_s + x.forward_tp_comm_s for x in each]),
-            backward_s=np.array([x.backward_compute_s + x.backward_tp_comm_s for x in each]),
-            saved_bytes=np.array([x.saved_bytes for x in each]),
-            boundary_bytes=np.array([x.boundary_bytes for x in each]),
-            transient_bytes=np.array([x.transient_bytes for x in each]),
-            buffer_bytes=np.array([x.buffer_bytes for x in each]),
-            numel=np.array([
-                sum(n for n, own in zip(x.params, held, strict=True) if own)
-                for x, held in zip(each, sorts.held, strict=True)
-            ]),
-            kinds=kinds, kind=np.array([kinds.index(layer) if layer is not None else -1 for layer in layers]),
-            levels=tuple(levels(kinds)),
-        )
 
 
 def shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
@@ -830,19 +520,3 @@ def _is_measured(kind: StageKind) -> bool:
     """Whether times of this kind of stage come from measurements, which need not grow evenly with the rows."""
     groups = [group for group in (kind.tp_group, *(axis.group for axis in kind.context)) if group is not None]
     return op_table(kind.device) is not None or any(group.link.fits or group.network.fits for group in groups)
-
-
-def waits(device: DeviceType) -> bool:
-    """Whether nothing runs beside data-parallel communication, as on a CPU on which nothing was measured."""
-    return device.name.startswith("CPU") and op_table(device) is None
-
-
-def exposed(compute: Table, communication: Table, number: Table) -> Table:
-    """What hidden communication adds at least: its slow-down of the compute, or what does not fit behind it.
-
-    Each of the two holds for the sums over any range of blocks; the one that says more of the whole chain is given.
-    `number`: the blocks of each entry.
-    """
-    slowed = OVERLAP_SLOWDOWN * communication
-    lacking = communication - (1 - OVERLAP_SLOWDOWN) * compute
-    return slowed if slowed @ number >= lacking @ number else lacking
