@@ -50,7 +50,7 @@ from autopar.sharding.joint import placed_shape
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP, R
 from autopar.simulate.schedules import plan_actions
-from autopar.simulate.splitting import unsplit_reason
+from autopar.simulate.splitting import as_run, unsplit_reason
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,9 @@ class Trainer:
         self.rows = plan.rows_of(plan.stages[place.stages[0]])[place.data_rank]
         self.graph = graph = rewritten(at_rows(captured.graph, self.rows), plan.rewrites)
         self.tagged = tagged = rewritten(captured.graph, plan.rewrites)
-        lists = with_communication(plan_actions(plan), plan.num_stages)
+        planned = plan_actions(plan)
+        check_actions(planned, plan.num_stages, plan.num_micro_batches)
+        lists = with_communication(as_run(graph, plan, planned), plan.num_stages)
         check_actions(lists, plan.num_stages, plan.num_micro_batches)
         self._owns_group = False
         if not dist.is_initialized() and any(needs_data_mesh(stage) for stage in plan.stages):
@@ -99,7 +101,7 @@ class Trainer:
         with one_worker_thread():
             self.groups = make_groups(plan, self.ties.by_lane, self.ties.whole, self.device, timeout)
         self.terms = loss_terms(graph, tagged, num_parts=plan.num_micro_batches * plan.stages[-1].mesh.dp)
-        self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(lists))
+        self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(planned))
         self.batch = BatchReader(captured.graph, plan)
         self.watch = self._meet()
         self._seed()
@@ -154,8 +156,11 @@ class Trainer:
 
     def step(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
         """Train on the global batch (the same on every rank) and return its loss, equal on every rank."""
-        loss = self.forward_backward(batch, observe)
-        self.optimizer_step()
+        total, summing = self._backward(batch, observe)
+        if self.stop_on_nan:
+            self._loss(total, summing)
+        self.optimizer_step()  # a rank that is done with its gradients need not wait here for the others'
+        loss = self._loss(total, summing)
         self.metrics.after(self.num_steps, loss)
         return loss
 
@@ -170,6 +175,12 @@ class Trainer:
 
     def forward_backward(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
         """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters."""
+        return self._loss(*self._backward(batch, observe))
+
+    def _backward(
+        self, batch: Batch, observe: Callable[[Action], None] | None
+    ) -> tuple[Tensor, dist.Work | None]:
+        """Computes all gradients, and begins to sum the loss over ranks."""
         if self.executor.recorder is not None:
             self.executor.recorder.begin_step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,7 +191,12 @@ class Trainer:
             total = self.executor.run(rows, self._factors(rows), observe)
             with self._recorded(REDUCE):
                 self._reduce_gradients()
-            loss = self._global_loss(total)
+            return self._sum_loss(total)
+
+    def _loss(self, total: Tensor, summing: dist.Work | None) -> Tensor:
+        """The loss of a training step, whose sum has begun."""
+        with self.watch.names_failures():
+            loss = self._global_loss(total, summing)
         if self.stop_on_nan and not torch.isfinite(loss):
             raise NotFiniteError(
                 f"the loss is {loss.item()} in step {self.num_steps + 1}; the optimizer has not stepped with it: go on "
@@ -200,17 +216,22 @@ class Trainer:
             # What is random in training draws, and drops nothing.
             with self.watch.names_failures(), torch.random.fork_rng(devices=devices):
                 rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
-                return self._global_loss(self.executor.evaluate(rows, self._factors(rows)))
+                return self._global_loss(*self._sum_loss(self.executor.evaluate(rows, self._factors(rows))))
         finally:
             self.executor.recorder = recorder
 
-    def _global_loss(self, total: Tensor) -> Tensor:
-        """The sum over all ranks of what each computed of the loss, once for each part of the batch."""
+    def _sum_loss(self, total: Tensor) -> tuple[Tensor, dist.Work | None]:
+        """Begins to sum over all ranks what each computed of the loss, once for each part of the batch."""
         place = self.groups.place
         if place.tensor_rank != 0 or place.context_rank != 0:
             total = torch.zeros_like(total)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return total, None
+        return total, dist.all_reduce(total, async_op=True)
+
+    def _global_loss(self, total: Tensor, summing: dist.Work | None) -> Tensor:
+        if summing is not None:
+            summing.wait()
         return total.to(getattr(torch, self.terms.cls.tensor[self._loss_name()].dtype))
 
     @contextmanager
@@ -389,7 +410,6 @@ class Trainer:
     ) -> LocalStage:
         plan, graph, stage = self.plan, self.graph, self.plan.stages[index]
         module = builder.stage(index, params, constants, persistent)
-        unsplit = splits and bool(unsplit_reason(graph, plan, stage))
         if self.groups.data_mesh is not None:
             shard_stage(
                 module, self.layout.units, self.groups.data_mesh, zero=stage.zero,
@@ -418,8 +438,7 @@ class Trainer:
             index=index, module=module, zero=stage.zero, inputs=wanted,
             before=self._channel(index - 1) if index else None, after=None if last else self._channel(index),
             loss=graph.loss if graph.loss in module._autopar_leaving else None,
-            whole_backward=unsplit, splits=splits and not unsplit, replicas=replicas,
-            copies=copies,
+            splits=splits, replicas=replicas, copies=copies,
         )
 
     def _channel(self, boundary: int) -> Channel:

@@ -40,7 +40,7 @@ class Channel:
 class LocalStage:
     """One of this rank's stages. `before` and `after` are None at the ends of the pipeline.
 
-    `whole_backward`: its I computes all gradients, and its W nothing; `splits`: its I and W share the backward.
+    `splits`: its backward has two parts, I and W.
     """
 
     index: int
@@ -50,7 +50,6 @@ class LocalStage:
     before: Channel | None
     after: Channel | None
     loss: str | None  # the name of the loss where this stage computes it
-    whole_backward: bool = False
     splits: bool = False
     replicas: Replicas | None = None
     copies: ComputeCopies | None = None
@@ -127,9 +126,8 @@ class Executor:
         # What ends the step's gradients of a stage: its last weight gradients, or the reduction that the list asks for.
         self._ending: dict[int, Action] = {}
         for a in actions:
-            whole = a.kind is WEIGHT and self.stages[a.stage].whole_backward
             asked = a.kind is ActionKind.REDUCE and self.stages[a.stage].zero < 2  # others reduce at every backward
-            if asked or (a.kind in (BACKWARD, INPUT, WEIGHT) and not whole):
+            if asked or a.kind in (BACKWARD, INPUT, WEIGHT):
                 self._ending[a.stage] = a
         self._in_flight: dict[tuple[int, int], _InFlight] = {}
         self._arriving: dict[_Key, _Arriving] = {}
@@ -237,20 +235,18 @@ class Executor:
         key = stage.index, action.micro_batch
         ends = self._ending[stage.index] == action
         if action.kind is WEIGHT:
-            if not stage.whole_backward:
-                self._weight_backward(stage, self._in_flight.pop(key), ends=ends)
+            self._weight_backward(stage, self._in_flight.pop(key), ends=ends)
             return
         kept = self._in_flight[key]
         kept.gradients = self._gradients(stage, action.micro_batch, kept)
-        differentiable = [value for value in kept.received.values() if value.requires_grad]
-        if action.kind is BACKWARD or stage.whole_backward:
+        roots = [name for name, value in kept.produced.items() if value.requires_grad]
+        if action.kind is BACKWARD:
             del self._in_flight[key]
             stage.prepare_backward(is_last=ends)
-            roots = [name for name, value in kept.produced.items() if value.requires_grad]
             torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
-        elif differentiable:
+        else:
             stage.prepare_backward(is_last=False, defers=True)
-            roots = [name for name, value in kept.produced.items() if value.requires_grad]
+            differentiable = [value for value in kept.received.values() if value.requires_grad]
             kept.pending = backward_input(
                 [kept.produced[n] for n in roots], [kept.gradients[n] for n in roots], differentiable, stage.weights()
             )
@@ -263,12 +259,8 @@ class Executor:
             kept.received, kept.produced, kept.gradients = {}, {}, {}
 
     def _weight_backward(self, stage: LocalStage, kept: _InFlight, *, ends: bool) -> None:
-        if kept.pending is not None:
-            backward_weight(stage.weights(), kept.pending)
-        else:  # a stage whose inputs need no gradient
-            stage.prepare_backward(is_last=False, defers=True)
-            roots = [name for name, value in kept.produced.items() if value.requires_grad]
-            torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
+        assert kept.pending is not None
+        backward_weight(stage.weights(), kept.pending)
         if ends or stage.zero >= 2:
             stage.finish_gradients(is_last=ends)
 

@@ -122,6 +122,8 @@ def other_schedule(graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_bac
         caps.append(int(max(1, min(most, plan.num_micro_batches))))
         ends.append(max(cost.step_tp_s + cost.optimizer_s for cost in own.values()))
     split = split_backward and not any(unsplit_reason(graph, plan, stage) for stage in plan.stages)
+    # The first stage has no gradients of inputs: its backward runs whole, as its I.
+    times[0] = replace(times[0], input_backward_s=times[0].backward_s, weight_backward_s=0.0)
     found = search_schedule(
         times, plan.num_micro_batches, caps, split_backward=split, end_s=ends, exact=False,
         listed=2 * count <= MAX_LISTED,

@@ -17,6 +17,7 @@ from autopar.simulate.feasibility import check_plan, host_lacks, host_notes, inf
 from autopar.simulate.links import link_times
 from autopar.simulate.members import Member, member_costs, slowest_times
 from autopar.simulate.schedules import ActionLists, plan_actions
+from autopar.simulate.splitting import as_run
 from autopar.simulate.stage_cost import StageCost
 from autopar.simulate.timeline import ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
 
@@ -39,7 +40,7 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = 
     """
     graph = rewritten(graph, plan.rewrites)
     check_plan(graph, cluster, plan)
-    lists = plan_actions(plan)
+    lists = as_run(graph, plan, plan_actions(plan))
     num_ranks = len(lists)
     costs, times = pipeline_times(graph, cluster, plan)
     run = execute(lists, times)

@@ -1,15 +1,33 @@
-"""Whether a stage's backward can run in two parts: the gradients of its inputs (I), later those of its weights (W)."""
+"""Whether a stage's backward runs in two parts: the gradients of its inputs (I), later those of its weights (W)."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 from autopar.graph.model_graph import ModelGraph
+from autopar.plan.actions import Action, ActionLists, B, I, W
 from autopar.plan.plan import Plan, Recompute, Stage, is_layer
 
 
+def as_run(graph: ModelGraph, plan: Plan, lists: ActionLists) -> ActionLists:
+    """The lists with a B for the I of every stage whose backward runs whole, and without its W."""
+    splitting = {action.stage for actions in lists for action in actions if action.kind is I}
+    whole = {
+        index for index in splitting
+        if not _trained_inputs(graph, plan.stages[index]) or unsplit_reason(graph, plan, plan.stages[index])
+    }
+    if not whole:
+        return lists
+    return tuple(
+        tuple(
+            Action(B, action.stage, action.micro_batch) if action.kind is I and action.stage in whole else action
+            for action in actions if action.kind is not W or action.stage not in whole
+        ) for actions in lists
+    )
+
+
 def unsplit_reason(graph: ModelGraph, plan: Plan, stage: Stage) -> str:
-    """Why a stage's backward runs whole, as its I, where the plan splits it; "" where it is split.
+    """Why a stage's backward cannot be split; "" where it can, or where it has no gradients of inputs to compute.
 
     torch's functions give wrong gradients, or compute things twice, in these cases.
     """
@@ -34,7 +52,7 @@ def _used_twice(graph: ModelGraph, stage: Stage) -> str:
     """
     blocks = graph.blocks[stage.first : stage.last]
     trained = {info.name for info in graph.params if info.requires_grad}
-    received = {name for name in graph.boundary(stage.first) if _requires_grad(graph, name)} if stage.first else set()
+    received = _trained_inputs(graph, stage)
     if not received:
         return ""
     follows = set(received)
@@ -52,6 +70,11 @@ def _used_twice(graph: ModelGraph, stage: Stage) -> str:
             if behind:
                 follows.update(whole.get(name, f"{block.name}: {name}") for name in op.outputs if name)
     return next((name for name, count in uses.items() if count > 1), "")
+
+
+def _trained_inputs(graph: ModelGraph, stage: Stage) -> set[str]:
+    """What a stage receives and has to send a gradient back for."""
+    return {name for name in graph.boundary(stage.first) if _requires_grad(graph, name)} if stage.first else set()
 
 
 def _requires_grad(graph: ModelGraph, name: str) -> bool:

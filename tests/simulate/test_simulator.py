@@ -69,9 +69,20 @@ def test_schedules(schedule: Schedule) -> None:
     cuts = (0, 2, 3, 4, 6) if chunks == 2 else (0, 3, 6)
     timeline = run(hand.plan(MODEL, cuts=cuts, schedule=schedule, num_micro_batches=8, num_chunks=chunks))
     assert [group.stage for group in timeline.groups] == [0, 1]
-    assert len([event for event in timeline.events if event.kind in "FBIW"]) == 2 * 8 * chunks * (
-        3 if schedule is Schedule.ZERO_BUBBLE else 2
-    )
+    split = 8 if schedule is Schedule.ZERO_BUBBLE else 0  # on the second stage alone
+    assert len([event for event in timeline.events if event.kind in "FBIW"]) == 2 * 8 * chunks * 2 + split
+
+
+def test_the_first_stage_has_no_gradients_of_inputs_to_compute_before_those_of_weights() -> None:
+    """Its backward is one, at its I: a W that stands later does not put any of it off."""
+    first = "".join(f"0{a}," for a in "F0 F1 F2 F3 I0 I1 I2 I3 W0 W1 W2 W3".split())[:-1]
+    second = "".join(f"1{a}," for a in "F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3".split())[:-1]
+    plan = replace(hand.plan(MODEL, cuts=(0, 3, 6), num_micro_batches=4), actions=(first, second))
+    timeline = run(plan)
+    kinds = [{event.kind for event in timeline.events if event.group == rank} & set("FBIW") for rank in (0, 1)]
+    assert kinds == [{"F", "B"}, {"F", "I", "W"}]
+    whole = replace(plan, actions=("0F0,0F1,0F2,0F3,0B0,0B1,0B2,0B3", second))
+    assert timeline == run(whole)
 
 
 def test_gpipe_holds_more_than_1f1b_and_recomputation_less() -> None:
