@@ -100,6 +100,9 @@ class _Planned:
             )
             if self.autopar.offloaded_state is not None:
                 raise InputError("the plan keeps optimizer state in host memory, which the Trainer's loop cannot step")
+            if self.autopar.whole_steps is not None:
+                raise InputError(f"optim={self.args.optim} looks at whole parameters, of which the plan leaves ranks "
+                                 "parts: the Trainer's loop cannot step it; use adamw_torch")
             self._decay(self.autopar.optimizer)
             log.info("training under a plan: %s", headline(self.autopar.plan))
             # Accelerate would take the norm of this rank's parts alone.

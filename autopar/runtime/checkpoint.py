@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def save(trainer: Trainer, directory: Path) -> None:
         speaks = _speaks(trainer, stage, param)
         with _state_on_device(trainer, parameter):
             for key, value in trainer.optimizer.state.get(parameter, {}).items():
-                full = _gathered(trainer, value, param) if _is_laid_out(value, parameter) else value
+                full = _gathered(trainer, value, param) if _is_laid_out(trainer, value, parameter.shape) else value
                 if speaks:
                     copied = full.detach().to("cpu", copy=True) if isinstance(full, Tensor) else full
                     state[f"optimizer.{param.name}.{key}"] = copied
@@ -166,7 +166,7 @@ def load(trainer: Trainer, directory: Path) -> None:
                 with _state_on_device(trainer, parameter):
                     trainer.optimizer.state[parameter] = {
                         key: _laid_out(trainer, value, param, parameter)
-                        if isinstance(value, Tensor) and value.dim() and tuple(value.shape) == shape else value
+                        if _is_laid_out(trainer, value, shape) else value
                         for key, value in own.items()
                     }
                     place_step_counts(trainer.optimizer, parameter)
@@ -217,9 +217,10 @@ def _state_on_device(trainer: Trainer, parameter: nn.Parameter) -> contextlib.Ab
     return contextlib.nullcontext() if offloaded is None else offloaded.on_device([parameter])
 
 
-def _is_laid_out(value: Any, parameter: Tensor) -> bool:
+def _is_laid_out(trainer: Trainer, value: Any, shape: Sequence[int]) -> bool:
     """Whether a piece of optimizer state has the parameter's shape and so its layout."""
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+    alike = isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) == tuple(shape)
+    return alike and trainer.whole_steps is None
 
 
 def _laid_out(trainer: Trainer, full: Tensor, param: ParamLayout, parameter: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from autopar.runtime.layout import parameter_layout
 from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
 from autopar.runtime.metrics import StepLog
 from autopar.runtime.optimizer_offload import OffloadedState
-from autopar.runtime.optimizers import check_optimizer
+from autopar.runtime.optimizers import needs_whole
 from autopar.runtime.parts import BY_EXPERTS, mesh_of, part_of
 from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
@@ -46,6 +46,7 @@ from autopar.runtime.stage import StageBuilder, needed_ops
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.runtime.watch import Watch
 from autopar.runtime.weights import WeightFiles, unwritten
+from autopar.runtime.whole_steps import WholeSteps
 from autopar.sharding.joint import placed_shape
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP, R
@@ -140,7 +141,10 @@ class Trainer:
         own = {id(param) for param in self.named_parameters().values()}
         if unknown := [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]:
             raise InputError(f"the optimizer holds {len(unknown)} tensors that are not the parameters it was given")
-        check_optimizer(self.optimizer, plan, self.layout)
+        self.whole_steps = None
+        if needs_whole(self.optimizer, plan, self.layout):
+            parts = [(param, value) for _, param, value in checkpoint.own_parameters(self)]
+            self.whole_steps = WholeSteps(self.optimizer, parts, self.groups)
         self.stop_on_nan, self.num_steps = stop_on_nan, 0
         self.metrics = StepLog(captured.graph, plan, self.device, every=log_every, peak_flops=peak_flops)
         units = self._offloaded_units()
@@ -168,7 +172,9 @@ class Trainer:
         """Step the optimizer with the gradients that are there."""
         self.num_steps += 1
         with self._recorded(OPTIMIZER):
-            if self.offloaded_state is not None:
+            if self.whole_steps is not None:
+                self.whole_steps.step()
+            elif self.offloaded_state is not None:
                 self.offloaded_state.step()
             else:
                 self.optimizer.step()

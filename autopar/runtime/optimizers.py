@@ -1,4 +1,4 @@
-"""Which optimizers step a shard of a parameter as they would step the whole."""
+"""Which optimizers step a shard of a parameter as they would step the whole, and which need it whole."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from autopar.errors import InputError
 from autopar.plan.plan import Plan
 from autopar.runtime.layout import Layout
+from autopar.runtime.whole_steps import WHOLE
 from autopar.sharding.state import Kind
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ def sharded_because(plan: Plan, layout: Layout) -> str:
     return ""
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, layout: Layout) -> None:
-    """InputError for an optimizer that cannot step under the plan; a warning for one of which that is not known."""
+def needs_whole(optimizer: torch.optim.Optimizer, plan: Plan, layout: Layout) -> bool:
+    """Whether the optimizer looks at whole parameters and ranks hold parts of some.
+
+    InputError for an optimizer that cannot step under the plan; a warning for one of which that is not known.
+    """
     kind = type(optimizer)
     name = kind.__name__
     from_torch = kind.__module__.startswith("torch.optim")
@@ -40,10 +44,19 @@ def check_optimizer(optimizer: torch.optim.Optimizer, plan: Plan, layout: Layout
         raise InputError("LBFGS evaluates the loss anew within its step, which a trainer does not offer: use AdamW")
     why = sharded_because(plan, layout)
     if not why or (from_torch and name in ELEMENTWISE):
-        return
+        return False
+    if name in WHOLE and (from_torch or kind.__module__ == "transformers.optimization"):
+        if any(stage.offload_optimizer for stage in plan.stages):
+            raise InputError(
+                f"the plan keeps the optimizer's state in host memory, and {name} looks at whole parameters, and "
+                f"{why}: plan without offload, or use AdamW"
+            )
+        log.info("%s looks at whole parameters, and %s: each is gathered for its step", name, why)
+        return True
     if from_torch:
         raise InputError(
-            f"{name} looks at whole parameters, and {why}: use AdamW or SGD, or a plan of whole replicas and pipeline "
-            "stages"
+            f"{name} is not known to step each parameter by itself, and {why}: use AdamW or SGD, or a plan of whole "
+            "replicas and pipeline stages"
         )
     log.warning("%s is not known to step each element by itself, and %s: it steps each shard as a whole", name, why)
+    return False
