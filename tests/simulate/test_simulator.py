@@ -75,8 +75,8 @@ def test_schedules(schedule: Schedule) -> None:
 
 def test_the_first_stage_has_no_gradients_of_inputs_to_compute_before_those_of_weights() -> None:
     """Its backward is one, at its I: a W that stands later does not put any of it off."""
-    first = "".join(f"0{a}," for a in "F0 F1 F2 F3 I0 I1 I2 I3 W0 W1 W2 W3".split())[:-1]
-    second = "".join(f"1{a}," for a in "F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3".split())[:-1]
+    first = "".join(f"0{a}," for a in ["F0", "F1", "F2", "F3", "I0", "I1", "I2", "I3", "W0", "W1", "W2", "W3"])[:-1]
+    second = "".join(f"1{a}," for a in ["F0", "I0", "F1", "I1", "F2", "I2", "F3", "I3", "W0", "W1", "W2", "W3"])[:-1]
     plan = replace(hand.plan(MODEL, cuts=(0, 3, 6), num_micro_batches=4), actions=(first, second))
     timeline = run(plan)
     kinds = [{event.kind for event in timeline.events if event.group == rank} & set("FBIW") for rank in (0, 1)]
