@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.fingerprint import cluster_fingerprint
@@ -30,6 +30,7 @@ Progress = Callable[[int, int, float | None], None]  # candidates settled, of ho
 # A limit in work, not in time, so that the same input gives the same plan on every machine.
 MAX_SIMULATED_ACTIONS = 1_500_000
 MAX_SIMULATIONS = 400
+MAX_EVERY_CUT = 64  # cuts of a candidate that are all tried where the bounds leave a gap
 SPREAD = 61  # under a time limit the candidates are bounded in strides of this
 
 
@@ -78,7 +79,9 @@ class _State:
     queue: list[tuple[float, Level, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
     lower: float = math.inf
     bound: float = 0.0  # of the candidate in hand
+    open: list[tuple[float, Candidate]] = field(default_factory=list)  # with bounds of the cuts that were not tried
     simulations: int = 0
+    actions: int = 0  # of those
     timed_out: bool = False
     stopped: bool = False
 
@@ -116,12 +119,14 @@ class Engine:
         try:
             self._fill(state, candidates, deadline)
             self._settle(state, len(candidates), even, deadline, progress)
+            self._try_every_cut(state, deadline)
         except KeyboardInterrupt:
             if self.best is None:
                 raise
             self.interrupted = state.timed_out = state.stopped = True
             state.lower = min(state.lower, state.bound)  # of the candidate in hand
-        best, lower = state.best, min((state.lower, *(entry[0] for entry in state.queue)))
+        best = state.best
+        lower = min((state.lower, *(entry[0] for entry in state.queue), *(bound for bound, _ in state.open)))
         if best is not None:
             lower = min(lower, best.step_time_s)
         if progress is not None:
@@ -153,14 +158,14 @@ class Engine:
 
         Where the limit of work ends it, what is left is still bounded as well as it can be without simulating it.
         """
-        queue, actions = state.queue, 0
+        queue = state.queue
         while queue:
             bound, level, candidate, cuts = queue[0]
             best = state.best
             if bound >= state.below_s or (best is not None and bound >= best.step_time_s):
                 break
             timed_out = self.out_of_time(deadline)
-            stopped = timed_out or state.simulations >= state.most or actions >= MAX_SIMULATED_ACTIONS
+            stopped = timed_out or state.simulations >= state.most or state.actions >= MAX_SIMULATED_ACTIONS
             if stopped and (best is not None or timed_out or math.isfinite(state.below_s)):
                 state.stopped = True
                 state.timed_out = state.timed_out or timed_out
@@ -193,16 +198,41 @@ class Engine:
                     heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
                 continue
             for cut in cuts:
-                if state.best is not None and self._cut_s.get((candidate, cut), 0.0) >= state.best.step_time_s:
-                    continue
-                if (candidate, cut) not in self._simulated:
-                    state.simulations += 1
-                    actions += 2 * candidate.pp * candidate.num_micro_batches
-                found = self.simulate(candidate, cut)
-                if found is not None and (state.best is None or found < state.best):
-                    state.best = found
+                self._try(state, candidate, cut)
             if not even and candidate.pp > 1 and len(self.graph.blocks) > candidate.pp:
-                state.lower = min(state.lower, bound)  # its other cuts
+                state.open.append((bound, candidate))  # its other cuts
+
+    def _try_every_cut(self, state: _State, deadline: float | None) -> None:
+        """Settles the candidates that have few cuts and whose bounds are below the best, the smallest bound first."""
+        left = state.open = sorted(state.open)
+        while left and not state.stopped and state.best is not None:
+            bound, candidate = left[0]
+            inner = len(self.graph.blocks) - 1  # borders between blocks
+            if bound >= min(state.below_s, state.best.step_time_s) or self.out_of_time(deadline):
+                return
+            if math.comb(inner, candidate.pp - 1) > MAX_EVERY_CUT:
+                state.lower = min(state.lower, left.pop(0)[0])
+                continue
+            state.bound = bound
+            for borders in combinations(range(1, inner + 1), candidate.pp - 1):
+                cut = (0, *borders, inner + 1)
+                if (candidate, cut) not in self._cut_s:
+                    self._cut_s[candidate, cut] = self.bounds.closer_of_cut(candidate, cut)
+                self._try(state, candidate, cut)
+                if state.simulations >= state.most or state.actions >= MAX_SIMULATED_ACTIONS:
+                    return
+            left.pop(0)
+
+    def _try(self, state: _State, candidate: Candidate, cut: Cuts) -> None:
+        """Simulates a cut, unless its bound is not below the best."""
+        if state.best is not None and self._cut_s.get((candidate, cut), 0.0) >= state.best.step_time_s:
+            return
+        if (candidate, cut) not in self._simulated:
+            state.simulations += 1
+            state.actions += 2 * candidate.pp * candidate.num_micro_batches
+        found = self.simulate(candidate, cut)
+        if found is not None and (state.best is None or found < state.best):
+            state.best = found
 
     def out_of_time(self, deadline: float | None) -> bool:
         """Whether the user's interrupt or the time limit has come."""

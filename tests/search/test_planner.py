@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_search_equals_trying_everything() -> None:
         certificate = find_plan(graph, machine, request).certificate
         assert certificate is not None
         assert certificate.upper_bound_s <= min(times)
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 1.0), (1.0, 0.5)])
+def test_where_cuts_are_few_the_best_of_all_is_proved(speeds: tuple[float, ...]) -> None:
+    graph, machine, request = mlp_chain(num_layers=4, hidden=256), cluster(speeds=speeds), PlanRequest(global_batch=8)
+    engine, last = Engine(graph, machine, request), len(graph.blocks)
+    space = candidates(machine, request, engine.chooser, last)
+    outcome = Engine(graph, machine, request).search(space)
+    found = [
+        engine.simulate(c, (0, *borders, last)) for c in space for borders in combinations(range(1, last), c.pp - 1)
+    ]
+    assert outcome.best == min(item for item in found if item is not None)
+    assert outcome.lower_bound_s == outcome.best.step_time_s
 
 
 def test_a_slow_device_gets_fewer_layers() -> None:
