@@ -183,6 +183,7 @@ class _Joint:
         self.num_axes = len(search.boundary)
         self.cost = math.inf
         self.rows: Rows | None = None
+        self._solved: dict[tuple[bytes, ...], tuple[float, Rows] | None] = {}  # rounds often try the same again
 
     def best(self) -> Proved | None:
         """The best choice, and the bound that was proved."""
@@ -253,7 +254,7 @@ class _Joint:
     def _improve(self, rows: Rows) -> None:
         """Takes a choice as it is, or with the strategies of each axis found anew while those of the others stay."""
         best = self.cost, self.rows
-        found = self.search.solved(self.options, {name: np.array([row]) for name, row in rows.items()})
+        found = self._of({name: np.array([row]) for name, row in rows.items()})
         if found is None:
             return
         self.cost, self.rows = found
@@ -290,11 +291,18 @@ class _Joint:
 
     def _try(self, rows: Mapping[str, NDArray[np.intp]]) -> bool:
         """Takes the best choice among the rows where it is cheaper."""
-        found = self.search.solved(self.options, rows)
+        found = self._of(rows)
         if found is None or found[0] >= self.cost * (1 - 1e-12):
             return False
         self.cost, self.rows = found
         return True
+
+    def _of(self, rows: Mapping[str, NDArray[np.intp]]) -> tuple[float, Rows] | None:
+        """The cheapest choice among the rows, with its cost."""
+        key = tuple(rows[name].tobytes() for name in self.names)
+        if key not in self._solved:
+            self._solved[key] = self.search.solved(self.options, rows)
+        return self._solved[key]
 
     def _agreeing(self, name: str, row: int, axes: Sequence[int]) -> NDArray[np.intp]:
         """The rows with the same strategies on these axes."""

@@ -64,7 +64,7 @@ class _Grid:
                 [] if is_param or not summed_at_once(whole.numel) else list(self._sums(costs, name)),
             )
         self.moves, self.sums = cache[key]
-        self.backwards = [np.ascontiguousarray(own.swapaxes(1, 2)) for own in self.moves]
+        self.backwards = [np.ascontiguousarray(own.swapaxes(0, 2)) for own in self.moves]
         self.unmade: NDArray[np.bool_] | None = None  # what is never made of another placement
         if any(blocked):
             unmade = np.zeros(self.shape, dtype=np.bool_)
@@ -74,7 +74,7 @@ class _Grid:
             self.unmade = unmade.reshape(-1)
 
     def _moves(self, costs: ClassCosts, name: str, axis: int, *, is_param: bool) -> Table:
-        """Seconds of changing one axis, by (the axes before it, from, to, the axes after it).
+        """Seconds of changing one axis, by (from, the axes before it, to, the axes after it).
 
         An axis whose dim an axis before it changes has to give up its shard first.
         """
@@ -109,7 +109,7 @@ class _Grid:
                 for state in (src, dst):
                     if state.kind is Kind.SHARDED:
                         result[:, i, j, holding[state.dim]] = np.inf
-        return result
+        return np.ascontiguousarray(result.swapaxes(0, 1).reshape(len(own), before, len(own), -1))
 
     def _sums(self, costs: ClassCosts, name: str) -> Iterator[tuple[_Index, _Index, Table]]:
         """Sums over several axes at once, which cost less than one after the other: where from, where to, seconds."""
@@ -164,14 +164,9 @@ class _Grid:
 
     def _along_axis(self, values: Table, cost: Table) -> Table:
         """The least at each placement where one axis may change once."""
-        before, size, _, after = cost.shape
-        seen = values.reshape(-1, before, size, 1, after)
-        if after > 1 or len(seen) == 1:
-            least: Table = (seen + cost).min(axis=2)
-            return least.reshape(values.shape)
-        least = seen[:, :, 0] + cost[:, 0]  # numpy takes minima over short dims slowly
-        for i in range(1, size):
-            np.minimum(least, seen[:, :, i] + cost[:, i], out=least)
+        size, before, _, after = cost.shape
+        seen = values.reshape(-1, before, size, after).transpose(2, 0, 1, 3)
+        least: Table = (seen[:, :, :, None] + cost[:, None]).min(axis=0)  # over the first dim numpy is quick
         return least.reshape(values.shape)
 
     def _at_once(self, values: Table, *, backwards: bool) -> Table:

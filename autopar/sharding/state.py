@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 
 
 class Kind(StrEnum):
@@ -60,9 +61,11 @@ RP = State(Kind.REPLICATED_PARTIAL_GRAD)
 P = State(Kind.PARTIAL)
 
 
+@cache  # equal states that are one object are quick to compare
 def shard(dim: int, outer: int = 1) -> State:
     return State(Kind.SHARDED, dim, outer)
 
 
+@cache
 def padded_shard(dim: int, length: int) -> State:
     return State(Kind.SHARDED, dim, 1, length)
