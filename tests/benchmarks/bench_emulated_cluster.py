@@ -1,6 +1,6 @@
 """Plans on unlike hosts, for real: an emulated cluster on this machine is profiled, planned for, and trained on.
 
-    python tests/benchmarks/bench_emulated_cluster.py [--cases 2@200,2@1000,4@200,4@1000] [--rounds 6] [--save FOLDER]
+    python tests/benchmarks/bench_emulated_cluster.py [--cases 2@200,2@1000,4@200,4@1000] [--rounds 4] [--save FOLDER]
 
 Needs root, ip and tc (iproute2); else it says so and ends. A host is a network namespace behind a link of a limited
 rate (emulated_hosts.py) with one gloo process, whose device is paced (paced.py): two hosts of speeds 2:1, or four of
@@ -409,7 +409,7 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", default=",".join(f"{count}@{rate}" for count, rate in CASES), help="HOSTS@Mb/s,...")
-    parser.add_argument("--rounds", type=int, default=6, help="that count; 0: profile and plan alone")
+    parser.add_argument("--rounds", type=int, default=4, help="that count; 0: profile and plan alone")
     parser.add_argument("--save", type=Path, default=None,
                         help="keep profiles, plans and results in this folder; profiles that are there are used")
     parser.add_argument("--worker", choices=("ops", "links", "run"), help=argparse.SUPPRESS)
