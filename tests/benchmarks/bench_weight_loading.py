@@ -91,7 +91,7 @@ def read(plan: Plan, captured: Captured, folder: str) -> tuple[int, int]:
 def main() -> None:
     warnings.simplefilter("ignore")
     captured = captured_model()
-    with tempfile.TemporaryDirectory() as folder, LocalPool(4) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         weights = dict(make_model().state_dict())
         whole = sum(value.numel() * value.element_size() for value in weights.values())
         names, index = sorted(weights), {}
@@ -112,7 +112,8 @@ def main() -> None:
             plan = plan_from_degrees(captured.graph, slow_cluster(size), Degrees(
                 global_batch=8, micro_batch=2, seq_len=16, dtype="float32", param_dtype="float32", optimizer="sgd",
                 **degrees))
-            results = pool.run(read, plan, captured, folder, num_ranks=size)
+            with LocalPool(size) as pool:  # a process that has read before has freed memory at hand
+                results = pool.run(read, plan, captured, folder)
             most, held = max(results)
             print(f"{name:<16} {most / mib:20.0f} {held / mib:10.0f} {most / whole:13.0%}", flush=True)
 
