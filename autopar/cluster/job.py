@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autopar.cluster.cluster import Cluster, Node
 from autopar.cluster.hostfile import hosts_of
-from autopar.cluster.tables import default_network, preset
+from autopar.cluster.tables import Preset, default_network, preset, racks_of
 from autopar.errors import InputError
 
 MAX_HOSTS = 1_000_000
@@ -71,7 +71,8 @@ def cluster_of(job: Job, device: str | None = None, *, device_type: str | None =
     kinds = {count: _node(count, name, device_type) for count in dict.fromkeys(job.processes)}
     nodes = tuple(kinds[count] for count in job.processes)
     if name is not None and len(set(nodes)) == 1:
-        return Cluster(name=f"{len(nodes)}x{nodes[0].num_devices}x{nodes[0].device.name}", nodes=nodes)
+        text = f"{len(nodes)}x{nodes[0].num_devices}x{nodes[0].device.name}"
+        return Cluster(name=text, nodes=_racks(nodes, preset(name)))
     if len(nodes) == 1:
         return Cluster(name=f"local:{nodes[0].num_devices}", nodes=nodes)
     return Cluster(name=f"auto, {len(nodes)} nodes of {job.source}", nodes=nodes)
@@ -85,6 +86,16 @@ def _node(count: int | None, device: str | None, device_type: str | None) -> Nod
     kind = preset(device)
     number = count or kind.devices_per_node
     return Node(device=kind.device, num_devices=number, link=kind.link, network=default_network(kind, number))
+
+
+def _racks(hosts: tuple[Node, ...], kind: Preset) -> tuple[Node, ...]:
+    """Hosts that are alike, as the nodes that their link makes of them."""
+    each = hosts[0].num_devices
+    return tuple(
+        hosts[0] if joined == 1 else
+        replace(hosts[0], num_devices=joined * each, network=default_network(kind, joined * each))
+        for joined in racks_of(kind, len(hosts), each)
+    )
 
 
 def _preset_name(word: str | None) -> str | None:

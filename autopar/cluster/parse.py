@@ -8,7 +8,7 @@ from pathlib import Path
 
 from autopar.cluster.cluster import Cluster, Node
 from autopar.cluster.part import part_of, split_part
-from autopar.cluster.tables import Preset, default_network, network_link, preset
+from autopar.cluster.tables import Preset, default_network, network_link, preset, racks_of
 from autopar.errors import InputError
 
 MAX_DEVICES = 1_000_000
@@ -36,7 +36,8 @@ def parse_cluster(text_or_path: str) -> Cluster:
 
     Shorthand: groups joined by "+", each `[NODESx]DEVICESxNAME[@RATE]`, where RATE is one node's network rate in each
     direction, such as 800Gbps. A rate on the last group holds for the groups that have none. With one count only, more
-    devices than a usual node holds are spread over full nodes. `local` is this machine, `local:4` four processes on it.
+    devices than a usual node holds are spread over full nodes. Trays of GB200 in a row (`16x4xGB200`) are one node, as
+    far as a rack's NVLink joins them. `local` is this machine, `local:4` four processes on it.
     `auto` is the running job's machines (`auto:H100-80GB` names their devices). Anything that ends in .yaml, .yml or
     .json, or is an existing file, is read as a file, by its content: a cluster file, the matrix of `nvidia-smi topo
     -m`, NCCL's topology in XML, or a hostfile; behind a colon the device may be named (`topo.txt:A100-80GB`).
@@ -136,7 +137,7 @@ def _shorthand(text: str) -> tuple[Node, ...]:
             raise InputError(f"{where}: cannot read {group.strip()!r}: {EXAMPLES}")
         matches.append(match)
     last_rate = matches[-1]["rate"]
-    groups: list[tuple[int, Node]] = []
+    nodes: list[Node] = []
     total = 0
     for match in matches:
         num_nodes, num_devices = int(match["nodes"] or 1), int(match["devices"])
@@ -148,16 +149,20 @@ def _shorthand(text: str) -> tuple[Node, ...]:
         total += num_nodes * num_devices
         check_num_devices(total, where)
         rate = match["rate"] if match["rate"] is not None else last_rate
-        if rate is None:
-            network = default_network(kind, num_devices)
-        else:
-            try:
-                network = network_link(parse_rate_gbps(rate), "given in the shorthand")
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-        node = Node(device=kind.device, num_devices=num_devices, link=kind.link, network=network)
-        groups.append((num_nodes, node))
-    return tuple(node for count, node in groups for _ in range(count))
+        racks = racks_of(kind, num_nodes, num_devices)
+        kinds = {}
+        for joined in dict.fromkeys(racks):
+            if rate is None:
+                network = default_network(kind, joined * num_devices)
+            else:
+                try:
+                    network = network_link(joined * parse_rate_gbps(rate), "given in the shorthand")
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from None
+            number = joined * num_devices
+            kinds[joined] = Node(device=kind.device, num_devices=number, link=kind.link, network=network)
+        nodes += [kinds[joined] for joined in racks]
+    return tuple(nodes)
 
 
 def _spread(num_devices: int, kind: Preset, where: str) -> tuple[int, int]:

@@ -69,6 +69,7 @@ class _DeviceRow(_Row):
     host_memory_gib: Constant | None = None
     link: str
     devices_per_node: PositiveInt
+    devices_per_tray: PositiveInt | None = None
     network: _NetworkRow
 
 
@@ -84,6 +85,7 @@ class Preset:
     device: DeviceType
     link: Link
     devices_per_node: int
+    devices_per_tray: int | None  # of one host, where the link joins several
     network_gbps: float  # of a full node, or of each device where `network_per_device`
     network_per_device: bool
     network_source: str
@@ -178,7 +180,7 @@ def preset(name: str) -> Preset:
             + (("usable_memory_fraction", "assumed: the driver's context, communication buffers and fragmentation"),),
         ),
         link=link_preset(row.link),
-        devices_per_node=row.devices_per_node,
+        devices_per_node=row.devices_per_node, devices_per_tray=row.devices_per_tray,
         network_gbps=rate.value,
         network_per_device=row.network.gbps_per_device is not None,
         network_source=_said(rate, table.sources),
@@ -189,6 +191,21 @@ def preset(name: str) -> Preset:
 def device_type(name: str) -> DeviceType:
     """The DeviceType of a preset name or alias such as "H100-80GB"; InputError with the nearest names otherwise."""
     return preset(name).device
+
+
+def racks_of(kind: Preset, num_hosts: int, num_devices: int) -> tuple[int, ...]:
+    """How many of `num_hosts` hosts in a row, with `num_devices` each, the preset's link joins into each node.
+
+    One each for hosts that are no trays. Trays fill racks that are alike where their number allows it (64 devices of
+    GB200 for 128), and else whole racks and one with the rest.
+    """
+    if num_devices != kind.devices_per_tray:
+        return (1,) * num_hosts
+    most = kind.devices_per_node // num_devices
+    alike = max(joined for joined in range(1, most + 1) if num_hosts % joined == 0)
+    if alike > 1 or num_hosts == 1:
+        return (alike,) * (num_hosts // alike)
+    return (most,) * (num_hosts // most) + ((num_hosts % most,) if num_hosts % most else ())
 
 
 def default_network(kind: Preset, num_devices: int) -> Link:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autopar.cluster.hostfile import hosts_of
-from autopar.cluster.job import auto_cluster, expand_hosts, job_of
+from autopar.cluster.job import Job, auto_cluster, cluster_of, expand_hosts, job_of
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import InputError
 
@@ -125,3 +125,10 @@ def test_a_hostfile_is_a_cluster(tmp_path: Path) -> None:
     assert parse_cluster(str(path)).num_devices == 2
     with pytest.raises(InputError, match="behind the colon"):
         parse_cluster(f"{path}:T4")
+
+
+def test_trays_of_a_rack_are_one_node() -> None:
+    """As the shorthand has them, so that a plan for `32x4xGB200` fits a job on those hosts."""
+    found = cluster_of(Job(source="test", processes=(4,) * 32), "GB200")
+    assert found.nodes == parse_cluster("32x4xGB200").nodes
+    assert found.name == "32x4xGB200"

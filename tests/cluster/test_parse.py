@@ -24,6 +24,11 @@ def shape(cluster: Cluster) -> list[tuple[str, int, str]]:
     ("32xH100-80GB", [("H100-80GB", 8, "3200Gbps")] * 4),
     ("2x2xRTX-4090@1.6Tbps", [("RTX-4090", 2, "1600Gbps")] * 2),
     ("72xGB200", [("GB200", 72, "28800Gbps")]),
+    ("1x4xGB200", [("GB200", 4, "1600Gbps")]),
+    ("18x4xGB200", [("GB200", 72, "28800Gbps")]),  # trays of one rack
+    ("32x4xGB200@800Gbps", [("GB200", 64, "12800Gbps")] * 2),
+    ("19x4xGB200", [("GB200", 72, "28800Gbps"), ("GB200", 4, "1600Gbps")]),
+    ("2x8xGB200", [("GB200", 8, "3200Gbps")] * 2),  # hosts of eight are no trays
 ])
 def test_shorthand(text: str, nodes: list[tuple[str, int, str]]) -> None:
     cluster = parse_cluster(text)
