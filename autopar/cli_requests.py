@@ -162,7 +162,7 @@ class Simulations:
         fuse = request.plan is None and not as_run
         graph = self.graph(request.model, request.seq_len, dtype, request.attention, fuse=fuse)
         plan, cluster = self._plan(request, graph, cluster, dtype)
-        return plan, simulate(graph, cluster, plan)
+        return plan, simulate(graph, cluster, plan, as_system=fuse)
 
     def _plan(self, request: SimulateRequest, graph: ModelGraph, cluster: Cluster, dtype: str) -> tuple[Plan, Cluster]:
         """The plan, and what of the cluster it is for."""

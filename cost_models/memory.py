@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autopar.cluster.cluster import DeviceType
+from autopar.cluster.cluster import USABLE_MEMORY_FRACTION, DeviceType
 from autopar.cluster.names import resolve_name
 from autopar.errors import InputError
 from autopar.graph.model_graph import DTYPE_BYTES
@@ -124,6 +124,23 @@ WORKSPACE_BYTES = 32 * 2**20
 def workspace_bytes(device: DeviceType) -> float:
     """Bytes that libraries take from the allocator for as long as the job runs."""
     return 0.0 if device.name.startswith("CPU") else WORKSPACE_BYTES
+
+
+# What the driver keeps for itself (PyTorch's messages say 39.4 to 39.6 GiB of 40, 79.1 to 79.3 of 80, 15.8 of 16), and
+# what a process needs beside the allocator: CUDA's context with the libraries' kernels, about 0.5 GiB, and buffers of
+# the communication library, assumed 0.5 GiB (range 0.2-2; they grow with the number of groups).
+DRIVER_SHARE = 0.011
+PROCESS_BYTES = 2**30
+
+
+def allocatable_bytes(device: DeviceType) -> float:
+    """Bytes that the allocator can get at most. Plans use less, `usable_memory_bytes`: memory fragments.
+
+    What a user said of a device's usable share holds here, too.
+    """
+    if device.name.startswith("CPU") or device.usable_memory_fraction != USABLE_MEMORY_FRACTION:
+        return device.usable_memory_bytes
+    return max(device.usable_memory_bytes, device.memory_bytes * (1 - DRIVER_SHARE) - PROCESS_BYTES)
 
 
 # What the caching allocator keeps beyond the peak of what is allocated, as a share of what comes and goes (activations

@@ -10,6 +10,8 @@ from functools import cached_property
 
 from autopar.cluster.measured import CollectiveFit, MeasuredOps
 
+USABLE_MEMORY_FRACTION = 0.92  # assumed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceType:
@@ -20,7 +22,7 @@ class DeviceType:
     memory_bandwidth_bytes_per_s: float
     peak_flops: tuple[tuple[str, float], ...]  # ("bfloat16", 989.4e12), ("float32", ...), ("tf32", ...), ...
     kernel_launch_s: float  # shortest time between two dependent kernels
-    usable_memory_fraction: float = 0.92  # what the allocator can get, after context and reserve
+    usable_memory_fraction: float = USABLE_MEMORY_FRACTION  # what the allocator can get, after context and reserve
     price_per_hour: float | None = None
     host_bandwidth_bytes_per_s: float | None = None  # to and from host memory, each way; None: unknown, or one memory
     host_memory_bytes: float | None = None  # this device's share of it; None: unknown

@@ -25,6 +25,7 @@ from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import Collective, Conversion, LocalAction
 from autopar.sharding.state import Kind, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.simulate.async_products import PADDED_TO, AsyncProducts
 from autopar.simulate.attention_core import attention_cores
 from autopar.simulate.class_costs import ClassCosts, CostAxis
 from autopar.simulate.lowering_costs import LoweringCost
@@ -57,6 +58,7 @@ class BlockCost:
     param_numel_local: float
     params: tuple[float, ...]  # this rank's elements of each of the class's parameters
     by_experts: tuple[bool, ...]  # whether the expert axis has it by parts
+    summed_in_place: tuple[bool, ...]  # whether the product that computes the parameter's gradient adds it to the sum
     partial_params: tuple[bool, ...]  # whether the parameter's gradient is a sum over the tensor axis
     buffer_bytes: float
 
@@ -88,27 +90,30 @@ _CACHE_SIZE = 8192
 def block_cost(
     graph: ModelGraph, cls: BlockClass, sharding: ClassSharding | Sequence[ClassSharding] | None, *, tp: int,
     rows: float, device: DeviceType, tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
-    outer: Sequence[CostAxis] = (), expert_axis: CostAxis | None = None,
+    outer: Sequence[CostAxis] = (), expert_axis: CostAxis | None = None, as_megatron: bool = False,
 ) -> BlockCost:
     """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached.
 
     With `outer` axes before the tensor axis there is a sharding for each of them, and then that of the tensor axis.
-    `expert_axis`: ranks with as many other rows each, that have the block's experts between them.
+    `expert_axis`: ranks with as many other rows each, that have the block's experts between them. `as_megatron`:
+    as Megatron runs it (`autopar.simulate.async_products`).
     """
     each = () if sharding is None else (sharding,) if isinstance(sharding, ClassSharding) else tuple(sharding)
     kept = (graph, cls, *each, device)
-    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, expert_axis, *outer)
+    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, expert_axis, as_megatron, *outer)
     found = _cache.get(key)
     if found is None:
         if len(_cache) >= _CACHE_SIZE:
             _cache.clear()
         costs = ClassCosts(
-            graph, cls, tp=tp, rows=rows, device=device, tp_group=tp_group, dtype=dtype, outer=outer
+            graph, cls, tp=tp, rows=rows, device=device, tp_group=tp_group, dtype=dtype, outer=outer,
+            pad=PADDED_TO if as_megatron else 1,
         )
         # The key holds ids: what they stand for is kept with the result, so that no id is used again.
         split = math.prod(costs.sizes) > 1
         assert not each or not split or len(each) == len(costs.sizes), "one sharding an axis"
-        found = _cache[key] = (kept, _Summation(costs, each if split else (), compile, expert_axis).total())
+        summation = _Summation(costs, each if split else (), compile, expert_axis, as_megatron=as_megatron)
+        found = _cache[key] = (kept, summation.total())
     return found[1]
 
 
@@ -126,7 +131,8 @@ class _Summation:
     """One pass over the ops of a class in execution order, as the lowered block would run them."""
 
     def __init__(
-        self, costs: ClassCosts, shardings: Sequence[ClassSharding], compile_: bool, expert_axis: CostAxis | None = None
+        self, costs: ClassCosts, shardings: Sequence[ClassSharding], compile_: bool,
+        expert_axis: CostAxis | None = None, *, as_megatron: bool = False,
     ) -> None:
         self.costs, self.cls, self.shardings, self.compile = costs, costs.cls, tuple(shardings), compile_
         self.whole = replicated(len(costs.axes))
@@ -136,13 +142,14 @@ class _Summation:
         self.comm = [0.0, 0.0]
         self.charges: list[Charge] = []
         self.host = [0.0, 0.0]  # what the host needs to issue the ops and the collectives
+        self.products = AsyncProducts(costs) if as_megatron else None
         held = expert_params(costs.cls) if expert_axis is not None else frozenset[str]()
         self.expert_axis, self.by_experts = expert_axis, tuple(name in held for name in costs.cls.params)
         self.at_all_rows: ClassCosts | None = None  # of all ranks of the expert axis
         if expert_axis is not None and held:
             self.at_all_rows = ClassCosts(
                 costs.graph, costs.cls, tp=costs.tp, rows=costs.rows * expert_axis.size, device=costs.device,
-                tp_group=costs.tp_group, dtype=costs.dtype, outer=(*costs.outer, expert_axis),
+                tp_group=costs.tp_group, dtype=costs.dtype, outer=(*costs.outer, expert_axis), pad=costs.pad,
             )
 
     def total(self) -> BlockCost:
@@ -191,8 +198,15 @@ class _Summation:
             # A product's own copies of queries, keys and values stay: recomputation starts from them.
             dropped_extra = core is not None and op_kind(op.target) is not OpKind.MATMUL
             selective_extra += 0.0 if dropped_extra else op_extra
+            gathered = {}
+            if self.products is not None:
+                gathered = self.products.gathered(op, wanted, self.state, time.backward_s)
             for name in op.saved:
                 key, size = self.saved_storage(op, strategy, name, reads)
+                shard_of = gathered.get(costs.root(name))
+                if key is not None and shard_of is not None:  # its shard stays, and is gathered again
+                    key = shard_of[0], self.storage[shard_of[0]]
+                    size = costs.local(shard_of[0], shard_of[1]).size_bytes
                 if key is None:
                     continue
                 if fused is not None and fused.is_internal(name):
@@ -211,7 +225,8 @@ class _Summation:
                 grads += sum(costs.local(name, state).size_bytes
                              for name, state in zip(op.operands[1:], wanted[1:], strict=True))
             if out_bytes and op_kind(op.target) is not OpKind.VIEW:
-                transient = max(transient, out_bytes + grads)
+                again_bytes = sum(costs.local(name, place).size_bytes for name, _, place in gathered.values())
+                transient = max(transient, out_bytes + grads + again_bytes)
         for name, place in zip(cls.outputs, self.places("outputs"), strict=True):
             if name in self.state:
                 self.read(name, place)
@@ -223,6 +238,11 @@ class _Summation:
             for name in fused.kept_inputs():
                 if name not in cls.params and name not in cls.buffers:
                     saved.setdefault((name, self.storage[name]), costs.local(name, self.state[name]).size_bytes)
+        if self.products is not None and self.products.any:
+            more, more_comm, calls = self.products.backward()
+            backward, weights = backward + more, weights + more
+            self.comm[1] += more_comm
+            self.host[1] += calls * collective_dispatch_s(costs.device)
         again = forward
         if not self.compile and not costs.device.name.startswith("CPU"):
             again = max(forward, self.host[0] + checkpoint_dispatch_s(costs.device) - self.comm[0])
@@ -251,6 +271,9 @@ class _Summation:
             key_value_bytes=sum(self.smallest_view_bytes(name) for core in cores for name in core.keys_and_values),
             param_numel_local=sum(local_params),
             params=tuple(local_params), by_experts=self.by_experts,
+            summed_in_place=tuple(
+                self.products is not None and self.products.any and name in self.products.weights for name in cls.params
+            ),
             partial_params=tuple(
                 costs.tp > 1 and self.state[name][-1].kind is Kind.REPLICATED_PARTIAL_GRAD for name in cls.params
             ),

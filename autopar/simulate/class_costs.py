@@ -60,9 +60,9 @@ _memos: dict[tuple[object, ...], tuple[DeviceType, _Memo]] = {}
 _MANY_MEMOS, _MANY_TIMES = 256, 1 << 17
 
 
-def _memo(device: DeviceType, dtype: str, axes: tuple[CostAxis, ...]) -> _Memo:
+def _memo(device: DeviceType, dtype: str, axes: tuple[CostAxis, ...], pad: int) -> _Memo:
     """The memo of this device (by identity), dtype and axes; begun anew where it or the number of memos gets large."""
-    key = (id(device), dtype, axes)
+    key = (id(device), dtype, axes, pad)
     kept = _memos.get(key)
     if kept is None or len(kept[1].times) > _MANY_TIMES:
         if len(_memos) >= _MANY_MEMOS:
@@ -133,20 +133,21 @@ class ClassCosts:
 
     `dtype` is the compute dtype. Every tensor's bytes are those of `element_bytes`, whatever the capture's dtype.
     With `outer` axes before the tensor axis, states and strategies are tuples of one an axis, outermost first; a tensor
-    axis of one rank is then left out.
+    axis of one rank is then left out. A rank's part of a dim that an axis does not divide is a multiple of `pad`.
     """
 
     def __init__(
         self, graph: ModelGraph, cls: BlockClass, *, tp: int, rows: float, device: DeviceType,
         tp_group: GroupShape | None, dtype: str, tp_groups_per_node: int = 1, outer: Sequence[CostAxis] = (),
+        pad: int = 1,
     ) -> None:
         assert graph.rows_are_tagged or rows == graph.rows, "only a graph with tagged rows can be rescaled"
         self.graph, self.cls, self.tp, self.rows, self.device = graph, cls, tp, rows, device
         self.tp_group, self.dtype, self.tp_groups_per_node = tp_group, dtype, tp_groups_per_node
-        self.outer = tuple(outer)
+        self.outer, self.pad = tuple(outer), pad
         self.axes = (*outer, CostAxis(tp, tp_group, tp_groups_per_node)) if tp > 1 or not outer else self.outer
         self.sizes = tuple(axis.size for axis in self.axes)
-        self._memo, self._facts = _memo(device, dtype, self.axes), _facts_of(cls)
+        self._memo, self._facts = _memo(device, dtype, self.axes, pad), _facts_of(cls)
         width = self._facts.element_bytes(graph.captured_dtype, dtype)
         ratio = rows / graph.rows
         tagged = graph.rows_are_tagged
@@ -167,7 +168,7 @@ class ClassCosts:
         last = axes[-1]
         return ClassCosts(
             self.graph, self.cls, tp=last.size, rows=self.rows, device=self.device, tp_group=last.group,
-            dtype=self.dtype, tp_groups_per_node=last.groups_per_node, outer=axes[:-1],
+            dtype=self.dtype, tp_groups_per_node=last.groups_per_node, outer=axes[:-1], pad=self.pad,
         )
 
     def whole(self, name: str) -> LocalTensor:
@@ -180,9 +181,13 @@ class ClassCosts:
         shape = whole.shape
         for own, size in zip(_each(state), self.sizes, strict=True):
             if own.kind is Kind.SHARDED and size > 1:
-                part = -(-own.length // size) if own.length else shape[own.dim] / size
+                part = self._part(own.length, size) if own.length else shape[own.dim] / size
                 shape = tuple(part if i == own.dim else dim for i, dim in enumerate(shape))
         return whole if shape is whole.shape else LocalTensor(shape, whole.element_bytes, whole.requires_grad)
+
+    def _part(self, length: int, size: int) -> int:
+        """What a rank has of a dim of a length that the axis does not divide."""
+        return -(-length // (size * self.pad)) * self.pad
 
     def scale(self, op: Op) -> float:
         """What to multiply the op's captured FLOPs with, to have them at these rows."""
@@ -198,7 +203,7 @@ class ClassCosts:
         ratio = 1.0
         for own, size in zip(_strategies(strategy), self.sizes, strict=False):
             length = max((state.length for state in (*own.inputs, *own.outputs)), default=0)
-            ratio *= -(-length // size) * size / length if length else 1.0
+            ratio *= self._part(length, size) * size / length if length else 1.0
         return ratio
 
     def saved_extra_bytes(self, op: Op, strategy: Strategy | JointStrategy | None) -> float:

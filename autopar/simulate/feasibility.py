@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autopar.cluster.cluster import Cluster
-from autopar.cost_models.memory import HOST_LINK_EFFICIENCY, check_optimizer
+from autopar.cost_models.memory import HOST_LINK_EFFICIENCY, allocatable_bytes, check_optimizer
 from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.expert_params import unsplit_experts
@@ -49,13 +49,19 @@ def check_plan(graph: ModelGraph, cluster: Cluster, plan: Plan) -> None:
         raise PlanMismatchError("every pipeline group needs the same number of chunks")
 
 
-def infeasible_reason(cluster: Cluster, groups: Sequence[GroupTimeline]) -> str | None:
-    """Why the plan does not fit, of the device that lacks the most; None where it fits."""
+def infeasible_reason(
+    cluster: Cluster, groups: Sequence[GroupTimeline], *, leaves_room: bool = True
+) -> str | None:
+    """Why the plan does not fit, of the device that lacks the most; None where it fits.
+
+    `leaves_room`: the share of the memory that plans leave for fragmentation is not used up.
+    """
     worst: tuple[float, str] | None = None
     for group in groups:
         for rank in {cluster.node_of[rank]: rank for rank in group.ranks}.values():
             device = cluster.device(rank)
-            lacking = group.memory.total - device.usable_memory_bytes
+            usable = device.usable_memory_bytes if leaves_room else allocatable_bytes(device)
+            lacking = group.memory.total - usable
             if lacking > 0 and (worst is None or lacking > worst[0]):
                 parts = {
                     "parameters": group.memory.parameters, "gradients": group.memory.gradients,
@@ -65,7 +71,7 @@ def infeasible_reason(cluster: Cluster, groups: Sequence[GroupTimeline]) -> str 
                 most = max(parts, key=lambda name: parts[name])
                 worst = lacking, (
                     f"rank {rank} ({device.name}, stage {group.stage}) needs {group.memory.total / GIB:.1f} GiB and "
-                    f"has {device.usable_memory_bytes / GIB:.1f}; most of it is {most} ({parts[most] / GIB:.1f} GiB)"
+                    f"has {usable / GIB:.1f}; most of it is {most} ({parts[most] / GIB:.1f} GiB)"
                 )
     return worst[1] if worst else None
 
@@ -84,6 +90,18 @@ def host_lacks(cluster: Cluster, devices: Sequence[Sequence[int]], host: Sequenc
                     f"{device.host_memory_bytes / GIB:.1f}"
                 )
     return None
+
+
+def megatron_notes(plan: Plan) -> tuple[str, ...]:
+    """What is counted as Megatron does it (`autopar.simulate.async_products`)."""
+    notes = []
+    if any(stage.zero == 0 and stage.mesh.dp > 1 for stage in plan.stages):
+        notes.append("as in Megatron, gradients of whole replicas are reduced after the last backward")
+    if any(stage.mesh.tp > 1 for stage in plan.stages):
+        notes.append("as in Megatron, a vocabulary that the tensor axis does not divide is padded")
+    if plan.sequence_parallel:
+        notes.append("as in Megatron, products gather split sequences again in the backward and add up gradients")
+    return tuple(notes)
 
 
 def host_notes(size_bytes: float) -> tuple[str, ...]:

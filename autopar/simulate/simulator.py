@@ -13,7 +13,14 @@ from autopar.plan.plan import Plan
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.events import Execution, StageTimes, activation_steps, execute, peak_activation_bytes
-from autopar.simulate.feasibility import check_plan, host_lacks, host_notes, infeasible_reason, model_notes
+from autopar.simulate.feasibility import (
+    check_plan,
+    host_lacks,
+    host_notes,
+    infeasible_reason,
+    megatron_notes,
+    model_notes,
+)
 from autopar.simulate.links import link_times
 from autopar.simulate.members import Member, member_costs, slowest_times
 from autopar.simulate.schedules import ActionLists, plan_actions
@@ -31,18 +38,25 @@ class _Group:
     costs: dict[int, StageCost]  # by stage
 
 
-def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = True) -> Timeline:
+def simulate(
+    graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = True, as_system: bool = False
+) -> Timeline:
     """The step that a plan takes. InputError for a plan that its graph or cluster cannot hold.
 
     Each kind of device of a stage is timed by itself, and the stage takes as long as the slowest of them; the
     schedule's action lists are then executed exactly. Without `detail` the timeline has no events and no memory over
-    time, for searches that want its figures alone.
+    time, for searches that want its figures alone. `as_system`: what training systems make of
+    these degrees instead of this trainer: all memory that there is may be used, and Megatron's ways are counted
+    (`autopar.simulate.async_products`) where there are stages or a tensor axis, and parameters are whole.
     """
     graph = rewritten(graph, plan.rewrites)
     check_plan(graph, cluster, plan)
     lists = as_run(graph, plan, plan_actions(plan))
     num_ranks = len(lists)
-    costs, times = pipeline_times(graph, cluster, plan)
+    as_megatron = as_system and all(stage.zero < 3 for stage in plan.stages) and (
+        plan.num_stages > 1 or plan.stages[0].mesh.tp > 1
+    )
+    costs, times = pipeline_times(graph, cluster, plan, as_megatron=as_megatron)
     run = execute(lists, times)
     tied = _tied_sums(graph, cluster, plan)
     reduced = _reduced(run, costs, tied)
@@ -58,7 +72,8 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = 
         for group, peak, end in zip(groups, peaks, ends, strict=True)
     )
     host = _host_bytes(run, groups)
-    reason = infeasible_reason(cluster, timelines) or host_lacks(cluster, [g.devices for g in groups], host)
+    reason = infeasible_reason(cluster, timelines, leaves_room=not as_system)
+    reason = reason or host_lacks(cluster, [g.devices for g in groups], host)
     kinds = [(cluster.device(group.devices[0]), len(group.devices)) for group in groups]  # a group's are alike
     flops = sum(
         cost.forward_flops * len(member.lanes) / (plan.stages[i].mesh.cp * plan.stages[i].mesh.tp)
@@ -73,15 +88,17 @@ def simulate(graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = 
         events=tuple(
             event for i, group in enumerate(groups) for event in _events(i, group, run, reduced, ends[i])
         ) if detail else (),
-        notes=(*model_notes(graph, cluster, plan), *host_notes(max(host))),
+        notes=(
+            *model_notes(graph, cluster, plan), *(megatron_notes(plan) if as_megatron else ()), *host_notes(max(host))
+        ),
     )
 
 
 def pipeline_times(
-    graph: ModelGraph, cluster: Cluster, plan: Plan
+    graph: ModelGraph, cluster: Cluster, plan: Plan, *, as_megatron: bool = False
 ) -> tuple[list[dict[Member, StageCost]], list[StageTimes]]:
     """Of each stage what it costs each kind of its devices, and its times; `graph` is as the plan rewrites it."""
-    costs = [member_costs(graph, cluster, plan, i) for i in range(plan.num_stages)]
+    costs = [member_costs(graph, cluster, plan, i, as_megatron=as_megatron) for i in range(plan.num_stages)]
     links = [link_times(graph, cluster, plan, i) for i in range(plan.num_stages - 1)]
     times = [
         slowest_times(list(own.values()), links[i][0] if i < len(links) else 0.0, links[i - 1][1] if i else 0.0)

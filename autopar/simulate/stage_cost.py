@@ -112,16 +112,21 @@ def _group(cluster: Cluster, plan: Plan, ranks: tuple[int, ...]) -> _Group:
 
 def stage_cost(
     graph: ModelGraph, cluster: Cluster, plan: Plan, index: int, *, device: DeviceType | None = None,
-    rows: float | None = None,
+    rows: float | None = None, as_megatron: bool = False,
 ) -> StageCost:
-    """The cost of `plan.stages[index]`: on its slowest device with an even share of rows, or on this one with these."""
+    """The cost of `plan.stages[index]`: on its slowest device with an even share of rows, or on this one with these.
+
+    `as_megatron`: as Megatron runs it (`autopar.simulate.async_products`).
+    """
     stage = plan.stages[index]
     mesh, blocks = stage.mesh, graph.blocks[stage.first : stage.last]
     device = device or slowest_device(cluster, stage.devices, plan.dtype)
     rows = rows or plan.global_batch / (mesh.dp * plan.num_micro_batches)
     tp_group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
     outer, experts = context_axis(cluster, stage), expert_axis(cluster, stage)
-    costs = [_cost_of(graph, plan, block, stage, rows, device, tp_group, outer, experts) for block in blocks]
+    costs = [
+        _cost_of(graph, plan, block, stage, rows, device, tp_group, outer, experts, as_megatron) for block in blocks
+    ]
 
     forward = sum(cost.forward_compute_s for cost in costs)
     backward = sum(cost.backward_compute_s for cost in costs)
@@ -145,12 +150,18 @@ def stage_cost(
     static = replace(static, buffers=static.buffers + always)
     if stage.zero < 2 and plan.num_micro_batches > 1:
         # Gradients are added up in float32: one is read, the sum is read and written.
-        adding = measured_pass_s(device, "accumulate", numel, plan.dtype)
+        added_numel = numel - sum({
+            name: size for block, cost in zip(blocks, costs, strict=True)
+            for name, size, in_place in zip(block.params, cost.params, cost.summed_in_place, strict=True) if in_place
+        }.values())
+        adding = measured_pass_s(device, "accumulate", added_numel, plan.dtype)
         if adding is None:
-            adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * numel / memory_bandwidth(device)
+            adding = (DTYPE_BYTES[plan.dtype] + 2 * GRADIENT_BYTES) * added_numel / memory_bandwidth(device)
         backward += adding
         weights += adding
-    data = _data_parallel(cluster, plan, stage, blocks, costs, added, held_numels, device)
+    data = _data_parallel(
+        cluster, plan, stage, blocks, costs, added, held_numels, device, at_once=as_megatron and stage.zero == 0
+    )
     moved = sum(
         optimizer_step_bytes(each.numel, zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer)
         for each in held_numels
@@ -256,12 +267,12 @@ def inner_axis(cluster: Cluster, ranks: tuple[int, ...]) -> CostAxis:
 
 def _cost_of(
     graph: ModelGraph, plan: Plan, block: Block, stage: Stage, rows: float, device: DeviceType,
-    tp_group: GroupShape | None, outer: tuple[CostAxis, ...], experts: CostAxis | None,
+    tp_group: GroupShape | None, outer: tuple[CostAxis, ...], experts: CostAxis | None, as_megatron: bool,
 ) -> BlockCost:
     return block_cost(
         graph, graph.block_class[block.cls], plan.class_shardings(block.cls, stage),
         tp=stage.mesh.tp, rows=rows, device=device, tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
-        outer=outer, expert_axis=experts,
+        outer=outer, expert_axis=experts, as_megatron=as_megatron,
     )
 
 
@@ -369,9 +380,12 @@ class _DataTimes:
 
 def _data_parallel(
     cluster: Cluster, plan: Plan, stage: Stage, blocks: Sequence[Block], costs: Sequence[BlockCost],
-    added: Sequence[VariantCost], numels: Sequence[_Numels], device: DeviceType,
+    added: Sequence[VariantCost], numels: Sequence[_Numels], device: DeviceType, *, at_once: bool = False,
 ) -> _DataTimes:
-    """What gathering parameters and reducing gradients adds, by ZeRO level (each layer a unit, the rest the root)."""
+    """What gathering parameters and reducing gradients adds, by ZeRO level (each layer a unit, the rest the root).
+
+    `at_once`: all gradients are reduced together after the last backward, where they lie.
+    """
     mesh, zero = stage.mesh, stage.zero
     if mesh.dp * mesh.cp == 1:
         return _DataTimes(forward_s=0.0, backward_s=0.0, start_s=0.0, end_s=0.0)
@@ -413,6 +427,10 @@ def _data_parallel(
         measured = _measured_units(plan, stage, numels, sizes, device)
         if measured is not None:
             return measured
+    if at_once:
+        return _DataTimes(
+            forward_s=0.0, backward_s=0.0, start_s=0.0, end_s=sum(reduce_s(own, own.numel) for own in numels)
+        )
     once_forward = forward_exposed(forward_s, gathers, hides=hides) if zero > 0 else Exposed(during_s=0.0, after_s=0.0)
     reducing = backward_exposed(flipped, none, list(reversed(reductions)), hides=hides)
     # Kernels that move gradients and gathered parameters about, beside the communication itself.
