@@ -14,7 +14,7 @@ from autopar.plan.plan import is_layer
 from autopar.search.block_problem import is_hidden, is_image
 from autopar.search.intra_op import shard_class, shard_class_jointly
 from autopar.search.rewriting import Variants, Weighed, best_rewrites
-from autopar.search.ties import TieSearch
+from autopar.search.ties import Options, TieSearch
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies
 from autopar.sharding.propagate import ClassStrategies, class_strategies
 from autopar.sharding.rewrite import Rewrite
@@ -126,34 +126,58 @@ class ShardingChooser:
         outer = inner_axis(self._cluster, tuple(i * tp for i in range(cp)))
         sizes = (cp, tp) if tp > 1 else (cp,)
         boundary = (shard(1), shard(1) if sequence_parallel else R)[: len(sizes)]
-        found: list[ClassSharding] = []
+        weight, device = float(split_weights), slowest_device(self._cluster)
+        group = tp_group(self._cluster, tp) if tp > 1 else None
+        costs = {
+            cls.name: ClassCosts(
+                self._graph, cls, tp=tp, rows=self._rows, device=device, tp_group=group, dtype=self._dtype,
+                outer=(outer,),
+            ) for cls in self.classes
+        }
+
+        def solve(cls: BlockClass, options: Options) -> tuple[ClassSharding, ...] | None:
+            return shard_class_jointly(
+                cls, options, boundary, costs[cls.name], parameter_weight=weight,
+                whole_params=(True, False)[: len(sizes)],
+            )
+
+        def time_s(cls: BlockClass, shardings: tuple[ClassSharding, ...]) -> float:
+            cost = block_cost(
+                self._graph, cls, shardings, tp=tp, rows=self._rows, device=device, tp_group=group, dtype=self._dtype,
+                outer=(outer,),
+            )
+            return (cost.forward_compute_s + cost.backward_compute_s
+                    + cost.forward_tp_comm_s + cost.backward_tp_comm_s)
+
+        def charge_s(cls: BlockClass, param: str, place: Placement) -> float:
+            return weight * costs[cls.name].param_time_s(param, place, num_micro_batches=1)
+
+        chosen: dict[str, tuple[ClassSharding, ...]] = {}
+        shared: dict[str, Options] = {}
         notes: list[str] = []
         for cls in self.classes:
-            costs = ClassCosts(
-                self._graph, cls, tp=tp, rows=self._rows, device=slowest_device(self._cluster),
-                tp_group=tp_group(self._cluster, tp) if tp > 1 else None, dtype=self._dtype, outer=(outer,),
-            )
             strategies = joint_strategies(cls, sizes)
-
-            def search(options: Mapping[str, Sequence[JointStrategy]], cls: BlockClass = cls,
-                       costs: ClassCosts = costs) -> tuple[ClassSharding, ...] | None:
-                return shard_class_jointly(
-                    cls, options, boundary, costs, parameter_weight=float(split_weights),
-                    whole_params=(True, False)[: len(sizes)],
-                )
-
-            shardings = search(strategies)
+            shardings = solve(cls, strategies)
             if shardings is None:
                 return None
             is_asked = split_products and tp > 1 and cls.name in self._layer_classes and _products(cls)
             if is_asked and not _splits_products(cls, shardings[-1]):
-                shardings = search(_without_repetition(cls, strategies)) or shardings
+                shardings = solve(cls, _without_repetition(cls, strategies)) or shardings
                 notes.append(
                     f"tp {tp} splits {cls.name} as asked; repeating the work is faster here"
                     if _splits_products(cls, shardings[-1]) else
                     f"tp {tp} can split no product of {cls.name}: each tensor rank repeats them"
                 )
-            found += [replace(own, axis=axis) for own, axis in zip(shardings, ("cp", "tp"), strict=False)]
+            chosen[cls.name] = shardings
+            if cls.name in self._sharing_classes:
+                shared[cls.name] = strategies
+        if tp > 1:
+            ties = TieSearch(graph=self._graph, solve=solve, time_s=time_s, charge_s=charge_s)
+            chosen = ties.settle(chosen, shared)
+        found = [
+            replace(own, axis=axis) for shardings in chosen.values()
+            for own, axis in zip(shardings, ("cp", "tp"), strict=False)
+        ]
         choice = Choice(shardings=tuple(found), notes=tuple(notes))
         return choice if split_products else self._with_rewrites(
             choice, sizes=sizes, outer=(outer,), boundary=boundary, weight=float(split_weights)
@@ -289,21 +313,28 @@ class ShardingChooser:
     ) -> dict[str, ClassSharding]:
         device, group = slowest_device(self._cluster), tp_group(self._cluster, tp)
 
-        def solve(cls: BlockClass, options: Mapping[str, Sequence[Strategy]]) -> ClassSharding | None:
-            return shard_class(cls, options, boundary, self._of_class(cls, tp)[1], parameter_weight=weight)
+        def solve(cls: BlockClass, options: Options) -> tuple[ClassSharding] | None:
+            alone = {name: [own for (own,) in each] for name, each in options.items()}
+            choice = shard_class(cls, alone, boundary, self._of_class(cls, tp)[1], parameter_weight=weight)
+            return None if choice is None else (choice,)
 
-        def time_s(cls: BlockClass, choice: ClassSharding) -> float:
+        def time_s(cls: BlockClass, choice: tuple[ClassSharding, ...]) -> float:
             cost = block_cost(
                 self._graph, cls, choice, tp=tp, rows=self._rows, device=device, tp_group=group, dtype=self._dtype
             )
             return (cost.forward_compute_s + cost.backward_compute_s
                     + cost.forward_tp_comm_s + cost.backward_tp_comm_s)
 
-        def charge_s(cls: BlockClass, param: str, state: State) -> float:
+        def charge_s(cls: BlockClass, param: str, state: Placement) -> float:
             return weight * self._of_class(cls, tp)[1].param_time_s(param, state, num_micro_batches=1)
 
+        options = {
+            cls.name: {name: [(own,) for own in each] for name, each in self._of_class(cls, tp)[0].items()}
+            for cls in self.classes if cls.name in self._sharing_classes
+        }
         search = TieSearch(graph=self._graph, solve=solve, time_s=time_s, charge_s=charge_s)
-        return search.settle(found, {cls.name: self._of_class(cls, tp)[0] for cls in self.classes})
+        settled = search.settle({name: (choice,) for name, choice in found.items()}, options)
+        return {name: choice for name, (choice,) in settled.items()}
 
     @property
     def _layer_classes(self) -> set[str]:
