@@ -45,15 +45,16 @@ def simulate(
 
     Each kind of device of a stage is timed by itself, and the stage takes as long as the slowest of them; the
     schedule's action lists are then executed exactly. Without `detail` the timeline has no events and no memory over
-    time, for searches that want its figures alone. `as_system`: what training systems make of
-    these degrees instead of this trainer: all memory that there is may be used, and Megatron's ways are counted
+    time, for searches that want its figures alone. `as_system`: what training systems make of these degrees instead of
+    this trainer: all memory that there is may be used, and on GPUs Megatron's ways are counted
     (`autopar.simulate.async_products`) where there are stages or a tensor axis, and parameters are whole.
     """
     graph = rewritten(graph, plan.rewrites)
     check_plan(graph, cluster, plan)
     lists = as_run(graph, plan, plan_actions(plan))
     num_ranks = len(lists)
-    as_megatron = as_system and all(stage.zero < 3 for stage in plan.stages) and (
+    on_cpu = cluster.device(plan.stages[0].devices[0]).name.startswith("CPU")
+    as_megatron = as_system and not on_cpu and all(stage.zero < 3 for stage in plan.stages) and (
         plan.num_stages > 1 or plan.stages[0].mesh.tp > 1
     )
     costs, times = pipeline_times(graph, cluster, plan, as_megatron=as_megatron)

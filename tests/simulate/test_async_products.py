@@ -113,6 +113,9 @@ def test_only_degrees_are_counted_so_and_the_notes_say_it() -> None:
     assert own.step_time_s < theirs.step_time_s
     assert not any("Megatron" in note for note in own.notes)
     assert sum("as in Megatron" in note for note in theirs.notes) == 2
+    cpu = replace(machine.nodes[0], device=replace(hand.DEVICE, name="CPU"))
+    cpus = replace(machine, nodes=(cpu,))
+    assert simulate(GRAPH, cpus, plan, as_system=True) == simulate(GRAPH, cpus, plan)
     one = hand.plan(GRAPH, mesh=Mesh(dp_replicate=2))
     assert simulate(GRAPH, machine, one, as_system=True).step_time_s == simulate(GRAPH, machine, one).step_time_s
 
