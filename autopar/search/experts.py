@@ -15,7 +15,7 @@ from autopar.graph.expert_params import unsplit_experts
 from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import shared_work
 from autopar.search.candidates import Candidate, PlanRequest, divisors
-from autopar.search.mixed import MixedFound, simulated
+from autopar.search.planned import Planned, simulated
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.stage_cost import inner_axis, stage_cost
 
@@ -35,7 +35,7 @@ class ExpertsOutcome:
     `timed_out`: the time limit or an interrupt came first.
     """
 
-    best: MixedFound | None = None
+    best: Planned | None = None
     lower_bound_s: float = float("inf")
     num_simulated: int = 0
     timed_out: bool = False
@@ -60,7 +60,7 @@ def search_experts(
     fixed = fixed_size(engine.request)
     if not engine.cluster.is_uniform or unsplit_experts(engine.graph, 1) or fixed == 1:
         return ExpertsOutcome()
-    found: MixedFound | None = None
+    found: Planned | None = None
     lower_s, number, actions = float("inf"), 0, 0
     try:
         for setting in sorted(_settings(engine, space, best_s, deadline)):
@@ -76,7 +76,7 @@ def search_experts(
             for cut in sorted(own for own in cuts if own is not None):
                 number += 1
                 actions += 2 * c.pp * c.num_micro_batches
-                made = simulated(engine, engine.plan(c, cut, ep=setting.ep), c)
+                made = simulated(engine, engine.plan(c, cut, ep=setting.ep))
                 if made is not None and made.step_time_s < (found.step_time_s if found is not None else best_s):
                     found = made
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, divisors
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
 from autopar.search.plan_schedules import WORTH, other_schedule
+from autopar.search.planned import Planned
 from autopar.search.runs import Passed, Runs, RunStage
 from autopar.sharding.rewrite import Rewrite
 from autopar.simulate.simulator import simulate
@@ -30,6 +31,7 @@ CLOSE = 0.005  # what is not better by so much is not looked for
 MAX_PASSES = 6  # of one number of micro-batches, each after a better plan was found
 MAX_IMPROVED = 150  # simulations
 MAX_POOLS = 6
+MAX_OTHERS = 60  # simulations of stages of other numbers and orders than those of least bound
 SETTINGS_TRIED = 3  # of a stage, when a plan is improved
 
 
@@ -42,31 +44,6 @@ class Part:
     setting: Setting
     ranks: tuple[int, ...]
     group: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MixedFound:
-    """A plan that was simulated and fits."""
-
-    step_time_s: float
-    plan: Plan
-    peak_bytes: tuple[float, ...]
-    limit_bytes: tuple[float, ...]
-
-
-def simulated(engine: Engine, plan: Plan, c: Candidate) -> MixedFound | None:
-    """A plan made from a candidate, as the simulator sees it; None where it does not fit or is no plan."""
-    try:
-        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
-    except AutoparError as error:
-        log.info("a plan cannot be simulated: %s", error)
-        return None
-    if not timeline.feasible or next(problems(plan, engine.graph), None):
-        return None
-    limits = tuple(kind.memory_limit_bytes for kind in engine.layout.kinds(c))
-    return MixedFound(
-        step_time_s=timeline.step_time_s, plan=plan, peak_bytes=timeline.rank_peak_bytes, limit_bytes=limits
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +60,13 @@ class MixedOutcome:
     """The best found (None: none fits or none is better), what no plan of this space can beat, and how much was done.
     """
 
-    best: MixedFound | None = None
+    best: Planned | None = None
     lower_bound_s: float = math.inf
     num_searched: int = 0  # settings of groups, over all numbers of micro-batches
     num_simulated: int = 0
     complete: bool = True
     idle: IdleFound | None = None
-    tried: dict[tuple[Part, ...], MixedFound | None] = field(default_factory=dict)
+    tried: dict[tuple[Part, ...], Planned | None] = field(default_factory=dict)
 
     def idle_notes(self, step_s: float) -> tuple[str, ...]:
         """What to tell of devices that had better be left unused, beside a plan with this step time."""
@@ -109,7 +86,8 @@ class _Problem:
     costs: MixedCosts
     runs: Runs
     lower_s: float
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Part, ...] = ()  # of the best plan so far
+    others: tuple[tuple[float, tuple[RunStage, ...]], ...] = ()  # of other numbers and orders of stages, with bounds
     partly: dict[int, tuple[RunStage, ...]] = field(default_factory=dict)  # stages on some of the pools
     partly_s: dict[int, float] = field(default_factory=dict)
 
@@ -144,8 +122,9 @@ class _Search:
             if self._pass(problem):
                 open_.append(problem)
             self._told()
+        self._try_others(open_)
         open_.sort(key=lambda own: (own.lower_s, own.index))
-        for problem in open_[:2]:
+        for problem in sorted(open_, key=lambda own: (self._step_s(own.parts), own.index))[:2]:
             self._improve(problem)
         for problem in open_:
             for _ in range(MAX_PASSES):
@@ -184,10 +163,33 @@ class _Search:
             return False
         problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
         parts = self._parts(problem.costs, passed.stages[every])
-        self._simulated(problem.costs, parts)
-        if self.outcome.tried[parts] is not None:
-            problem.parts = parts
+        self._try(problem, parts)
+        problem.others = passed.others
         return problem.lower_s < self.goal_s
+
+    def _try(self, problem: _Problem, parts: tuple[Part, ...]) -> None:
+        """Simulates the parts, which are the problem's where none of it were better."""
+        found = self._simulated(problem.costs, parts)
+        if found is not None and found.step_time_s < self._step_s(problem.parts):
+            problem.parts = parts
+
+    def _step_s(self, parts: tuple[Part, ...]) -> float:
+        """What the parts were found to take; infinite where they do not fit or there are none."""
+        found = self.outcome.tried.get(parts)
+        return math.inf if found is None else found.step_time_s
+
+    def _try_others(self, problems: Sequence[_Problem]) -> None:
+        """Simulates stages of other numbers and orders, which their bounds may put too far behind."""
+        every = sorted(
+            (bound, problem.index, at) for problem in problems for at, (bound, _) in enumerate(problem.others)
+        )
+        by_index = {problem.index: problem for problem in problems}
+        for bound, index, at in every[:MAX_OTHERS]:
+            self._check_time()
+            if bound >= self.goal_s:
+                break
+            problem = by_index[index]
+            self._try(problem, self._parts(problem.costs, problem.others[at][1]))
 
     def _keep_partly(self, problem: _Problem, passed: Passed) -> None:
         for mask, bound in passed.bounds_s.items():
@@ -248,7 +250,7 @@ class _Search:
             found.append(Part(stage.first, stage.last, setting, ranks, stage.group))
         return tuple(found)
 
-    def _simulated(self, costs: MixedCosts, parts: tuple[Part, ...]) -> MixedFound | None:
+    def _simulated(self, costs: MixedCosts, parts: tuple[Part, ...]) -> Planned | None:
         """The parts as a plan, simulated; None where it does not fit or is not legal."""
         outcome = self.outcome
         if parts not in outcome.tried:
@@ -259,7 +261,7 @@ class _Search:
             outcome.best = found
         return found
 
-    def _make(self, costs: MixedCosts, parts: tuple[Part, ...], *, whole: bool = True) -> MixedFound | None:
+    def _make(self, costs: MixedCosts, parts: tuple[Part, ...], *, whole: bool = True) -> Planned | None:
         """`whole`: the plan must be legal, with every device used."""
         plan = mixed_plan(self.engine, costs, parts)
         try:
@@ -277,7 +279,7 @@ class _Search:
             ordered = simulate(self.engine.graph, self.cluster, other, detail=False)
             if ordered.feasible and ordered.step_time_s < timeline.step_time_s * (1 - WORTH):
                 plan, timeline = other, ordered
-        return MixedFound(
+        return Planned(
             step_time_s=timeline.step_time_s, plan=plan,
             peak_bytes=timeline.rank_peak_bytes,
             limit_bytes=tuple(part.setting.kind.memory_limit_bytes for part in parts),

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from autopar.cluster.cluster import Cluster
-from autopar.errors import AutoparError
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import actions_to_csv
 from autopar.plan.plan import Plan, Recompute, Schedule
-from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Found
+from autopar.search.planned import Planned, simulated
 from autopar.search.schedule_search import search_schedule
 from autopar.sharding.rewrites import rewritten
-from autopar.simulate.simulator import pipeline_times, simulate
+from autopar.simulate.simulator import pipeline_times
 from autopar.simulate.splitting import unsplit_reason
 
 log = logging.getLogger(__name__)
@@ -28,53 +27,26 @@ ORDERED = 3  # pipelines, those of least time under 1F1B, that are tried in othe
 CHUNKS = (2, 4)  # stages on a device
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ordered:
-    """A plan in another order than 1F1B, simulated and found to fit. Bytes are of each stage's devices."""
-
-    step_time_s: float
-    plan: Plan
-    peak_bytes: tuple[float, ...]
-    limit_bytes: tuple[float, ...]
-
-
 def search_orders(
     engine: Engine, best_s: float, deadline: float | None, others: Sequence[Found] = ()
-) -> Ordered | None:
+) -> Planned | None:
     """The best of the quickest pipelines, and of some others, in other orders; None where none beats `best_s`.
 
     An interrupt ends it with the best so far.
     """
-    found: Ordered | None = None
+    found: Planned | None = None
     try:
         for base in dict.fromkeys((*engine.quickest_pipelines(ORDERED), *others)):
             for plan in _orders(engine, base, best_s):
                 if engine.out_of_time(deadline):
                     return found
                 limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
-                made = _simulated(engine, base, plan)
+                made = simulated(engine, plan)
                 if made is not None and made.step_time_s < limit_s:
                     found = made
     except KeyboardInterrupt:
         engine.interrupted = True
     return found
-
-
-def _simulated(engine: Engine, base: Found, plan: Plan) -> Ordered | None:
-    try:
-        timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
-    except AutoparError as error:
-        log.info("a pipeline in another order cannot be simulated: %s", error)
-        return None
-    if not timeline.feasible or (problem := next(problems(plan, engine.graph), None)):
-        log.info("a pipeline in another order: %s", problem if timeline.feasible else timeline.infeasible_reason)
-        return None
-    ranks = [index % base.candidate.pp for index in range(plan.num_stages)]
-    return Ordered(
-        step_time_s=timeline.step_time_s, plan=plan,
-        peak_bytes=tuple(timeline.rank_peak_bytes[rank] for rank in ranks),
-        limit_bytes=tuple(base.limit_bytes[rank] for rank in ranks),
-    )
 
 
 def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:

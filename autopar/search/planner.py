@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
-from autopar.errors import InfeasibleError, InputError
+from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Certificate, Plan
+from autopar.plan.plan import Baseline, Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
-from autopar.search.best_first import Engine, Outcome, Progress
+from autopar.search.best_first import Engine, Found, Outcome, Progress
 from autopar.search.borders import search_borders
 from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.search.experts import NOT_TRIED, ExpertsOutcome, fixed_size, search_experts, why_none
+from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_none
 from autopar.search.mixed import MixedOutcome, search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.plan_schedules import ORDERED, search_orders
+from autopar.search.planned import Planned
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
@@ -79,164 +81,223 @@ def find_plan(
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
     engine = engine or Engine(graph, cluster, request)
-    space = candidates(
-        cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes="tp" in dict(request.mesh)
-    )
-    if deadline is not None:
-        engine.probe(space, deadline)
-    ep = fixed_size(request) or 1
-    mixed = MixedOutcome()
-    if ep == 1:
-        mixed = search_mixed(engine, cluster, engine.best.step_time_s if engine.best else math.inf, deadline, progress)
-    baselines = run_baselines(engine, space, deadline)
-    if ep > 1:
-        outcome = Outcome(best=None, lower_bound_s=math.inf, num_simulated=0, complete=True)  # all is without the axis
-    elif mixed.best is not None:
-        outcome = engine.search(
-            space, incumbent=engine.best, deadline=deadline, progress=progress, below_s=mixed.best.step_time_s,
-            max_simulations=MAX_BESIDE,
-        )
-    else:
-        outcome = engine.search(space, incumbent=engine.best, deadline=deadline, progress=progress)
-    if outcome.best is None and not outcome.timed_out and not request.mesh and mixed.best is None:
-        wider = candidates(cluster, request, engine.chooser, len(graph.blocks), tp_across_nodes=True)
-        if len(wider) > len(space):
-            space = wider
-            outcome = engine.search(space, deadline=deadline, progress=progress)
-    context = (
-        search_context(engine, cluster, request, outcome.best, deadline, progress) if mixed.best is None and ep == 1
-        else ContextOutcome()
-    )
-    if context.outcome is not None:
-        outcome = replace(
-            context.outcome, lower_bound_s=min(outcome.lower_bound_s, context.outcome.lower_bound_s),
-            complete=outcome.complete and context.outcome.complete,
-            timed_out=outcome.timed_out or context.outcome.timed_out,
-            num_simulated=outcome.num_simulated + context.outcome.num_simulated,
-        )
-    if context.cut_short:
-        outcome = replace(outcome, complete=False, timed_out=True)
-    best = outcome.best
-    step_s = min(own.step_time_s for own in (best, mixed.best) if own is not None) if best or mixed.best else math.inf
-    before = engine.quickest_pipelines(ORDERED)
-    if best is not None and best.step_time_s == step_s:
-        best = search_borders(engine, best, deadline)
-        step_s = best.step_time_s
-    if mixed.best is not None:
-        # What was proved is of stages of their own mesh; plans of one mesh for all were tried beside them.
-        tried = ONE_MESH.format(tried=outcome.num_simulated, total=len(space))
-        outcome = replace(
-            outcome, lower_bound_s=min(step_s, mixed.lower_bound_s), complete=mixed.complete,
-            timed_out=not mixed.complete, num_simulated=outcome.num_simulated + mixed.num_simulated,
-        )
-    experts = ExpertsOutcome()
-    if best is None and mixed.best is None:
-        experts = search_experts(engine, space, None, math.inf, deadline)
-    if best is None and mixed.best is None and experts.best is None:
-        if outcome.timed_out:
-            raise InfeasibleError(
-                f"the time limit of {request.max_search_seconds:g} s came before any plan was found; give "
-                f"--max-search-seconds more time"
-            )
-        if not space:
-            raise InputError(no_mesh(cluster, request))
-        if ep > 1:
-            raise InputError(why_none(engine, ep))
-        raise InfeasibleError(
-            smallest_need(engine, space, deadline) if need
-            else f"{graph.name} does not fit into the memory of {cluster.name}"
-        )
-    if mixed.best is not None and not engine.interrupted and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
-        # What is slower in the usual order may be quicker than stages of unlike meshes in another.
-        try:
-            engine.search([own for own in space if own.pp > 1], deadline=deadline, max_simulations=MAX_TO_ORDER)
-        except KeyboardInterrupt:
-            engine.interrupted = True
-    ordered = search_orders(engine, step_s, deadline, before) if ep == 1 else None
-    if ordered is not None:
-        step_s = ordered.step_time_s
-    shared = search_shares(engine, request, step_s, deadline) if ep == 1 else None
-    if shared is not None:
-        step_s = shared.step_time_s
-    if experts.best is None:
-        experts = search_experts(engine, space, best, step_s, deadline)
-    if experts.best is not None:
-        step_s = experts.best.step_time_s
-        outcome = replace(outcome, lower_bound_s=min(outcome.lower_bound_s, experts.lower_bound_s))
-    if experts.timed_out:
-        outcome = replace(outcome, complete=False, timed_out=True)
-    if engine.interrupted:
-        outcome = replace(outcome, complete=False)
-    outcome = replace(outcome, lower_bound_s=min(step_s, outcome.lower_bound_s))
+    searches = _Searches(engine, deadline, progress)
+    searches.run()
+    found = searches.best
+    if found is None and engine.interrupted:
+        raise KeyboardInterrupt
+    if found is None:
+        raise searches.why_nothing(need=need)
     searched_s = time.monotonic() - began
-    offload = request.offload and all(node.device.host_bandwidth_bytes_per_s for node in cluster.nodes)
-    log.info("searched %d candidates, simulated %d, in %.2f s", len(space), outcome.num_simulated, searched_s)
-    if experts.best is not None:
-        plan = experts.best.plan
-        memory = tuple(zip(experts.best.peak_bytes, experts.best.limit_bytes, strict=True))
-    elif shared is not None:
-        plan = shared.plan
-        memory = tuple(zip(shared.peak_bytes, shared.limit_bytes, strict=True))
-    elif ordered is not None:
-        plan = ordered.plan
-        memory = tuple(zip(ordered.peak_bytes, ordered.limit_bytes, strict=True))
-    elif mixed.best is not None and mixed.best.step_time_s == step_s:
-        plan = mixed.best.plan
-        memory = tuple(zip(mixed.best.peak_bytes, mixed.best.limit_bytes, strict=True))
-    else:
-        assert best is not None, "one of them was found"
-        plan = engine.plan(best.candidate, best.cuts)
-        memory = tuple(zip(best.peak_bytes, best.limit_bytes, strict=True))
-    if mixed.best is not None:
-        what = (
-            f"{mixed.num_searched} settings of tp, dp, ZeRO and micro-batch of groups of devices, as stages of their "
-            "own mesh in all orders of the kinds of nodes and with warm-ups as deep as memory lets"
-        )
-        lacking: tuple[str, ...] = (IN_RUNS, tried, *UNLIKE_NOT_SEARCHED)
-    else:
-        what = (
-            f"{len(space) + context.num_searched} settings of pp, tp, sequence parallelism, dp, ZeRO"
-            f"{', optimizer offload' * offload} and micro-batch{_context_words(context)}{f' with ep {ep}' * (ep > 1)}"
-        )
-        lacking = (ALIKE, *NOT_SEARCHED)
-    if has_unlike_devices(cluster):
-        lacking = (*lacking, NOT_SHARED)
-    if not unsplit_experts(graph, 1):
-        lacking = (*lacking, NOT_TRIED)
-    certificate = Certificate(
-        upper_bound_s=step_s, lower_bound_s=outcome.lower_bound_s,
-        searched=f"{what}, each over all cuts of {len(graph.blocks)} blocks and all counts of layers that recompute"
-                 f"{' or offload' * offload}{_early(engine, outcome)}",
-        not_searched=(*lacking, *(() if offload else ("offload to host memory",))),
-        search_seconds=searched_s, stopped_early=not outcome.complete,
-    )
-    notes = (*plan.notes, *mixed.idle_notes(step_s))
-    if one_part := engine.chooser.needs_whole_batch:
-        notes = (*notes, f"searched without data axes and micro-batches: {one_part}")
-    if any(stage.num_offloaded or stage.offload_optimizer for stage in plan.stages):
-        notes = (*notes, OFFLOAD_NOTE)
+    log.info("searched %d candidates, simulated %d, in %.2f s", len(searches.space), searches.num_simulated, searched_s)
     plan = replace(
-        plan, certificate=certificate, baselines=baselines, coverage=plan_coverage(graph, cluster, plan),
-        notes=notes,
+        found.plan, certificate=searches.certificate(searched_s), baselines=searches.baselines,
+        coverage=plan_coverage(graph, cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
         stages=tuple(
             replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
-            for stage, (peak, limit) in zip(plan.stages, memory, strict=True)
+            for stage, peak, limit in zip(found.plan.stages, found.peak_bytes, found.limit_bytes, strict=True)
         ),
     )
     verify_plan(plan, graph, cluster)
     return plan
 
 
-def _context_words(context: ContextOutcome) -> str:
-    return f", {context.num_searched} of them with a context axis" if context.num_searched else ""
+class _Searches:
+    """The searches of one request, one after another, each for what beats `best`; and what they proved together.
 
+    What is interrupted or out of time ends at once, and so do all after it.
+    """
 
-def _early(engine: Engine, outcome: Outcome) -> str:
-    """Why the search ended before all was settled."""
-    if outcome.complete:
-        return ""
-    if engine.interrupted:
-        return "; an interrupt came first"
-    if outcome.timed_out:
-        return f"; the time limit of {engine.request.max_search_seconds:g} s came first"
-    return f"; the limit of work, here {outcome.num_simulated} simulations, came first"
+    def __init__(self, engine: Engine, deadline: float | None, progress: Progress | None) -> None:
+        self.engine, self.deadline, self.progress = engine, deadline, progress
+        self.graph, self.cluster, self.request = engine.graph, engine.cluster, engine.request
+        self.space = candidates(
+            self.cluster, self.request, engine.chooser, len(self.graph.blocks),
+            tp_across_nodes="tp" in dict(self.request.mesh),
+        )
+        self.ep = fixed_size(self.request) or 1  # of the expert axis, where the user fixed it
+        self.best: Planned | None = None
+        self.lower_bound_s = math.inf
+        self.num_simulated = 0
+        self.complete, self.timed_out = True, False
+        self.baselines: tuple[Baseline, ...] = ()
+        self.mixed = MixedOutcome()
+        self.context = ContextOutcome()
+        self._one_mesh: Found | None = None  # the best of one mesh for all stages
+        self._num_one_mesh = 0  # simulated
+
+    @property
+    def best_s(self) -> float:
+        return math.inf if self.best is None else self.best.step_time_s
+
+    def run(self) -> None:
+        """Runs all searches; `best` is None where nothing was found that fits."""
+        engine, deadline = self.engine, self.deadline
+        if deadline is not None:
+            engine.probe(self.space, deadline)
+        if self.ep == 1:
+            self.mixed = search_mixed(
+                engine, self.cluster, engine.best.step_time_s if engine.best else math.inf, deadline, self.progress
+            )
+        self.baselines = run_baselines(engine, self.space, deadline)
+        if self.ep == 1:
+            self._search_one_mesh()
+            before = engine.quickest_pipelines(ORDERED)
+            self._move_borders()
+            if self.best is not None:
+                self._order_pipelines(before)
+                self._take(search_shares(engine, self.request, self.best_s, deadline))
+        self._search_experts()
+        self.lower_bound_s = min(self.best_s, self.lower_bound_s)
+        self.complete = self.complete and not engine.interrupted
+
+    def _take(self, found: Planned | None) -> None:
+        """What was found is the best if it is there: it was looked for as what beats the best so far."""
+        if found is not None:
+            self.best = found
+
+    def _search_one_mesh(self) -> None:
+        """Plans of one mesh for all stages; a few of them where stages of unlike nodes have meshes of their own."""
+        engine, mixed = self.engine, self.mixed.best
+        if mixed is None:
+            outcome = engine.search(
+                self.space, incumbent=engine.best, deadline=self.deadline, progress=self.progress
+            )
+        else:
+            outcome = engine.search(
+                self.space, incumbent=engine.best, deadline=self.deadline, progress=self.progress,
+                below_s=mixed.step_time_s, max_simulations=MAX_BESIDE,
+            )
+        if outcome.best is None and not outcome.timed_out and not self.request.mesh and mixed is None:
+            wider = candidates(
+                self.cluster, self.request, engine.chooser, len(self.graph.blocks), tp_across_nodes=True
+            )
+            if len(wider) > len(self.space):
+                self.space = wider
+                outcome = engine.search(wider, deadline=self.deadline, progress=self.progress)
+        if mixed is None:
+            outcome = self._search_context(outcome)
+        self._one_mesh, self._num_one_mesh = outcome.best, outcome.num_simulated
+        self.num_simulated = outcome.num_simulated + self.mixed.num_simulated
+        if mixed is None:
+            self.lower_bound_s, self.complete = outcome.lower_bound_s, outcome.complete
+            self.timed_out = outcome.timed_out
+        else:  # what was proved is of stages of their own mesh
+            self.lower_bound_s, self.complete = self.mixed.lower_bound_s, self.mixed.complete
+            self.timed_out = not self.mixed.complete
+        if outcome.best is not None and (mixed is None or outcome.best.step_time_s < mixed.step_time_s):
+            self.best = Planned.of(engine, outcome.best)
+        else:
+            self.best = mixed
+
+    def _search_context(self, outcome: Outcome) -> Outcome:
+        """The outcome with that of plans with a context axis."""
+        self.context = context = search_context(
+            self.engine, self.cluster, self.request, outcome.best, self.deadline, self.progress
+        )
+        if (own := context.outcome) is not None:
+            outcome = replace(
+                own, lower_bound_s=min(outcome.lower_bound_s, own.lower_bound_s),
+                complete=outcome.complete and own.complete, timed_out=outcome.timed_out or own.timed_out,
+                num_simulated=outcome.num_simulated + own.num_simulated,
+            )
+        return replace(outcome, complete=False, timed_out=True) if context.cut_short else outcome
+
+    def _move_borders(self) -> None:
+        """Moves borders of the best pipeline of one mesh, where no other plan beats it."""
+        found = self._one_mesh
+        if found is None or found.step_time_s != self.best_s:
+            return
+        moved = search_borders(self.engine, found, self.deadline)
+        if moved is not found:
+            self._one_mesh, self.best = moved, Planned.of(self.engine, moved)
+
+    def _order_pipelines(self, before: Sequence[Found]) -> None:
+        """Other orders of micro-batches of the quickest pipelines, and of those `before` borders were moved."""
+        engine = self.engine
+        if self.mixed.best is not None and not engine.interrupted and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
+            # What is slower in the usual order may be quicker than stages of unlike meshes in another.
+            try:
+                engine.search(
+                    [own for own in self.space if own.pp > 1], deadline=self.deadline, max_simulations=MAX_TO_ORDER
+                )
+            except KeyboardInterrupt:
+                engine.interrupted = True
+        self._take(search_orders(engine, self.best_s, self.deadline, before))
+
+    def _search_experts(self) -> None:
+        found = search_experts(self.engine, self.space, self._one_mesh, self.best_s, self.deadline)
+        self._take(found.best)
+        if found.best is not None:
+            self.lower_bound_s = min(self.lower_bound_s, found.lower_bound_s)
+        if found.timed_out:
+            self.complete, self.timed_out = False, True
+
+    def why_nothing(self, *, need: bool) -> AutoparError:
+        """What to tell where no plan was found."""
+        if self.timed_out:
+            return InfeasibleError(
+                f"the time limit of {self.request.max_search_seconds:g} s came before any plan was found; give "
+                f"--max-search-seconds more time"
+            )
+        if not self.space:
+            return InputError(no_mesh(self.cluster, self.request))
+        if self.ep > 1:
+            return InputError(why_none(self.engine, self.ep))
+        return InfeasibleError(
+            smallest_need(self.engine, self.space, self.deadline) if need
+            else f"{self.graph.name} does not fit into the memory of {self.cluster.name}"
+        )
+
+    def certificate(self, searched_s: float) -> Certificate:
+        """What was proved of the best plan, and of which plans."""
+        offload, num_context = self._offloads, self.context.num_searched
+        if self.mixed.best is not None:
+            what = (
+                f"{self.mixed.num_searched} settings of tp, dp, ZeRO and micro-batch of groups of devices, as stages "
+                "of their own mesh in all orders of the kinds of nodes and with warm-ups as deep as memory lets"
+            )
+            tried = ONE_MESH.format(tried=self._num_one_mesh, total=len(self.space))
+            lacking: tuple[str, ...] = (IN_RUNS, tried, *UNLIKE_NOT_SEARCHED)
+        else:
+            context = f", {num_context} of them with a context axis" if num_context else ""
+            what = (
+                f"{len(self.space) + num_context} settings of pp, tp, sequence parallelism, dp, ZeRO"
+                f"{', optimizer offload' * offload} and micro-batch{context}{f' with ep {self.ep}' * (self.ep > 1)}"
+            )
+            lacking = (ALIKE, *NOT_SEARCHED)
+        if has_unlike_devices(self.cluster):
+            lacking = (*lacking, NOT_SHARED)
+        if not unsplit_experts(self.graph, 1):
+            lacking = (*lacking, NOT_TRIED)
+        return Certificate(
+            upper_bound_s=self.best_s, lower_bound_s=self.lower_bound_s,
+            searched=f"{what}, each over all cuts of {len(self.graph.blocks)} blocks and all counts of layers that "
+                     f"recompute{' or offload' * offload}{self._early()}",
+            not_searched=(*lacking, *(() if offload else ("offload to host memory",))),
+            search_seconds=searched_s, stopped_early=not self.complete,
+        )
+
+    @property
+    def _offloads(self) -> bool:
+        return self.request.offload and all(node.device.host_bandwidth_bytes_per_s for node in self.cluster.nodes)
+
+    def _early(self) -> str:
+        """Why the searches ended before all was settled."""
+        if self.complete:
+            return ""
+        if self.engine.interrupted:
+            return "; an interrupt came first"
+        if self.timed_out:
+            return f"; the time limit of {self.request.max_search_seconds:g} s came first"
+        return f"; the limit of work, here {self.num_simulated} simulations, came first"
+
+    def notes(self) -> tuple[str, ...]:
+        """What to tell beside the plan's own notes."""
+        assert self.best is not None, "there is a plan"
+        notes = self.mixed.idle_notes(self.best_s)
+        if one_part := self.engine.chooser.needs_whole_batch:
+            notes = (*notes, f"searched without data axes and micro-batches: {one_part}")
+        if any(stage.num_offloaded or stage.offload_optimizer for stage in self.best.plan.stages):
+            notes = (*notes, OFFLOAD_NOTE)
+        return notes

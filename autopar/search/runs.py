@@ -83,11 +83,16 @@ class RunStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """Of each set of whole pools, as bits, the least bound below the limit and the stages that have it."""
+    """Of each set of whole pools, as bits, the least bound below the limit and the stages that have it.
+
+    `others`: of all pools the stages of least bound for each number of stages and pool that comes first, with their
+    bounds, the least first.
+    """
 
     limit_s: float
     bounds_s: dict[int, float]
     stages: dict[int, tuple[RunStage, ...]]
+    others: tuple[tuple[float, tuple[RunStage, ...]], ...] = ()
 
 
 Key = tuple[int, int, int]  # pools that are used, as bits; the last of them; how many of its devices are used
@@ -161,7 +166,20 @@ class Runs:
             if best is not None:
                 bounds[mask] = best[0] * (1 - GENEROUS)
                 stages[mask] = self._read(states, *best[1:])
-        return Passed(limit_s=limit_s, bounds_s=bounds, stages=stages)
+        return Passed(
+            limit_s=limit_s, bounds_s=bounds, stages=stages, others=self._others(states, limit_s) if partly else (),
+        )
+
+    def _others(
+        self, states: dict[Key, _State], limit_s: float
+    ) -> tuple[tuple[float, tuple[RunStage, ...]], ...]:
+        found: list[tuple[float, int, Key]] = []
+        for pool, own in enumerate(self._pools):
+            key = (self.all_pools, pool, own.num_devices)
+            if key in states:
+                values = states[key].least_s[:, 0]
+                found += [(float(value), level, key) for level, value in enumerate(values) if value < limit_s]
+        return tuple((bound * (1 - GENEROUS), self._read(states, key, level)) for bound, level, key in sorted(found))
 
     def _run(
         self, states: dict[Key, _State], tables: Sequence[tuple[Table, Table]], mask: int, pool: int,

@@ -13,7 +13,7 @@ from autopar.search import experts
 from autopar.search.best_first import Engine
 from autopar.search.candidates import PlanRequest, candidates
 from autopar.search.experts import search_experts
-from autopar.search.mixed import simulated
+from autopar.search.planned import simulated
 from autopar.search.planner import find_plan
 from autopar.simulate.simulator import simulate
 
@@ -37,7 +37,7 @@ def test_it_finds_the_fastest_and_no_bound_is_above_its_setting(
     for setting in settings:
         cuts = engine.even_cuts(setting.candidate.pp)
         assert cuts is not None
-        made = simulated(engine, engine.plan(setting.candidate, cuts, ep=setting.ep), setting.candidate)
+        made = simulated(engine, engine.plan(setting.candidate, cuts, ep=setting.ep))
         if made is not None:
             assert setting.bound_s <= made.step_time_s
             fastest = min(fastest, made.step_time_s)
