@@ -15,7 +15,7 @@ from autopar.graph.expert_params import unsplit_experts
 from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import shared_work
 from autopar.search.candidates import Candidate, PlanRequest, divisors
-from autopar.search.planned import Planned, simulated
+from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.stage_cost import inner_axis, stage_cost
 
@@ -35,7 +35,7 @@ class ExpertsOutcome:
     `timed_out`: the time limit or an interrupt came first.
     """
 
-    best: Planned | None = None
+    best: SimulatedPlan | None = None
     lower_bound_s: float = float("inf")
     num_simulated: int = 0
     timed_out: bool = False
@@ -60,7 +60,7 @@ def search_experts(
     fixed = fixed_size(engine.request)
     if not engine.cluster.is_uniform or unsplit_experts(engine.graph, 1) or fixed == 1:
         return ExpertsOutcome()
-    found: Planned | None = None
+    found: SimulatedPlan | None = None
     lower_s, number, actions = float("inf"), 0, 0
     try:
         for setting in sorted(_settings(engine, space, best_s, deadline)):

@@ -21,8 +21,8 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, divisors
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
 from autopar.search.plan_schedules import WORTH, other_schedule
-from autopar.search.planned import Planned
 from autopar.search.runs import Passed, Runs, RunStage
+from autopar.search.simulated_plan import SimulatedPlan
 from autopar.sharding.rewrite import Rewrite
 from autopar.simulate.simulator import simulate
 
@@ -60,13 +60,13 @@ class MixedOutcome:
     """The best found (None: none fits or none is better), what no plan of this space can beat, and how much was done.
     """
 
-    best: Planned | None = None
+    best: SimulatedPlan | None = None
     lower_bound_s: float = math.inf
     num_searched: int = 0  # settings of groups, over all numbers of micro-batches
     num_simulated: int = 0
     complete: bool = True
     idle: IdleFound | None = None
-    tried: dict[tuple[Part, ...], Planned | None] = field(default_factory=dict)
+    tried: dict[tuple[Part, ...], SimulatedPlan | None] = field(default_factory=dict)
 
     def idle_notes(self, step_s: float) -> tuple[str, ...]:
         """What to tell of devices that had better be left unused, beside a plan with this step time."""
@@ -250,7 +250,7 @@ class _Search:
             found.append(Part(stage.first, stage.last, setting, ranks, stage.group))
         return tuple(found)
 
-    def _simulated(self, costs: MixedCosts, parts: tuple[Part, ...]) -> Planned | None:
+    def _simulated(self, costs: MixedCosts, parts: tuple[Part, ...]) -> SimulatedPlan | None:
         """The parts as a plan, simulated; None where it does not fit or is not legal."""
         outcome = self.outcome
         if parts not in outcome.tried:
@@ -261,7 +261,7 @@ class _Search:
             outcome.best = found
         return found
 
-    def _make(self, costs: MixedCosts, parts: tuple[Part, ...], *, whole: bool = True) -> Planned | None:
+    def _make(self, costs: MixedCosts, parts: tuple[Part, ...], *, whole: bool = True) -> SimulatedPlan | None:
         """`whole`: the plan must be legal, with every device used."""
         plan = mixed_plan(self.engine, costs, parts)
         try:
@@ -279,7 +279,7 @@ class _Search:
             ordered = simulate(self.engine.graph, self.cluster, other, detail=False)
             if ordered.feasible and ordered.step_time_s < timeline.step_time_s * (1 - WORTH):
                 plan, timeline = other, ordered
-        return Planned(
+        return SimulatedPlan(
             step_time_s=timeline.step_time_s, plan=plan,
             peak_bytes=timeline.rank_peak_bytes,
             limit_bytes=tuple(part.setting.kind.memory_limit_bytes for part in parts),

@@ -13,8 +13,8 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import actions_to_csv
 from autopar.plan.plan import Plan, Recompute, Schedule
 from autopar.search.best_first import Engine, Found
-from autopar.search.planned import Planned, simulated
 from autopar.search.schedule_search import search_schedule
+from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import pipeline_times
 from autopar.simulate.splitting import unsplit_reason
@@ -29,12 +29,12 @@ CHUNKS = (2, 4)  # stages on a device
 
 def search_orders(
     engine: Engine, best_s: float, deadline: float | None, others: Sequence[Found] = ()
-) -> Planned | None:
+) -> SimulatedPlan | None:
     """The best of the quickest pipelines, and of some others, in other orders; None where none beats `best_s`.
 
     An interrupt ends it with the best so far.
     """
-    found: Planned | None = None
+    found: SimulatedPlan | None = None
     try:
         for base in dict.fromkeys((*engine.quickest_pipelines(ORDERED), *others)):
             for plan in _orders(engine, base, best_s):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.model_graph import ModelGraph
@@ -22,11 +23,12 @@ from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, searc
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_none
-from autopar.search.mixed import MixedOutcome, search_mixed
+from autopar.search.mixed import MixedOutcome, has_unlike_stages, search_mixed
 from autopar.search.need import smallest_need
+from autopar.search.node_order import in_order
 from autopar.search.plan_schedules import ORDERED, search_orders
-from autopar.search.planned import Planned
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
+from autopar.search.simulated_plan import SimulatedPlan
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
 
@@ -72,7 +74,8 @@ def find_plan(
 ) -> Plan:
     """The fastest plan of the searched space in the cost model, with its certificate and baselines.
 
-    `engine`: made for these, by a caller that goes on with it. `need`: where nothing fits, look for what would.
+    `engine`: what `new_engine` made for these, by a caller that goes on with it. `need`: where nothing fits, look for
+    what would.
 
     The same input gives the same plan, unless `request.max_search_seconds` or an interrupt
     cuts the search short: then it is the best so far. InfeasibleError where nothing fits, with a change that would make
@@ -80,7 +83,7 @@ def find_plan(
     """
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
-    engine = engine or Engine(graph, cluster, request)
+    engine = engine or new_engine(graph, cluster, request)
     searches = _Searches(engine, deadline, progress)
     searches.run()
     found = searches.best
@@ -90,16 +93,26 @@ def find_plan(
         raise searches.why_nothing(need=need)
     searched_s = time.monotonic() - began
     log.info("searched %d candidates, simulated %d, in %.2f s", len(searches.space), searches.num_simulated, searched_s)
+    ranks = in_order(cluster, request.dtype)[1]
     plan = replace(
-        found.plan, certificate=searches.certificate(searched_s), baselines=searches.baselines,
-        coverage=plan_coverage(graph, cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
+        found.plan, cluster_fingerprint=cluster_fingerprint(cluster),
+        certificate=searches.certificate(searched_s), baselines=searches.baselines,
+        coverage=plan_coverage(graph, engine.cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
         stages=tuple(
-            replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
+            replace(
+                stage, devices=tuple(ranks[device] for device in stage.devices), peak_memory_bytes=peak,
+                memory_limit_bytes=limit,
+            )
             for stage, peak, limit in zip(found.plan.stages, found.peak_bytes, found.limit_bytes, strict=True)
         ),
     )
     verify_plan(plan, graph, cluster)
     return plan
+
+
+def new_engine(graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> Engine:
+    """What bounds and simulates plans for `find_plan`: on the cluster's nodes in the order that is searched."""
+    return Engine(graph, in_order(cluster, request.dtype)[0], request)
 
 
 class _Searches:
@@ -111,12 +124,18 @@ class _Searches:
     def __init__(self, engine: Engine, deadline: float | None, progress: Progress | None) -> None:
         self.engine, self.deadline, self.progress = engine, deadline, progress
         self.graph, self.cluster, self.request = engine.graph, engine.cluster, engine.request
-        self.space = candidates(
-            self.cluster, self.request, engine.chooser, len(self.graph.blocks),
-            tp_across_nodes="tp" in dict(self.request.mesh),
-        )
+        self.no_mesh: InfeasibleError | None = None  # why no one mesh for all stages is there
+        try:
+            self.space = candidates(
+                self.cluster, self.request, engine.chooser, len(self.graph.blocks),
+                tp_across_nodes="tp" in dict(self.request.mesh),
+            )
+        except InfeasibleError as error:
+            if not has_unlike_stages(engine, self.cluster):
+                raise
+            self.space, self.no_mesh = [], error
         self.ep = fixed_size(self.request) or 1  # of the expert axis, where the user fixed it
-        self.best: Planned | None = None
+        self.best: SimulatedPlan | None = None
         self.lower_bound_s = math.inf
         self.num_simulated = 0
         self.complete, self.timed_out = True, False
@@ -151,7 +170,7 @@ class _Searches:
         self.lower_bound_s = min(self.best_s, self.lower_bound_s)
         self.complete = self.complete and not engine.interrupted
 
-    def _take(self, found: Planned | None) -> None:
+    def _take(self, found: SimulatedPlan | None) -> None:
         """What was found is the best if it is there: it was looked for as what beats the best so far."""
         if found is not None:
             self.best = found
@@ -168,7 +187,8 @@ class _Searches:
                 self.space, incumbent=engine.best, deadline=self.deadline, progress=self.progress,
                 below_s=mixed.step_time_s, max_simulations=MAX_BESIDE,
             )
-        if outcome.best is None and not outcome.timed_out and not self.request.mesh and mixed is None:
+        unsettled = outcome.best is None and not outcome.timed_out and self.no_mesh is None
+        if unsettled and not self.request.mesh and mixed is None:
             wider = candidates(
                 self.cluster, self.request, engine.chooser, len(self.graph.blocks), tp_across_nodes=True
             )
@@ -186,7 +206,7 @@ class _Searches:
             self.lower_bound_s, self.complete = self.mixed.lower_bound_s, self.mixed.complete
             self.timed_out = not self.mixed.complete
         if outcome.best is not None and (mixed is None or outcome.best.step_time_s < mixed.step_time_s):
-            self.best = Planned.of(engine, outcome.best)
+            self.best = SimulatedPlan.of(engine, outcome.best)
         else:
             self.best = mixed
 
@@ -210,7 +230,7 @@ class _Searches:
             return
         moved = search_borders(self.engine, found, self.deadline)
         if moved is not found:
-            self._one_mesh, self.best = moved, Planned.of(self.engine, moved)
+            self._one_mesh, self.best = moved, SimulatedPlan.of(self.engine, moved)
 
     def _order_pipelines(self, before: Sequence[Found]) -> None:
         """Other orders of micro-batches of the quickest pipelines, and of those `before` borders were moved."""
@@ -240,6 +260,8 @@ class _Searches:
                 f"the time limit of {self.request.max_search_seconds:g} s came before any plan was found; give "
                 f"--max-search-seconds more time"
             )
+        if self.no_mesh is not None:
+            return self.no_mesh
         if not self.space:
             return InputError(no_mesh(self.cluster, self.request))
         if self.ep > 1:

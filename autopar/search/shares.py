@@ -9,7 +9,7 @@ from autopar.cluster.cluster import Cluster, DeviceType
 from autopar.plan.plan import Plan
 from autopar.search.best_first import Engine
 from autopar.search.candidates import Candidate, PlanRequest, axis_variants, data_settings, divisors, meshes
-from autopar.search.planned import Planned, simulated
+from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.stage_cost import stage_cost
 
@@ -26,7 +26,7 @@ def has_unlike_devices(cluster: Cluster) -> bool:
     return len({node.device.name for node in cluster.nodes}) > 1
 
 
-def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline: float | None) -> Planned | None:
+def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline: float | None) -> SimulatedPlan | None:
     """The best plan of one stage with unequal shares; None where none is better than `best_s`.
 
     The settings are estimated by their slowest data rank, and those of least estimate are simulated. An interrupt ends
@@ -34,7 +34,7 @@ def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline:
     """
     if not has_unlike_devices(engine.cluster) or request.micro_batch is not None or engine.chooser.needs_whole_batch:
         return None
-    found: Planned | None = None
+    found: SimulatedPlan | None = None
     try:
         estimates: list[tuple[float, Candidate, tuple[int, ...]]] = []
         copies_s: dict[tuple[object, ...], float] = {}  # of whole copies of the states, which come first
@@ -142,7 +142,7 @@ def _level(total: int, count: dict[int, int], lines: dict[int, tuple[float, floa
     return (total + sum(count[kind] * start / slope for kind, (start, slope) in lines.items())) / pace
 
 
-def _simulated(engine: Engine, candidate: Candidate, rows: tuple[int, ...]) -> Planned | None:
+def _simulated(engine: Engine, candidate: Candidate, rows: tuple[int, ...]) -> SimulatedPlan | None:
     own = replace(candidate, micro_batch=max(rows))
     plan: Plan = engine.plan(own, (0, len(engine.graph.blocks)))
     plan = replace(plan, stages=(replace(plan.stages[0], rows=rows),))

@@ -46,6 +46,39 @@ def test_stages_of_unlike_nodes_are_legal_and_no_slower(plan: Plan) -> None:
     assert any("different meshes" in words for words in alike.certificate.not_searched)
 
 
+def test_the_order_of_nodes_changes_nothing_but_ranks() -> None:
+    """The plan of one order of the nodes, with the ranks of another, is the plan of that other."""
+    nodes = cluster(per_node=2, speeds=(0.6, 0.8)).nodes
+    nodes = (replace(nodes[0], num_devices=1), nodes[1])
+    graph, request, plans = mlp_chain(6, 256, 1024, 32), PlanRequest(global_batch=12), []
+    for order in ((0, 1), (1, 0)):
+        machine = Cluster(name="unlike", nodes=tuple(nodes[i] for i in order))
+        plans.append(find_plan(graph, machine, request))
+        verify_plan(plans[-1], graph, machine)
+        assert plans[-1].certificate is not None
+        assert simulate(graph, machine, plans[-1]).step_time_s == plans[-1].certificate.upper_bound_s
+    one, other = plans
+    moved = {0: 2, 1: 0, 2: 1}
+    assert [tuple(moved[rank] for rank in stage.devices) for stage in one.stages] == [
+        stage.devices for stage in other.stages
+    ]
+    assert replace(one, stages=(), certificate=None, cluster_fingerprint="") == replace(
+        other, stages=(), certificate=None, cluster_fingerprint=""
+    )
+
+
+def test_a_number_of_devices_that_divides_nothing_has_stages_of_its_own() -> None:
+    """Seven devices have no mesh for all of them here: a batch of 12 and fewer blocks than devices."""
+    nodes = cluster(per_node=2, speeds=(0.4, 0.25, 1.0)).nodes
+    machine = Cluster(name="seven", nodes=tuple(
+        replace(node, num_devices=number) for node, number in zip(nodes, (1, 4, 2), strict=True)
+    ))
+    found = find_plan(GRAPH, machine, PlanRequest(global_batch=12))
+    verify_plan(found, GRAPH, machine)
+    assert sorted(rank for stage in found.stages for rank in stage.devices) == list(range(7))
+    assert not found.baselines[0].feasible
+
+
 def test_it_is_proved_closely(plan: Plan) -> None:
     assert plan.certificate is not None
     assert plan.certificate.gap < 0.05

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class SimulatedPlan:
     """A plan that was simulated and fits. Bytes are of the devices of each of its stages."""
 
     step_time_s: float
@@ -25,15 +25,15 @@ class Planned:
     limit_bytes: tuple[float, ...]
 
     @staticmethod
-    def of(engine: Engine, found: Found) -> Planned:
+    def of(engine: Engine, found: Found) -> SimulatedPlan:
         """What was found of a candidate and a cut, as a plan."""
-        return Planned(
+        return SimulatedPlan(
             step_time_s=found.step_time_s, plan=engine.plan(found.candidate, found.cuts),
             peak_bytes=found.peak_bytes, limit_bytes=found.limit_bytes,
         )
 
 
-def simulated(engine: Engine, plan: Plan) -> Planned | None:
+def simulated(engine: Engine, plan: Plan) -> SimulatedPlan | None:
     """The plan as the simulator sees it; None where it does not fit or is no plan, which is logged."""
     try:
         timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
@@ -44,7 +44,7 @@ def simulated(engine: Engine, plan: Plan) -> Planned | None:
         log.info("a plan is left out: %s", problem if timeline.feasible else timeline.infeasible_reason)
         return None
     peaks = timeline.rank_peak_bytes  # of pipeline ranks; their chunks follow one another
-    return Planned(
+    return SimulatedPlan(
         step_time_s=timeline.step_time_s, plan=plan,
         peak_bytes=tuple(peaks[index % len(peaks)] for index in range(plan.num_stages)),
         limit_bytes=tuple(memory_limit(engine.cluster, stage.devices) for stage in plan.stages),
