@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-FLOPS_PER_S = 1e9  # of a device of speed 1
-BYTES_PER_S = 0.5e9
+FLOPS_PER_S = 2e9  # of a device of speed 1
+BYTES_PER_S = 1e9
 LEAD_S = 0.02
 HOST_GAP_S = 0.002  # so long may the host take to issue what comes next, without the device losing time
 SHORTEST_SLEEP_S = 2e-4
