@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from mixtures import mixture
@@ -13,8 +14,8 @@ from autopar.search import experts
 from autopar.search.best_first import Engine
 from autopar.search.candidates import PlanRequest, candidates
 from autopar.search.experts import search_experts
-from autopar.search.planner import find_plan
 from autopar.search.simulated_plan import simulated
+from autopar.search.planner import find_plan
 from autopar.simulate.simulator import simulate
 
 CLUSTER = parse_cluster("1x4xA100-80GB")
@@ -31,16 +32,18 @@ def test_it_finds_the_fastest_and_no_bound_is_above_its_setting(
 ) -> None:
     monkeypatch.setattr(experts, "MAX_SIMULATED", 10_000)
     space = candidates(CLUSTER, REQUEST, engine.chooser, len(engine.graph.blocks))
-    fastest = float("inf")
+    fastest, last = float("inf"), len(engine.graph.blocks)
     settings = experts._settings(engine, space, float("inf"), None)
     assert {setting.ep for setting in settings} == {2, 4}
     for setting in settings:
-        cuts = engine.even_cuts(setting.candidate.pp)
-        assert cuts is not None
-        made = simulated(engine, engine.plan(setting.candidate, cuts, ep=setting.ep))
-        if made is not None:
-            assert setting.bound_s <= made.step_time_s
-            fastest = min(fastest, made.step_time_s)
+        closer = experts._of_cuts(engine, setting, float("inf"))
+        for borders in combinations(range(1, last), setting.candidate.pp - 1):
+            plan = engine.plan(setting.candidate, (0, *borders, last), ep=setting.ep)
+            made = simulated(engine, plan)
+            if made is not None:
+                assert closer is not None
+                assert setting.bound_s <= closer.bound_s <= made.step_time_s
+                fastest = min(fastest, made.step_time_s)
     outcome = search_experts(engine, space, None, float("inf"), None)
     assert outcome.best is not None
     assert outcome.best.step_time_s == fastest
