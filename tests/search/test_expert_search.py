@@ -14,8 +14,8 @@ from autopar.search import experts
 from autopar.search.best_first import Engine
 from autopar.search.candidates import PlanRequest, candidates
 from autopar.search.experts import search_experts
-from autopar.search.simulated_plan import simulated
 from autopar.search.planner import find_plan
+from autopar.search.simulated_plan import simulated
 from autopar.simulate.simulator import simulate
 
 CLUSTER = parse_cluster("1x4xA100-80GB")
