@@ -234,7 +234,7 @@ class _Joint:
         gap = math.inf
         for number in range(ROUNDS):
             relaxed.sweep()
-            if not number:
+            if not number and math.isfinite(relaxed.lower_bound):
                 relaxed.drop(self.cost)  # all that follows takes time by what is left
             relaxed.sweep()
             if math.isinf(relaxed.lower_bound):
