@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
-from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.model_graph import ModelGraph
@@ -25,7 +24,6 @@ from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_none
 from autopar.search.mixed import MixedOutcome, has_unlike_stages, search_mixed
 from autopar.search.need import smallest_need
-from autopar.search.node_order import in_order
 from autopar.search.plan_schedules import ORDERED, search_orders
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 from autopar.search.simulated_plan import SimulatedPlan
@@ -74,8 +72,7 @@ def find_plan(
 ) -> Plan:
     """The fastest plan of the searched space in the cost model, with its certificate and baselines.
 
-    `engine`: what `new_engine` made for these, by a caller that goes on with it. `need`: where nothing fits, look for
-    what would.
+    `engine`: made for these, by a caller that goes on with it. `need`: where nothing fits, look for what would.
 
     The same input gives the same plan, unless `request.max_search_seconds` or an interrupt
     cuts the search short: then it is the best so far. InfeasibleError where nothing fits, with a change that would make
@@ -83,7 +80,7 @@ def find_plan(
     """
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
-    engine = engine or new_engine(graph, cluster, request)
+    engine = engine or Engine(graph, cluster, request)
     searches = _Searches(engine, deadline, progress)
     searches.run()
     found = searches.best
@@ -93,26 +90,16 @@ def find_plan(
         raise searches.why_nothing(need=need)
     searched_s = time.monotonic() - began
     log.info("searched %d candidates, simulated %d, in %.2f s", len(searches.space), searches.num_simulated, searched_s)
-    ranks = in_order(cluster, request.dtype)[1]
     plan = replace(
-        found.plan, cluster_fingerprint=cluster_fingerprint(cluster),
-        certificate=searches.certificate(searched_s), baselines=searches.baselines,
-        coverage=plan_coverage(graph, engine.cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
+        found.plan, certificate=searches.certificate(searched_s), baselines=searches.baselines,
+        coverage=plan_coverage(graph, cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
         stages=tuple(
-            replace(
-                stage, devices=tuple(ranks[device] for device in stage.devices), peak_memory_bytes=peak,
-                memory_limit_bytes=limit,
-            )
+            replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
             for stage, peak, limit in zip(found.plan.stages, found.peak_bytes, found.limit_bytes, strict=True)
         ),
     )
     verify_plan(plan, graph, cluster)
     return plan
-
-
-def new_engine(graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> Engine:
-    """What bounds and simulates plans for `find_plan`: on the cluster's nodes in the order that is searched."""
-    return Engine(graph, in_order(cluster, request.dtype)[0], request)
 
 
 class _Searches:
