@@ -1,4 +1,4 @@
-"""Lower bounds of the simulated step time of a candidate over all its cuts, and what its stages hold in memory.
+"""Lower bounds of the simulated step time of a candidate over all its cuts; what fits is asked of `memory_bounds`.
 
 The simulator times a stage from its blocks; here every part of that time is replaced by something not above it that
 adds up over blocks. For stage s of p under 1F1B with m micro-batches, of which k = min(p - s, m) go forward before the
