@@ -149,12 +149,19 @@ class OpTable:
     def __init__(self, measured: MeasuredOps) -> None:
         self.exact: dict[Key, OpSample] = {}
         self.families: dict[Key, list[_Point]] = {}
+        self.host: dict[Key, OpTime] = {}  # of a family: sizes do not matter to the host
         for sample in measured.samples:
             operands, outputs = [local_tensor(t) for t in sample.operands], [local_tensor(t) for t in sample.outputs]
             head = (sample.target, sample.settings, sample.dtype)
             self.exact[exact_key(*head, operands, outputs, sample.is_copy)] = sample
-            family = self.families.setdefault(family_key(*head, operands, sample.is_copy), [])
-            family.append(_Point(*features(sample.target, operands, outputs), sample))
+            key = family_key(*head, operands, sample.is_copy)
+            self.families.setdefault(key, []).append(_Point(*features(sample.target, operands, outputs), sample))
+        for key, points in self.families.items():
+            # What disturbs the host only adds: the least is the op's own.
+            self.host[key] = OpTime(
+                min(point.sample.host_forward_s for point in points),
+                min(point.sample.host_backward_s for point in points),
+            )
         self.trusted = {
             key for key, points in self.families.items()
             if len(points) >= MIN_SAMPLES and _leave_one_out(points)[0] <= MAX_ERROR
@@ -172,17 +179,15 @@ class OpTable:
         *, is_copy: bool = False,
     ) -> Found | None:
         """`find`, for an op by its target and settings."""
+        key = family_key(target, settings, dtype, operands, is_copy)
         sample = self.exact.get(exact_key(target, settings, dtype, operands, outputs, is_copy))
         if sample is not None:
-            return Found(
-                time=OpTime(sample.forward_s, sample.backward_s),
-                host=OpTime(sample.host_forward_s, sample.host_backward_s), source=Source.EXACT,
-            )
-        key = family_key(target, settings, dtype, operands, is_copy)
+            time = OpTime(sample.forward_s, sample.backward_s)
+            return Found(time=time, host=self.host[key], source=Source.EXACT)
         if key not in self.trusted:
             return None
-        work, where = features(target, operands, outputs)
-        return _between(self.families[key], work, where)
+        between = _between(self.families[key], *features(target, operands, outputs))
+        return None if between is None else Found(time=between, host=self.host[key], source=Source.INTERPOLATED)
 
 
 _tables: dict[int, tuple[MeasuredOps, OpTable]] = {}
@@ -230,7 +235,7 @@ def measured_unit_s(device: DeviceType, numel: float, num_ranks: int, *, sharded
     return None if found is None else found.time
 
 
-def _between(points: Sequence[_Point], work: float, where: Sequence[float]) -> Found | None:
+def _between(points: Sequence[_Point], work: float, where: Sequence[float]) -> OpTime | None:
     """A time between those of the nearest samples; None where they are far."""
     distances = [math.dist(point.features, where) for point in points]
     order = sorted(range(len(points)), key=lambda i: (distances[i], i))[:NUM_NEAREST]
@@ -239,12 +244,11 @@ def _between(points: Sequence[_Point], work: float, where: Sequence[float]) -> F
     near = [points[i] for i in order]
     weights = np.array([math.exp(-distances[i]) for i in order])
     sizes = np.array([point.work for point in near])
-    columns = [
-        [getattr(point.sample, name) for point in near]
-        for name in ("forward_s", "backward_s", "host_forward_s", "host_backward_s")
-    ]
-    forward, backward, *host = (_fitted(sizes, np.array(column), weights, work) for column in columns)
-    return Found(time=OpTime(forward, backward), host=OpTime(*host), source=Source.INTERPOLATED)
+    forward, backward = (
+        _fitted(sizes, np.array([getattr(point.sample, name) for point in near]), weights, work)
+        for name in ("forward_s", "backward_s")
+    )
+    return OpTime(forward, backward)
 
 
 def _fitted(
@@ -292,4 +296,4 @@ def _errors(points: Sequence[_Point]) -> Iterator[float]:
         found = _between([*points[:i], *points[i + 1 :]], point.work, point.features)
         measured = point.sample.forward_s + point.sample.backward_s
         if found is not None and measured > 0:
-            yield abs((found.time.forward_s + found.time.backward_s) / measured - 1)
+            yield abs((found.forward_s + found.backward_s) / measured - 1)

@@ -32,7 +32,7 @@ Together = Callable[[float], bool]  # whether all processes go on; told the seco
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """Medians of the passes, and their spread."""
+    """The device's median over the passes and its spread, and the host's least: what disturbs the host only adds."""
 
     device_s: float
     host_s: float
@@ -54,7 +54,7 @@ def time_passes(
         host.append(on_host / count)
     middle = median(device)
     low, _, high = quantiles(device, n=4)
-    return Timed(device_s=middle, host_s=median(host), spread=(high - low) / 2 / middle if middle > 0 else 0.0)
+    return Timed(device_s=middle, host_s=min(host), spread=(high - low) / 2 / middle if middle > 0 else 0.0)
 
 
 def time_case(
@@ -76,7 +76,8 @@ def time_case(
         return [call() for call in calls]
 
     first = time_passes(clock, lambda: forward, count, go_on)
-    backward = _time_backward(make, instances, clock, count, go_on)
+    hands_over = any(item.is_param and item.tensor.requires_grad for item in case.operands)
+    backward = _time_backward(make, instances, clock, count, go_on, hands_over=hands_over)
     return OpSample(
         target=case.target, settings=case.settings, dtype=case.dtype, is_copy=case.is_copy,
         operands=tuple(item.tensor for item in case.operands), outputs=case.outputs,
@@ -89,8 +90,10 @@ NOTHING = Timed(device_s=0.0, host_s=0.0, spread=0.0)
 
 
 def _time_backward(
-    make: _Maker, instances: Sequence[Sequence[Tensor]], clock: Clock, count: int, go_on: Together
+    make: _Maker, instances: Sequence[Sequence[Tensor]], clock: Clock, count: int, go_on: Together, *,
+    hands_over: bool,
 ) -> Timed:
+    """`hands_over`: the op has parameters, whose gradients leave the graph in a step, too."""
     leaves = [tensor for tensors in instances for tensor in tensors if tensor.requires_grad]
     sample = _differentiable(make.call(instances[0]))
     if not leaves or not sample:
@@ -105,7 +108,9 @@ def _time_backward(
         return lambda: torch.autograd.grad(outputs, leaves, given, allow_unused=True)
 
     timed = time_passes(clock, prepare, count, go_on)
-    return replace(timed, host_s=max(0.0, timed.host_s - clock.engine_s / count))  # a step calls the engine once
+    # A step calls the engine once, for one graph.
+    alone_s = clock.engine_s / count + (0.0 if hands_over else clock.ends_s)
+    return replace(timed, host_s=max(0.0, timed.host_s - alone_s))
 
 
 def _differentiable(result: Any) -> list[Tensor]:

@@ -9,7 +9,8 @@ in theirs, a block at a time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,7 @@ class CopyUnit:
             part.data.view(param.shape).requires_grad_(param.requires_grad)
             for part, param in zip(parts, params, strict=True)
         )
-        self.num_trained = sum(param.requires_grad for param in params)
-        self.num_ready = 0
+        self.trained = tuple(leaf for leaf in self.leaves if leaf.requires_grad)
         self._size_bytes = self.flat.untyped_storage().nbytes()
         self.free()
 
@@ -47,10 +47,14 @@ class CopyUnit:
         self.is_fresh = False
         self.flat.untyped_storage().resize_(0)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every gradient of this backward is there."""
+        return all(leaf.grad is not None for leaf in self.trained)
+
     @torch.no_grad()
     def collect(self) -> list[nn.Parameter]:
         """Adds the leaves' gradients to the parameters'; those parameters."""
-        self.num_ready = 0
         found: list[nn.Parameter] = []
         first: tuple[list[Tensor], list[Tensor]] = [], []
         again: tuple[list[Tensor], list[Tensor]] = [], []
@@ -84,15 +88,14 @@ class ComputeCopies:
         self.ends, self._accumulated = False, accumulated
         self.unit_of: dict[nn.Parameter, CopyUnit] = {}
         self.units: list[CopyUnit] = []
+        self.first_in: list[CopyUnit | None] = []  # for each block, the unit that it is the first to compute with
         for own in params:
             new = [param for param in dict.fromkeys(own) if self.is_copied(param, dtype) and param not in self.unit_of]
-            if new:
-                unit = CopyUnit(new, dtype)
+            unit = CopyUnit(new, dtype) if new else None
+            self.first_in.append(unit)
+            if unit is not None:
                 self.units.append(unit)
                 self.unit_of.update(dict.fromkeys(new, unit))
-                for leaf in unit.leaves:
-                    if leaf.requires_grad:
-                        leaf.register_post_accumulate_grad_hook(self._hook(unit))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def is_copied(param: nn.Parameter, dtype: torch.dtype) -> bool:
@@ -106,10 +109,24 @@ class ComputeCopies:
 
     def trained(self) -> list[Tensor]:
         """The leaves that gather gradients."""
-        return [leaf for unit in self.units for leaf in unit.leaves if leaf.requires_grad]
+        return [leaf for unit in self.units for leaf in unit.trained]
+
+    def mark(self, unit: CopyUnit, inputs: Iterable[Any]) -> None:
+        """The block that comes first of those which compute with the unit is about to run on these inputs.
+
+        Once the backward goes on to what made an input it is through with the block, whose gradients are collected.
+        (Inputs that nothing made are leaves like the parameters, and come in no order: `collect` is for them.) One hook
+        for a block: one for each parameter would cost the host a tenth of a small layer's step.
+        """
+        for value in inputs:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                value.register_hook(self._hook(unit))  # type: ignore[no-untyped-call]
 
     def collect(self, *, is_last: bool) -> None:
-        """Add what gradients the leaves have to the parameters'; `is_last`: the step needs the copies no more."""
+        """Add what gradients the leaves have to the parameters', after every backward.
+
+        `is_last`: the step needs the copies no more.
+        """
         for unit in self.units:
             self._collect(unit)
             if is_last:
@@ -121,20 +138,17 @@ class ComputeCopies:
         self.ends = False
 
     def _hook(self, unit: CopyUnit) -> Callable[[Tensor], None]:
-        """What a leaf calls when its gradient is there. It holds neither: leaves would keep themselves alive."""
+        """What is called with an input's gradient. It holds neither: autograd's graph would keep them alive."""
         own, whole = weakref.ref(self), weakref.ref(unit)
 
-        def ready(leaf: Tensor) -> None:
-            copies, reached = own(), whole()
-            if copies is None or reached is None:
-                return
-            reached.num_ready += 1
-            if reached.num_ready == reached.num_trained:
-                copies._collect(reached)
+        def reached(_: Tensor) -> None:
+            copies, unit = own(), whole()
+            if copies is not None and unit is not None and unit.is_whole:
+                copies._collect(unit)
                 if copies.ends:
-                    reached.free()
+                    unit.free()
 
-        return ready
+        return reached
 
     def _collect(self, unit: CopyUnit) -> None:
         for param in unit.collect():

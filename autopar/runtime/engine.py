@@ -131,6 +131,8 @@ class Trainer:
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
         }
         self.modules = {stage.index: stage.module for stage in self.stages}
+        tied = any(len(param.stages) > 1 for param in self.layout.params)
+        self._leaves_partial = tied or self.groups.tensor is not None
         mine = [action for actions in lists for action in actions if action.stage in self.modules]
         self.executor = Executor(self.stages, mine, self.device)
         self._count = self._count_function(builder, constants)
@@ -436,8 +438,8 @@ class Trainer:
                 [block._autopar_own_parameters() for block in blocks], getattr(torch, plan.dtype),
                 replicas.accumulated if replicas is not None else None,
             )
-            for block in blocks:
-                block._autopar_compute_with(copies)
+            for block, first in zip(blocks, copies.first_in, strict=True):
+                block._autopar_compute_with(copies, first)
         wanted = _batch_names(graph, plan, index)
         last = index == plan.num_stages - 1
         return LocalStage(
@@ -523,6 +525,8 @@ class Trainer:
 
     def _reduce_gradients(self) -> None:
         """Sum what the backward left partial: over the tensor axis, and over stages that share a parameter."""
+        if not self._leaves_partial:
+            return
         partial_grads: list[Tensor] = []
         copies: dict[str, list[Copy]] = {}
         for stage, param, parameter in checkpoint.own_parameters(self):

@@ -65,10 +65,14 @@ class LocalStage:
     def finish_gradients(self, *, is_last: bool) -> None:
         """Reduce what backwards outside FSDP2's hooks left whole."""
         finish_gradients(self.module, self.zero, is_last=is_last)
-        if self.copies is not None:
-            self.copies.collect(is_last=is_last)
+        self.collect(is_last=is_last)
         if self.replicas is not None and is_last:
             self.replicas.launch()
+
+    def collect(self, *, is_last: bool) -> None:
+        """Add the gradients of copies to the parameters': the next backward's are not added to them in their dtype."""
+        if self.copies is not None:
+            self.copies.collect(is_last=is_last)
 
     def weights(self) -> list[Tensor]:
         """What gathers gradients: the parameters as FSDP2 has them now, or their copies in the compute dtype."""
@@ -244,6 +248,7 @@ class Executor:
             del self._in_flight[key]
             stage.prepare_backward(is_last=ends)
             torch.autograd.backward([kept.produced[n] for n in roots], [kept.gradients[n] for n in roots])
+            stage.collect(is_last=ends)
         else:
             stage.prepare_backward(is_last=False, defers=True)
             differentiable = [value for value in kept.received.values() if value.requires_grad]
@@ -263,6 +268,8 @@ class Executor:
         backward_weight(stage.weights(), kept.pending)
         if ends or stage.zero >= 2:
             stage.finish_gradients(is_last=ends)
+        else:
+            stage.collect(is_last=False)
 
     def _gradients(self, stage: LocalStage, micro_batch: int, kept: _InFlight) -> dict[str, Tensor]:
         """The gradients of what the stage produced."""

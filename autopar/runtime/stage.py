@@ -43,6 +43,7 @@ class BlockModule(nn.Module):
         self._autopar_program: LoweredClass | None = None
         self._autopar_evaluation: LoweredClass | None = None
         self._autopar_copies: tuple[list[CopyUnit], list[Tensor]] | None = None
+        self._autopar_mark: Callable[[Sequence[Any]], None] | None = None  # told of the inputs before a forward
         self._autopar_within: tuple[ExpertsModule, ...] = ()  # modules of their own below this one
 
     def bind(
@@ -66,13 +67,17 @@ class BlockModule(nn.Module):
         """The parameters that the program takes, in its order, as they are at rest."""
         return [getattr(module, name) for module, name, _ in self._autopar_params]
 
-    def _autopar_compute_with(self, copies: ComputeCopies) -> None:
-        """From now on the program takes what `copies` has in the place of parameters."""
+    def _autopar_compute_with(self, copies: ComputeCopies, first: CopyUnit | None) -> None:
+        """From now on the program takes what `copies` has in the place of parameters.
+
+        `first`: the unit that no block before this one computes with.
+        """
         own = self._autopar_own_parameters()
         copied = [param in copies.unit_of for param in own]
         units = dict.fromkeys(copies.unit_of[param] for param, is_copied in zip(own, copied, strict=True) if is_copied)
         taken = [copies.leaf(param) if is_copied else param for param, is_copied in zip(own, copied, strict=True)]
         self._autopar_copies = list(units), taken
+        self._autopar_mark = partial(copies.mark, first) if first is not None else None
 
     def _params(self) -> list[Tensor]:
         """What the program computes with."""
@@ -102,6 +107,8 @@ class BlockModule(nn.Module):
         """All parameters are gathered."""
         if not torch.is_grad_enabled():
             return self._run(*inputs)
+        if self._autopar_mark is not None:
+            self._autopar_mark(inputs)
         variant, offloader = self._autopar_variant, self._autopar_offloader
         run = partial(recompute, self._run) if variant.recompute is Recompute.FULL else self._run
         if offloader is None:

@@ -66,6 +66,16 @@ def test_between_sizes_a_line_is_found_again(m: int, n: int, k: int) -> None:
     assert found.time.backward_s == pytest.approx(linear(m, n, k).backward_s, rel=1e-6)
 
 
+def test_the_host_takes_the_least_of_a_family_at_every_size() -> None:
+    disturbed = [replace(item, host_forward_s=(2 + i % 3) * 1e-5, host_backward_s=(5 - i % 2) * 1e-5)
+                 for i, item in enumerate(GRID)]
+    table = OpTable(MeasuredOps(samples=tuple(disturbed)))
+    for m, n, k in ((2048, 1024, 1024), (700, 300, 400)):
+        found = table.find(op(), tensors((m, k), (n, k)), tensors((m, n)), "float32")
+        assert found is not None
+        assert (found.host.forward_s, found.host.backward_s) == (2e-5, 4e-5)
+
+
 def test_leave_one_out_is_exact_on_a_line_and_large_on_noise() -> None:
     line, = interpolation_errors(GRID)
     assert (line.count, line.family) == (12, "aten.linear.default(*,*) float32")

@@ -26,17 +26,20 @@ CPU = torch.device("cpu")
 
 
 class StepClock:
-    """A clock whose passes take 1, 2, 3, ... seconds on the device; it does the work, so that errors show."""
+    """A clock whose passes take 1, 2, 3, ... seconds on the device; it does the work, so that errors show.
+
+    The host takes half a second, and half a second more in every third pass.
+    """
 
     engine_s = 0.0
 
-    def __init__(self) -> None:
-        self.passes = 0
+    def __init__(self, ends_s: float = 0.0) -> None:
+        self.passes, self.ends_s = 0, ends_s
 
     def measure(self, prepare: Callable[[], Work]) -> tuple[float, float]:
         prepare()()
         self.passes += 1
-        return float(self.passes), 0.5
+        return float(self.passes), 1.0 if self.passes % 3 == 0 else 0.5
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,19 @@ def test_passes_are_medians_after_a_warm_up() -> None:
     assert timed.device_s == 1.5, "the median of 2, 3 and 4 seconds over two instances"
     assert timed.host_s == 0.25
     assert timed.spread == pytest.approx(1 / 3)
+
+
+def test_graphs_of_their_own_are_not_counted_where_a_step_has_none() -> None:
+    cases = {case.target: case for case in grid_cases("float32", device_type="cpu")}
+    count, ends_s = 3, 0.01  # the host's half second is that of all instances
+    product = time_case(cases["aten.linear.default"], CPU, StepClock(), go_on)
+    told = time_case(cases["aten.linear.default"], CPU, StepClock(ends_s), go_on)
+    assert told.host_backward_s == product.host_backward_s, "a parameter's gradient leaves the graph in a step too"
+    silu = time_case(cases["aten.silu.default"], CPU, StepClock(), go_on)
+    told = time_case(cases["aten.silu.default"], CPU, StepClock(ends_s), go_on)
+    assert silu.host_backward_s <= 0.5 / count
+    assert told.host_backward_s == pytest.approx(silu.host_backward_s - ends_s)
+    assert told.host_forward_s == silu.host_forward_s
 
 
 def test_tensors_lie_in_memory_as_the_model_has_them() -> None:

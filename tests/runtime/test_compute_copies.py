@@ -71,21 +71,34 @@ def test_a_unit_goes_as_soon_as_its_last_gradients_are_there() -> None:
 
     def run(unit: CopyUnit, x: Tensor) -> Tensor:
         unit.refresh()
+        copies.mark(unit, [x])
         x.register_hook(lambda _: seen.append([unit.is_fresh for unit in copies.units]))
         return nn.functional.linear(x, *unit.leaves)
 
     for step, ends in enumerate((False, True)):
         copies.ends = ends
-        x = torch.ones(2, 3, requires_grad=True)
+        x = torch.ones(2, 3, requires_grad=True) * 1.0
         middle = run(copies.units[0], x)
         run(copies.units[1], middle).sum().backward()
         assert [unit.is_fresh for unit in copies.units] == [not ends] * 2
         assert len(told) == 4 * (step + 1)
-    assert seen[0] == [True, True]
+    assert seen == [[True, True], [True, True], [True, False], [False, False]]  # the second unit's, then the first's
     for layer in layers:
         assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float64
     assert layers[1].bias.grad is not None
     torch.testing.assert_close(layers[1].bias.grad, torch.full((3,), 4.0, dtype=torch.float64))
+
+
+def test_a_block_that_starts_the_graph_is_collected_after_the_backward() -> None:
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    copies = ComputeCopies([list(layer.parameters())], torch.float32, None)
+    copies.units[0].refresh()
+    received = torch.ones(2, 3, requires_grad=True)
+    copies.mark(copies.units[0], [received])
+    nn.functional.linear(received, *copies.units[0].leaves).sum().backward()
+    assert layer.weight.grad is None
+    copies.collect(is_last=False)
+    assert layer.weight.grad is not None and copies.units[0].is_fresh
 
 
 def test_what_needs_no_gradient_or_is_not_used_gets_none() -> None:
