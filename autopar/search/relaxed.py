@@ -10,10 +10,9 @@ one conversion a wanted placement, exactly, where few ops read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations, cycle
-from typing import Any
+from operator import is_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +20,19 @@ from numpy.typing import NDArray
 from autopar.graph.model_graph import BlockClass, Op
 from autopar.search.block_problem import boundary_placement, hidden_shapes, may_rest, parameter_s
 from autopar.search.elimination import Table
+from autopar.search.placement_grid import Cache, Grid
 from autopar.sharding.joint import JointOptions, Placement, replicated
-from autopar.sharding.reshard import conversion
-from autopar.sharding.route import SUMS, summed_at_once, sums
 from autopar.sharding.state import Kind, R, State
 from autopar.simulate.class_costs import RUNS_AS_IT_IS, ClassCosts
 
 Ints = NDArray[np.intp]
-_Index = tuple[Any, ...]
-_Cache = dict[object, tuple[list[Table], list[tuple[_Index, _Index, Table]]]]
+MOMENTUM = 0.9  # of what a sweep has moved, how much is moved again before the next
 _APART = 1e-10  # of the lower bound, shared by all ops; far above what rounding adds
-MOST_SHARING = 3  # consumers whose conversions are shared exactly; more are taken in groups, each with its part
+FEW_PAIRS = 640  # of placements of a tensor: as many conversions between them are priced one by one
+MOST_SHARING = 4  # consumers whose conversions are shared exactly; more are taken in groups, each with its part
+
+
+_Known = tuple[tuple[Table, ...], Table]
 
 
 @dataclass(slots=True, eq=False)
@@ -45,138 +46,9 @@ class _Slot:
     order: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.intp))
     starts: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.intp))
     grid: Table | None = None
-
-
-class _Grid:
-    """All placements of one tensor, and what moving between them costs."""
-
-    def __init__(self, costs: ClassCosts, name: str, labels: Sequence[Sequence[State]], blocked: Sequence[bool],
-                 is_param: bool, cache: _Cache) -> None:
-        self.labels = [tuple(dict.fromkeys((*own, R))) for own in labels]
-        self.shape = tuple(len(own) for own in self.labels)
-        self.size = int(np.prod(self.shape))
-        self.place = [{state: i for i, state in enumerate(own)} for own in self.labels]
-        whole = costs.whole(name)
-        key = (whole.size_bytes, whole.element_bytes, whole.requires_grad, tuple(self.labels), is_param)
-        if key not in cache:
-            cache[key] = (
-                [self._moves(costs, name, axis, is_param=is_param) for axis in range(len(self.shape))],
-                [] if is_param or not summed_at_once(whole.numel) else list(self._sums(costs, name)),
-            )
-        self.moves, self.sums = cache[key]
-        self.backwards = [np.ascontiguousarray(own.swapaxes(0, 2)) for own in self.moves]
-        self.unmade: NDArray[np.bool_] | None = None  # what is never made of another placement
-        if any(blocked):
-            unmade = np.zeros(self.shape, dtype=np.bool_)
-            for axis, own in enumerate(self.labels):
-                if blocked[axis]:
-                    unmade |= _along([state.kind is Kind.SHARDED for state in own], axis, len(self.shape))
-            self.unmade = unmade.reshape(-1)
-
-    def _moves(self, costs: ClassCosts, name: str, axis: int, *, is_param: bool) -> Table:
-        """Seconds of changing one axis, by (from, the axes before it, to, the axes after it).
-
-        An axis whose dim an axis before it changes has to give up its shard first.
-        """
-        own, trains = self.labels[axis], costs.whole(name).requires_grad
-        share: Table = np.ones(1)
-        for other, labels in enumerate(self.labels):
-            parts = np.array([1 / costs.sizes[other] if s.kind is Kind.SHARDED else 1.0 for s in labels])
-            share = np.multiply.outer(share, np.ones(1) if other == axis else parts).reshape(-1)
-        shares, where = np.unique(share, return_inverse=True)
-        before = int(np.prod(self.shape[:axis], dtype=np.intp))
-        inner = self.shape[axis + 1 :]
-        holding: dict[int, NDArray[np.bool_]] = {}  # by dim, whether an axis after this one splits it
-        for dim in {state.dim for state in own if state.kind is Kind.SHARDED}:
-            held = np.zeros(inner, dtype=np.bool_)
-            for i, labels in enumerate(self.labels[axis + 1 :]):
-                held |= _along([s.kind is Kind.SHARDED and s.dim == dim for s in labels], i, len(inner))
-            holding[dim] = held.reshape(-1)
-        result = np.full((before, len(own), len(own), share.size // before), np.inf)
-        for i, src in enumerate(own):
-            for j, dst in enumerate(own):
-                if i == j:
-                    result[:, i, j] = 0.0
-                    continue
-                step = conversion(src, dst, trains)
-                if step is None:
-                    continue
-                times = [costs.step_time(name, step, axis=axis, share=float(part)) for part in shares]
-                seconds = np.array([time.forward_s + time.backward_s for time in times])
-                if is_param:
-                    seconds = np.where(seconds > 0, np.inf, 0.0)
-                result[:, i, j] = seconds[where].reshape(before, -1)
-                for state in (src, dst):
-                    if state.kind is Kind.SHARDED:
-                        result[:, i, j, holding[state.dim]] = np.inf
-        return np.ascontiguousarray(result.swapaxes(0, 1).reshape(len(own), before, len(own), -1))
-
-    def _sums(self, costs: ClassCosts, name: str) -> Iterator[tuple[_Index, _Index, Table]]:
-        """Sums over several axes at once, which cost less than one after the other: where from, where to, seconds."""
-        trains, num_axes = costs.whole(name).requires_grad, len(self.shape)
-        for src, dst in SUMS:
-            able = [axis for axis, own in enumerate(self.labels) if src in own and dst in own]
-            made = conversion(src, dst, trains)
-            if made is None or made.is_free:
-                continue
-            for axes in (some for size in range(2, len(able) + 1) for some in combinations(able, size)):
-                def at(state: State, axes: tuple[int, ...] = axes) -> _Index:
-                    return ..., *(self.place[i][state] if i in axes else slice(None) for i in range(num_axes))
-
-                share: Table = np.ones(1)
-                for other, labels in enumerate(self.labels):
-                    if other not in axes:
-                        parts = [1 / costs.sizes[other] if s.kind is Kind.SHARDED else 1.0 for s in labels]
-                        share = np.multiply.outer(share, np.array(parts))
-                shares, where = np.unique(share, return_inverse=True)
-                seconds = [sum(
-                    time.forward_s + time.backward_s
-                    for axis, part, step in sums(made, axes, float(held), costs.sizes)
-                    for time in [costs.step_time(name, step, axis=axis, share=part)]
-                ) for held in shares]
-                yield at(src), at(dst), np.array(seconds)[where].reshape(share.shape[1:])
-
-    def code(self, place: Placement) -> int | None:
-        if any(state not in own for state, own in zip(place, self.place, strict=True)):
-            return None
-        return int(np.ravel_multi_index([own[state] for state, own in zip(place, self.place, strict=True)], self.shape))
-
-    def spread(self, values: Table, *, backwards: bool, weight: float = 1.0) -> Table:
-        """For each placement the least of values (rows of the last dim) at another and of the way there (or back)."""
-        moves = self.backwards if backwards else self.moves
-        found = np.ascontiguousarray(values / weight)
-        if self.unmade is not None and backwards:
-            found[..., self.unmade] = np.inf
-        ways = [axis for axis, size in enumerate(self.shape) if size > 1] + [-1] * bool(self.sums)
-        unchanged = 0
-        for way in cycle(ways):
-            after = self._along_axis(found, moves[way]) if way >= 0 else self._at_once(found, backwards=backwards)
-            unchanged = unchanged + 1 if np.array_equal(after, found) else 0
-            found = after
-            if unchanged == len(ways):
-                break
-        found *= weight
-        if self.unmade is not None:
-            if backwards:
-                return np.minimum(found, values)
-            found[..., self.unmade] = values[..., self.unmade]
-        return found
-
-    def _along_axis(self, values: Table, cost: Table) -> Table:
-        """The least at each placement where one axis may change once."""
-        size, before, _, after = cost.shape
-        seen = values.reshape(-1, before, size, after).transpose(2, 0, 1, 3)
-        least: Table = (seen[:, :, :, None] + cost[:, None]).min(axis=0)  # over the first dim numpy is quick
-        return least.reshape(values.shape)
-
-    def _at_once(self, values: Table, *, backwards: bool) -> Table:
-        """The least at each placement where there may be sums over several axes."""
-        found = values.copy()
-        grid = found.reshape(-1, *self.shape)
-        for src, dst, cost in self.sums:
-            start, end = (dst, src) if backwards else (src, dst)
-            np.minimum(grid[end], grid[start] + cost, out=grid[end])
-        return found
+    before: Table | None = None  # what was moved here when the last sweep began
+    chosen: Table | None = None  # stands for `grid` while the op has but one strategy
+    known: _Known | None = None  # what the tensor costs at least beside these grids of its other slots
 
 
 class _Tensor:
@@ -188,9 +60,13 @@ class _Tensor:
         self.consumers, self.end = list(consumers), end
         self.slots = [*([producer] if producer else []), *consumers]
         self.first, self.last = min(s.op for s in self.slots), max(s.op for s in self.slots)
-        self.grid: _Grid
+        self.grid: Grid
+        self._pairs: tuple[Ints, Ints, Table] | None = None
+        self._known: dict[int, _Known] = {}  # of sets of consumers, as bits: `_spread` of the sum of their grids
+        self._ends: list[Table] = []
+        self._starts: list[Table] = []
 
-    def regrid(self, ids: Sequence[Ints], costs: ClassCosts, blocked: Sequence[bool], cache: _Cache) -> None:
+    def regrid(self, ids: Sequence[Ints], costs: ClassCosts, blocked: Sequence[bool], cache: Cache) -> None:
         """The grid of the placements that are left."""
         labels: list[list[State]] = [[] for _ in costs.sizes]
         for slot in self.slots:
@@ -200,25 +76,82 @@ class _Tensor:
             for axis, state in enumerate(place or ()):
                 labels[axis].append(state)
         ordered = [sorted(set(own), key=str) for own in labels]
-        self.grid = _Grid(costs, self.name, ordered, blocked, False, cache)
+        self.grid = Grid(costs, self.name, ordered, blocked, False, cache)
         for slot in self.slots:
             slot.codes = _codes(slot.states, ids[slot.op], self.grid)
             slot.order = np.argsort(slot.codes, kind="stable")
             ranked = slot.codes[slot.order]
             slot.starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-            slot.grid = None
+            slot.grid = slot.known = None
+        self._known = {}
+        self._ends = [] if self.end is None else [self._fixed(self.end)]
+        self._starts = [] if self.start is None or self.producer is not None else [self._fixed(self.start)]
+        self._pairs = self._priced(ids, costs)
+
+    def _priced(self, ids: Sequence[Ints], costs: ClassCosts) -> tuple[Ints, Ints, Table] | None:
+        """Numbers of placements to start from, those to end at, and what the conversions cost, where pairs are few."""
+        makes = [] if self.producer is None else [self.producer]
+        fewest = max((len(slot.starts) for slot in self.consumers), default=1)
+        if fewest * sum((len(slot.starts) for slot in makes), self.start is not None) > FEW_PAIRS:
+            return None
+        src = self._placements(makes, self.start, ids)
+        dst = self._placements(self.consumers, self.end, ids)
+        if len(src) * len(dst) > FEW_PAIRS:
+            return None
+        seconds = np.full((len(src), len(dst)), np.inf)
+        for i, (at, before) in enumerate(src.items()):
+            for j, (to, after) in enumerate(dst.items()):
+                if at == to:
+                    seconds[i, j] = 0.0
+                elif self.grid.unmade is None or not self.grid.unmade[to]:
+                    time = costs.conversion_time(self.name, before, after)
+                    if time is not None:
+                        seconds[i, j] = time.forward_s + time.backward_s
+        return np.array([*src]), np.array([*dst]), seconds * self.weight
+
+    def _placements(
+        self, slots: Sequence[_Slot], fixed: Placement | None, ids: Sequence[Ints]
+    ) -> dict[int, Placement]:
+        """The placements under the strategies of some ops, and a fixed one, by number."""
+        found: dict[int, Placement] = {}
+        for slot in slots:
+            for row in slot.order[slot.starts]:
+                found[int(slot.codes[row])] = tuple(slot.states[i] for i in ids[slot.op][row])
+        code = None if fixed is None else self.grid.code(fixed)
+        if fixed is not None and code is not None:
+            found[code] = fixed
+        return found
+
+    def _spread(self, values: Table, *, backwards: bool) -> Table:
+        """For each placement the least of values (in rows) at another and of the conversion from it (or to it)."""
+        if self._pairs is None:
+            return self.grid.spread(values, backwards=backwards, weight=self.weight)
+        src, dst, seconds = self._pairs
+        found = np.full(values.shape, np.inf)
+        if backwards:
+            found[:, src] = (values[:, None, dst] + seconds).min(axis=2)
+        else:
+            found[:, dst] = (values[:, src, None] + seconds).min(axis=1)
+        return found
 
     def _of(self, slot: _Slot) -> Table:
         """The least cost moved here of a strategy with each placement."""
+        if slot.chosen is not None:
+            return slot.chosen
         if slot.grid is None:
             slot.grid = np.full(self.grid.size, np.inf)
             slot.grid[slot.codes[slot.order[slot.starts]]] = np.minimum.reduceat(slot.moved[slot.order], slot.starts)
         return slot.grid
 
     def fix(self, slot: _Slot, row: int) -> None:
-        """Until its grid is made anew, an op has but one strategy here."""
-        slot.grid = np.full(self.grid.size, np.inf)
-        slot.grid[slot.codes[row]] = slot.moved[row]
+        """Until it is `free` again, an op has but one strategy here."""
+        slot.chosen = np.full(self.grid.size, np.inf)
+        slot.chosen[slot.codes[row]] = slot.moved[row]
+
+    def free(self) -> None:
+        """All ops have all strategies that are left."""
+        for slot in self.slots:
+            slot.chosen = None
 
     def _fixed(self, place: Placement) -> Table:
         values = np.full(self.grid.size, np.inf)
@@ -229,33 +162,35 @@ class _Tensor:
 
     def least(self, slot: _Slot) -> Table:
         """Of each strategy of an op the least that the tensor costs, less what was moved to the op's own slot."""
-        ends = [] if self.end is None else [self._fixed(self.end)]
+        beside = tuple(self._of(other) for other in self.slots if other is not slot)
+        if slot.known is None or not all(map(is_, slot.known[0], beside)):
+            slot.known = beside, self._least(slot)
+        return slot.known[1]
+
+    def _least(self, slot: _Slot) -> Table:
+        every = dict(enumerate([*(self._of(own) for own in self.consumers), *self._ends]))
         if slot is self.producer:
-            grids = [*(self._of(own) for own in self.consumers), *ends]
-            return self._apart(grids)[-1][slot.codes]
+            return self._apart(every)[-1][slot.codes]
         own = next(i for i, other in enumerate(self.consumers) if other is slot)
-        others = [*(self._of(other) for i, other in enumerate(self.consumers) if i != own), *ends]
-        made = self._fixed(self.start) if self.producer is None and self.start else self._of(self.slots[0])
+        others = {i: grid for i, grid in every.items() if i != own}
+        made = self._starts[0] if self._starts else self._of(self.slots[0])
         apart = self._apart(others)  # of each set of the others, as bits
         full = (1 << len(others)) - 1
         started = np.stack([made + apart[full & ~together] for together in range(full + 1)])
-        arrived = self.grid.spread(started, backwards=False, weight=self.weight)
+        arrived = self._spread(started, backwards=False)
         for together in range(full + 1):
-            for i, grid in enumerate(others):
+            for i, grid in enumerate(others.values()):
                 if together >> i & 1:
                     arrived[together] += grid
         least: Table = arrived.min(axis=0)
         return least[slot.codes]
 
-    def _apart(self, grids: Sequence[Table]) -> list[Table]:
+    def _apart(self, grids: Mapping[int, Table]) -> list[Table]:
         """For each set of consumers what they cost with their conversions, those to one placement paid once."""
-        together = [sum((g for i, g in enumerate(grids) if bits >> i & 1), np.zeros(self.grid.size))
-                    for bits in range(1, 1 << len(grids))]
+        numbers, own = list(grids), list(grids.values())
+        spread = self._together(numbers, own)
         best = [np.zeros(self.grid.size)]
-        if not together:
-            return best
-        spread = self.grid.spread(np.stack(together), backwards=True, weight=self.weight)
-        for bits in range(1, 1 << len(grids)):
+        for bits in range(1, 1 << len(own)):
             lowest, found = bits & -bits, spread[bits - 1]
             part = (bits - 1) & bits  # the proper parts that have the first consumer
             while part:
@@ -264,6 +199,22 @@ class _Tensor:
                 part = (part - 1) & bits
             best.append(found)
         return best
+
+    def _together(self, numbers: Sequence[int], grids: Sequence[Table]) -> list[Table]:
+        """For each set of consumers, as bits of 1 and more, what they cost with one conversion for all of them."""
+        made: list[tuple[int, tuple[Table, ...]]] = []
+        for bits in range(1, 1 << len(grids)):
+            some = [i for i in range(len(grids)) if bits >> i & 1]
+            made.append((sum(1 << numbers[i] for i in some), tuple(grids[i] for i in some)))
+        stale = [
+            (key, own) for key, own in made
+            if key not in self._known or not all(map(is_, self._known[key][0], own))
+        ]
+        if stale:
+            found = self._spread(np.stack([np.sum(own, axis=0) for _, own in stale]), backwards=True)
+            for (key, own), row in zip(stale, found, strict=True):
+                self._known[key] = own, row
+        return [self._known[key][1] for key, _ in made]
 
 
 class Relaxed:
@@ -282,7 +233,7 @@ class Relaxed:
         stays_whole = [state == R for state in boundary]
         hidden = hidden_shapes(cls)
         self._blocked = {info.name: stays_whole for info in cls.tensors if info.shape in hidden}
-        self._cache: _Cache = {}
+        self._cache: Cache = {}
         self._tensors: list[_Tensor] = []
         self.constant = 0.0
         self._build()
@@ -362,7 +313,7 @@ class Relaxed:
             sorted({slot.states[i] for slot in consumers for i in np.unique(self.ids[slot.op][:, axis])}, key=str)
             for axis in range(num_axes)
         ]
-        grid = _Grid(costs, name, labels, (), True, {})
+        grid = Grid(costs, name, labels, (), True, {})
         values = np.full(grid.size, np.inf)
 
         def seconds(place: Placement) -> float:
@@ -383,7 +334,7 @@ class Relaxed:
             self.unary[slot.op] += spread[_codes(slot.states, self.ids[slot.op], grid)]
 
     def _op_costs(self, op: Op, options: JointOptions) -> Table:
-        """Each strategy's seconds; strategies that leave the same local shapes take equally long."""
+        """Each strategy's seconds; those that leave the same local shapes by the same special programs take as long."""
         sizes, ids = self.costs.sizes, options.ids
         columns = []
         for place, name in enumerate((*op.operands, *op.outputs)):
@@ -395,7 +346,6 @@ class Relaxed:
                     parts *= np.where(splits[ids[:, axis]], size, 1)
                 columns.append(parts)
         parts = np.ones(len(options), dtype=np.intp)
-        special = np.zeros(len(options), dtype=np.bool_)
         divides = np.array([bool(own.factor) for own in options.strategies])
         differs = np.array([
             own.lowering not in RUNS_AS_IT_IS or any(state.length for state in (*own.inputs, *own.outputs))
@@ -403,9 +353,12 @@ class Relaxed:
         ])
         for axis, size in enumerate(sizes):
             parts *= np.where(divides[ids[:, axis]], size, 1)
-            special |= differs[ids[:, axis]]
-        columns += [parts, np.where(special, np.arange(len(options)), -1)]
-        _, first, inverse = np.unique(np.stack(columns, axis=1), axis=0, return_index=True, return_inverse=True)
+            columns.append(np.where(differs[ids[:, axis]], ids[:, axis], -1))
+        columns.append(parts)
+        number = np.zeros(len(options), dtype=np.intp)
+        for column in columns:
+            _, number = np.unique(number * (column.max(initial=0) + 2) + column + 1, return_inverse=True)
+        _, first, inverse = np.unique(number, return_index=True, return_inverse=True)
         seconds = []
         for row in first:
             own, comm = self.costs.op_time(op, options[int(row)]), self.costs.lowering_comm(op, options[int(row)])
@@ -416,8 +369,11 @@ class Relaxed:
         """Costs are moved towards the last op and back; raises `lower_bound`.
 
         Alike axes make many choices equally good. The first sweep tells them apart by costs far below all others, so
-        that those which are likely go together; the bound is without them.
+        that those which are likely go together; the bound is without them. Later ones begin further in the direction in
+        which the last went (as Nesterov's gradient steps do, 1983), but where that made the bound fall.
         """
+        if self._added:
+            self._go_on()
         for forwards in (True, False):
             for op in range(len(self.ids)) if forwards else range(len(self.ids) - 1, -1, -1):
                 self._visit(op, forwards=forwards)
@@ -426,7 +382,24 @@ class Relaxed:
             self._added = _APART * found
             chance, most = np.random.default_rng(0), self._added / len(self.unary)
             self.unary = [own + most * chance.random(len(own)) for own in self.unary]
+        if found < self.lower_bound:
+            for tensor in self._tensors:
+                for slot in tensor.slots:
+                    slot.before = None
         self.lower_bound = max(self.lower_bound, found)
+
+    def _go_on(self) -> None:
+        """Moves again a part of what the last sweep has moved."""
+        for op, here in enumerate(self._at):
+            for _, slot in here:
+                now, slot.grid = slot.moved, None
+                if slot.before is not None:
+                    step = np.zeros_like(now)
+                    np.subtract(now, slot.before, out=step, where=np.isfinite(now) & np.isfinite(slot.before))
+                    step *= MOMENTUM
+                    slot.moved = now + step
+                    self.unary[op] = self.unary[op] - step
+                slot.before = now
 
     def _visit(self, op: int, *, forwards: bool) -> None:
         unary, ahead, behind = self.unary[op], [], 0
@@ -465,8 +438,7 @@ class Relaxed:
             for tensor, slot in self._at[op]:
                 tensor.fix(slot, row)
         for tensor in self._tensors:
-            for slot in tensor.slots:
-                slot.grid = None
+            tensor.free()
         return chosen
 
     def drop(self, upper_bound: float) -> list[Table]:
@@ -482,6 +454,7 @@ class Relaxed:
                 self.unary[op], slack = self.unary[op][stays], slack[stays]
                 for tensor, slot in self._at[op]:
                     slot.moved = slot.moved[stays]
+                    slot.before = None if slot.before is None else slot.before[stays]
                     stale[id(tensor)] = tensor
             slacks.append(slack)
         for tensor in stale.values():
@@ -489,11 +462,7 @@ class Relaxed:
         return slacks
 
 
-def _along(values: Sequence[bool], axis: int, rank: int) -> NDArray[np.bool_]:
-    return np.array(values, dtype=np.bool_).reshape([-1 if i == axis else 1 for i in range(rank)])
-
-
-def _codes(states: Sequence[State], ids: Ints, grid: _Grid) -> Ints:
+def _codes(states: Sequence[State], ids: Ints, grid: Grid) -> Ints:
     """The number on the grid of each row's placement."""
     result = np.zeros(len(ids), dtype=np.intp)
     for axis, (place, size) in enumerate(zip(grid.place, grid.shape, strict=True)):

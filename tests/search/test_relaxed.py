@@ -15,7 +15,8 @@ from autopar.cluster.cluster import Link
 from autopar.graph.model_graph import BlockClass
 from autopar.search.block_problem import Problem
 from autopar.search.elimination import eliminate
-from autopar.search.relaxed import Relaxed, _Grid
+from autopar.search.placement_grid import Grid
+from autopar.search.relaxed import Relaxed
 from autopar.sharding import route
 from autopar.sharding.joint import JointOptions, Placement, joint_strategies
 from autopar.sharding.state import RP, P, R, shard
@@ -98,7 +99,7 @@ def test_a_way_between_placements_costs_no_more_than_the_conversion(
     build = ClassBuilder("one")
     cls = build.build(build.linear(build.input("x", (4, 8, 16)), build.param("w", (16, 16)), "y"))
     costs, labels = costs_of(cls, 3, LINK), (R, RP, P, shard(0), shard(1), shard(2, 2))
-    grid, places = _Grid(costs, "y", (labels,) * 3, (), False, {}), list(product(labels, repeat=3))
+    grid, places = Grid(costs, "y", (labels,) * 3, (), False, {}), list(product(labels, repeat=3))
     for src in places[::7]:
         start = np.full((1, grid.size), np.inf)
         start[0, grid.code(src)] = 0.0
