@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from autopar.runtime.stage import ExpertsModule, StageModule
+from autopar.runtime.stage_module import ExpertsModule, StageModule
 
 
 def shard_stage(

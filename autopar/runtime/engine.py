@@ -440,6 +440,9 @@ class Trainer:
             )
             for block, first in zip(blocks, copies.first_in, strict=True):
                 block._autopar_compute_with(copies, first)
+        if plan.compile and self.groups.data_mesh is None and self.groups.replicas is None:
+            # FSDP2 works between blocks; sums over replicas begin while the backward goes on.
+            module._autopar_compile_together()
         wanted = _batch_names(graph, plan, index)
         last = index == plan.num_stages - 1
         return LocalStage(

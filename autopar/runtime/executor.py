@@ -17,7 +17,7 @@ from autopar.runtime.recording import REDUCE, WAIT_BACKWARD, WAIT_FORWARD, Recor
 from autopar.runtime.regions import Crossing, Piece
 from autopar.runtime.replicas import Replicas
 from autopar.runtime.split_backward import Pending, backward_input, backward_weight
-from autopar.runtime.stage import StageModule
+from autopar.runtime.stage_module import StageModule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,6 +50,12 @@ class LoweredClass:
     code: Code
     source: str
     factors: tuple[str, ...] = ()
+    uncompiled: Code | None = None  # where `code` is by torch.compile
+
+    @property
+    def eager(self) -> Code:
+        """The program as it is written."""
+        return self.uncompiled or self.code
 
 
 def resolve_target(target: str) -> Any:
@@ -240,7 +246,8 @@ def lower_class(
     results = [writer.in_state(name, place) for name, place in zip(cls.outputs, places("outputs"), strict=True)]
     lines = _drop_early(writer.lines, arguments, results)
     source = "\n\n".join([*writer.functions, _function(_identifier(cls.name), arguments, lines, results)])
-    return LoweredClass(name=cls.name, code=_compile(cls.name, source, writer.globals), source=source, factors=factors)
+    code = make_function(cls.name, source, writer.globals)
+    return LoweredClass(name=cls.name, code=code, source=source, factors=factors)
 
 
 def _function(name: str, arguments: Sequence[str], lines: Sequence[str], results: Sequence[str]) -> str:
@@ -317,8 +324,8 @@ def _drop_early(lines: Sequence[str], arguments: Sequence[str], results: Sequenc
     return out[::-1]
 
 
-def _compile(name: str, source: str, names: dict[str, Any]) -> Code:
-    """The function of a source text, with the text where tracebacks find it."""
+def make_function(name: str, source: str, names: dict[str, Any]) -> Code:
+    """The function `block_NAME` of a source text that uses `names`, with the text where tracebacks find it."""
     filename = f"<autopar block {name} {hash(source) & 0xFFFFFFFF:08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), names)

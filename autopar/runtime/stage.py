@@ -1,11 +1,10 @@
-"""One pipeline stage as an nn.Module under the model's own names."""
+"""Makes the module of a pipeline stage, with its parameters under the model's own names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,149 +13,17 @@ from autopar.errors import InputError
 from autopar.graph.model_graph import Block, ModelGraph, Op
 from autopar.plan.plan import Plan, Recompute, Stage, Variant, is_layer
 from autopar.runtime.collectives import Axis, Fn, converter
-from autopar.runtime.compute_copies import ComputeCopies, CopyUnit
 from autopar.runtime.evaluation import evaluated
 from autopar.runtime.layout import Layout, local_part
 from autopar.runtime.loss import LossTerms
 from autopar.runtime.lower import LoweredClass, lower_class, run_ops
 from autopar.runtime.offload import Offloader
-from autopar.runtime.recompute import recompute
+from autopar.runtime.stage_module import BlockModule, ExpertsModule, StageModule
 from autopar.sharding.joint import Placement
 from autopar.sharding.rows import at_other_rows
 from autopar.sharding.state import RP, State
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.attention_core import attention_cores
-
-
-class ExpertsModule(nn.Module):
-    """What holds experts that the expert axis has by parts. It runs what uses them: FSDP2 gathers them around that."""
-
-    def forward(self, run: Callable[..., Any], *inputs: Any) -> Any:
-        return run(*inputs)
-
-
-class BlockModule(nn.Module):
-    """A block at its own path. Parameters are looked up at every call: FSDP2 swaps them under their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._autopar_program: LoweredClass | None = None
-        self._autopar_evaluation: LoweredClass | None = None
-        self._autopar_copies: tuple[list[CopyUnit], list[Tensor]] | None = None
-        self._autopar_mark: Callable[[Sequence[Any]], None] | None = None  # told of the inputs before a forward
-        self._autopar_within: tuple[ExpertsModule, ...] = ()  # modules of their own below this one
-
-    def bind(
-        self, program: LoweredClass, evaluation: LoweredClass, params: Sequence[tuple[nn.Module, str, Fn | None]],
-        buffers: Sequence[Tensor], *, variant: Variant, offloader: Offloader | None,
-    ) -> None:
-        """`params` says where each parameter is and how it comes from its stored state to the one that is wanted.
-
-        `evaluation` runs where no gradients are wanted.
-        """
-        self._autopar_within = tuple(
-            module for module in dict.fromkeys(module for module, _, _ in params) if isinstance(module, ExpertsModule)
-        )
-        self._autopar_program, self._autopar_evaluation = program, evaluation
-        self._autopar_params = list(params)
-        self._autopar_buffers = list(buffers)
-        self._autopar_variant = variant
-        self._autopar_offloader = offloader
-
-    def _autopar_own_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the program takes, in its order, as they are at rest."""
-        return [getattr(module, name) for module, name, _ in self._autopar_params]
-
-    def _autopar_compute_with(self, copies: ComputeCopies, first: CopyUnit | None) -> None:
-        """From now on the program takes what `copies` has in the place of parameters.
-
-        `first`: the unit that no block before this one computes with.
-        """
-        own = self._autopar_own_parameters()
-        copied = [param in copies.unit_of for param in own]
-        units = dict.fromkeys(copies.unit_of[param] for param, is_copied in zip(own, copied, strict=True) if is_copied)
-        taken = [copies.leaf(param) if is_copied else param for param, is_copied in zip(own, copied, strict=True)]
-        self._autopar_copies = list(units), taken
-        self._autopar_mark = partial(copies.mark, first) if first is not None else None
-
-    def _params(self) -> list[Tensor]:
-        """What the program computes with."""
-        if self._autopar_copies is None:
-            return [getattr(module, name) for module, name, _ in self._autopar_params]
-        units, taken = self._autopar_copies
-        for unit in units:
-            unit.refresh()
-        return taken
-
-    def _run(self, *inputs: Any) -> tuple[Any, ...]:
-        program = self._autopar_program if torch.is_grad_enabled() else self._autopar_evaluation
-        assert program is not None
-        params = [
-            value if convert is None else convert(value)
-            for value, (_, _, convert) in zip(self._params(), self._autopar_params, strict=True)
-        ]
-        return program.code(*params, *self._autopar_buffers, *inputs)
-
-    def forward(self, *inputs: Any) -> tuple[Any, ...]:
-        run: Callable[..., tuple[Any, ...]] = self._forward
-        for module in self._autopar_within:
-            run = partial(module, run)
-        return run(*inputs)
-
-    def _forward(self, *inputs: Any) -> tuple[Any, ...]:
-        """All parameters are gathered."""
-        if not torch.is_grad_enabled():
-            return self._run(*inputs)
-        if self._autopar_mark is not None:
-            self._autopar_mark(inputs)
-        variant, offloader = self._autopar_variant, self._autopar_offloader
-        run = partial(recompute, self._run) if variant.recompute is Recompute.FULL else self._run
-        if offloader is None:
-            return run(*inputs)
-        return offloader.run(run, inputs, self._held(inputs) if variant.offload else None)
-
-    def _held(self, inputs: Sequence[Any]) -> list[Tensor]:
-        """What is on the device in any case: parameters, buffers, and inputs without gradient that all layers share."""
-        params = self._params()
-        shared = [value for value in inputs if isinstance(value, Tensor) and not value.requires_grad]
-        return [*params, *self._autopar_buffers, *shared]
-
-
-class StageModule(nn.Module):
-    """The blocks of a stage in their order, and what the stage needs of the masks and positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._autopar_chain: list[tuple[Block, BlockModule]] = []
-        self._autopar_offloader: Offloader | None = None
-        self._autopar_free: list[BlockModule] = []  # blocks that are no module of the model
-
-    @property
-    def _autopar_blocks(self) -> list[BlockModule]:
-        """The blocks in their order."""
-        return [module for _, module in self._autopar_chain]
-
-    def forward(self, values: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """From batch inputs and received tensors by their global names to the tensors that leave the stage."""
-        if self._autopar_offloader is not None:
-            self._autopar_offloader.begin()
-        env = dict(values)
-        if self._autopar_shared is not None:
-            names, outputs, program, buffers = self._autopar_shared
-            found = program.code(*buffers, *(env[name] for name in names))
-            env.update(zip(outputs, found, strict=True))
-        for (block, module), dead in zip(self._autopar_chain, self._autopar_dead, strict=True):
-            bound = module._autopar_program
-            assert bound is not None
-            extra = [factors[name] for name in bound.factors]
-            env.update(zip(block.outputs, module(*(env[name] for name in block.inputs), *extra), strict=True))
-            for name in dead:
-                del env[name]
-        return {name: env[name] for name in self._autopar_leaving}
-
-    _autopar_shared: tuple[tuple[str, ...], tuple[str, ...], LoweredClass, list[Tensor]] | None
-    _autopar_dead: list[tuple[str, ...]]
-    _autopar_leaving: tuple[str, ...]
 
 
 def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -221,9 +88,7 @@ class StageBuilder:
                 cls, self._shardings(name, stage), self.axes, self.device, terms, cores, self.expert_axis
             )
             if self.plan.compile:
-                lowered = LoweredClass(
-                    name=name, code=torch.compile(lowered.code), source=lowered.source, factors=lowered.factors
-                )
+                lowered = replace(lowered, code=torch.compile(lowered.code), uncompiled=lowered.code)
             self.programs[key] = lowered
         return self.programs[key]
 
