@@ -6,6 +6,7 @@ import enum
 import hashlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,8 @@ def comparable(value: object) -> Hashable:
     if isinstance(value, Tensor) and _is_small_and_real(value):
         data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return "tensor", tuple(value.shape), str(value.dtype), hashlib.sha256(data).hexdigest()
+    if isinstance(value, partial):  # many activations are one, made anew for each layer
+        return "object", "partial", comparable(value.func), comparable(value.args), comparable(value.keywords)
     return "object", id(value)
 
 

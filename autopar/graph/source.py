@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.errors import AutoparError, InputError
 from autopar.graph.capture import LossFn, capture
-from autopar.graph.fake import values_not_needed
+from autopar.graph.fake import shapes_alone, values_not_needed
 from autopar.graph.hugging_face import attention_of
 from autopar.graph.model_graph import ModelGraph
 
@@ -144,7 +144,7 @@ def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype:
                                        "attn_implementation": attention_of(model_class, attention)}
             if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
                 options["experts_implementation"] = "grouped_mm"
-            with values_not_needed():
+            with shapes_alone():
                 model = model_class._from_config(config, **options)
             batch = _example_batch(spec, model, config, seq_len)
         except AutoparError:
