@@ -149,16 +149,21 @@ class Bounds:
     def quick(self, c: Candidate, limit_s: float = np.inf) -> float:
         """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit.
 
-        Where the work alone is not below the limit, the bound by it.
+        Where the work alone is not below the limit, the bound by it; or that by the work and the data axes.
         """
         if limit_s < np.inf and (work_s := self.of_work(c)) >= limit_s:
             return work_s
         kinds = self._layout.kinds(c)
+        if not self._memory.layers_fit(c, kinds, {kind: self._tables.blocks(c, kind) for kind in dict.fromkeys(kinds)}):
+            return np.inf
         tables = {kind: self._tables.times(c, kind) for kind in dict.fromkeys(kinds)}
         m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
-        if not self._memory.layers_fit(c, kinds, tables):
-            return np.inf
         if c.pp == 1:
+            if limit_s < np.inf:  # what variants of layers add comes on top
+                alone = tables[kinds[0]]
+                step = m * (alone.forward_s + alone.backward_s) + alone.once_beside_s
+                if (alone_s := float(step @ alone.blocks.sorts.number)) >= limit_s:
+                    return alone_s
             loads = self._loads(c)
             return float(loads.later[0][0] + loads.first[0][0] + loads.once[-1])
         number, first = self._sorts[True].number, self._sorts[True].sort[0]

@@ -137,20 +137,20 @@ class MemoryBounds:
         )
         return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), step
 
-    def layers_fit(self, c: Candidate, kinds: tuple[StageKind, ...], tables: dict[StageKind, StageTable]) -> bool:
+    def layers_fit(self, c: Candidate, kinds: tuple[StageKind, ...], blocks: dict[StageKind, BlockTable]) -> bool:
         """Whether the stages have room for all layers, each taken as the leanest of them; a necessary condition."""
         if not self._num_layers:
             return True
         per_numel = self._static(c)[0]
         in_flight = np.minimum(c.pp - np.arange(c.pp), c.num_micro_batches)
         room = 0.0
-        for kind, table in tables.items():
+        for kind, table in blocks.items():
             held = in_flight[[other is kind for other in kinds]]
-            own = table.blocks.kind >= 0
-            numel, least = table.blocks.numel[own], table.blocks.least_held[own]
+            own = table.kind >= 0
+            numel, least = table.numel[own], table.least_held[own]
             smallest = (per_numel * numel[:, None] + least[:, None] * held[None, :]).min(axis=0)
             if smallest.min() <= 0:
                 return True
-            beside = float(table.blocks.transient_bytes[own].min())
+            beside = float(table.transient_bytes[own].min())
             room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
         return room >= self._num_layers
