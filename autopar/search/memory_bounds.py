@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.cost_models.memory import reduction_bytes, static_bytes, step_temporary_bytes
-from autopar.search.block_table import BlockTable, StageTable
+from autopar.search.block_table import BlockTable
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.stage_kinds import StageKind
