@@ -147,7 +147,7 @@ def shapes_alone() -> Iterator[None]:
         return linspace(*args, **{"device": "cpu", **kwargs})
 
     with outside_other_modes(), torch.device("meta"):
-        torch.linspace = real_linspace  # type: ignore[assignment]
+        torch.linspace = real_linspace
         try:
             yield
         finally:
