@@ -59,7 +59,7 @@ def static_bytes(
         parameters += 0.0 if zero == 0 and dtype == param_dtype else compute * numel
     else:
         parameters += compute * root_numel
-        buffers += compute * 3 * unit_numel
+        buffers += unit_buffer_bytes(unit_numel, zero=zero, dtype=dtype)
     if zero < 2:
         gradients = GRADIENT_BYTES * numel
     else:
@@ -71,6 +71,11 @@ def static_bytes(
     )
 
 
+def unit_buffer_bytes(unit_numel: float, *, zero: int, dtype: str) -> float:
+    """Bytes of gathered units under ZeRO 3: the one in use, the next, and the copy that an all-gather delivers."""
+    return 3 * DTYPE_BYTES[dtype] * unit_numel if zero == 3 else 0.0
+
+
 def reduction_bytes(unit_numel: float, *, zero: int, num_shards: int) -> float:
     """Bytes beside the gradients while ZeRO 0 or 1 reduces a unit in the step's last backward; 0 for other levels.
 
@@ -79,6 +84,53 @@ def reduction_bytes(unit_numel: float, *, zero: int, num_shards: int) -> float:
     if zero > 1 or (zero == 1 and num_shards == 1):
         return 0.0
     return GRADIENT_BYTES * unit_numel * (1 + 1 / (num_shards if zero else 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackwardBytes:
+    """Bytes a parameter of a block in the one backward of a step, which starts without gradients.
+
+    `copy`: of what is computed with, until the block's backward is through; `is_kept`: until that of the stage is.
+    `making`: gradients on their way when the block's backward ends, beside its copy; `made`: from then on; `whole`:
+    when all backwards are through; `reducing`: beside the gradients of all others, while those that are kept to the end
+    are reduced.
+    """
+
+    copy: float
+    is_kept: bool
+    making: float
+    made: float
+    reducing: float
+    whole: float
+
+
+def backward_bytes(
+    *, zero: int, num_shards: int, num_copies: int, dtype: str, param_dtype: str, is_layer: bool
+) -> BackwardBytes:
+    """What a parameter of a layer, or of a block that is none, takes while the step's only backward runs.
+
+    ZeRO 0: gradients come in the compute dtype where that is not the parameters' own, and are copied when the block's
+    are all there; several copies send a layer's together, as one more tensor. Other levels run in FSDP2: it drops a
+    layer's gathered parameters, copies its gradients into one float32 tensor and gets the shard; what lies outside
+    layers is gathered until the end, and so are its gradients.
+    """
+    compute, shard = DTYPE_BYTES[dtype], GRADIENT_BYTES / num_shards
+    if zero == 0:
+        copy = 0.0 if dtype == param_dtype else float(compute)
+        sent = 2 * GRADIENT_BYTES - copy if num_copies > 1 else 0
+        return BackwardBytes(
+            copy=copy, is_kept=False, making=max(copy + GRADIENT_BYTES, sent), made=GRADIENT_BYTES, reducing=0,
+            whole=GRADIENT_BYTES,
+        )
+    sent = GRADIENT_BYTES + shard
+    if not is_layer:
+        return BackwardBytes(
+            copy=compute, is_kept=True, making=compute, made=compute, reducing=compute + sent, whole=shard
+        )
+    copy = 0.0 if zero == 3 else float(compute)
+    return BackwardBytes(
+        copy=copy, is_kept=False, making=max(compute, compute + sent - copy), made=shard, reducing=shard, whole=shard
+    )
 
 
 # What pinned copies reach of the host link's rate: 24 to 26 of 31.5 GB/s on PCIe 4, 50 to 55 of 63 on PCIe 5, one

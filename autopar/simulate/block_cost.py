@@ -19,6 +19,7 @@ from autopar.cost_models.compute import (
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.expert_params import expert_params
 from autopar.graph.experts import EXPERTS_OP
+from autopar.graph.loss_terms import base_name
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
 from autopar.sharding.lowering import Lowering
@@ -221,6 +222,8 @@ class _Summation:
                 local.size_bytes for name, state in zip(op.operands, wanted, strict=True)
                 if (local := costs.local(name, state)).requires_grad and name not in cls.params
             )
+            if fused is None and base_name(op) == "cross_entropy_loss":  # the gradient of its log-softmax is a tensor
+                grads += costs.local(op.operands[0], wanted[0]).size_bytes
             if is_joined(op):  # the copy of the weights
                 grads += sum(costs.local(name, state).size_bytes
                              for name, state in zip(op.operands[1:], wanted[1:], strict=True))

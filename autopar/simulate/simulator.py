@@ -24,6 +24,7 @@ from autopar.simulate.feasibility import (
 from autopar.simulate.links import link_times
 from autopar.simulate.members import Member, member_costs, slowest_times
 from autopar.simulate.schedules import ActionLists, plan_actions
+from autopar.simulate.single_memory import single_backwards, single_memory
 from autopar.simulate.splitting import as_run
 from autopar.simulate.stage_cost import StageCost
 from autopar.simulate.timeline import ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
@@ -68,8 +69,11 @@ def simulate(
     critical = busy.index(max(busy))
     breakdown = _breakdown(plan, groups[critical], times, lists, costs, run, step, tied)
     peaks = _peaks(run, groups)
+    keeps_gradients = as_system and any(stage.zero < 3 for stage in plan.stages)
     timelines = tuple(
-        _group_timeline(cluster, plan, group, run, peak, reduced[group.rank], end, detail=detail)
+        _group_timeline(
+            cluster, plan, group, run, peak, reduced[group.rank], end, detail=detail, all_at_once=keeps_gradients
+        )
         for group, peak, end in zip(groups, peaks, ends, strict=True)
     )
     host = _host_bytes(run, groups)
@@ -230,9 +234,21 @@ def _host_bytes(run: Execution, groups: Sequence[_Group]) -> list[float]:
 
 def _group_timeline(
     cluster: Cluster, plan: Plan, group: _Group, run: Execution, activations: float, reduced: float, end: float, *,
-    detail: bool,
+    detail: bool, all_at_once: bool,
 ) -> GroupTimeline:
+    """One group's memory and times; `all_at_once`: gradients are there from the step's beginning on."""
     own = list(group.costs.values())
+    devices, starts = group.devices, run.starts[group.rank]
+    singles = {} if all_at_once else single_backwards(run, group.rank, group.costs)
+    if singles:
+        stepping = sum(cost.optimizer_step_bytes for cost in own)
+        memory, over_time = single_memory(run, group.rank, singles, stepping, reduced)
+        return GroupTimeline(
+            stage=group.rank, ranks=devices, types=(cluster.device(devices[0]).name,) * len(devices), memory=memory,
+            start_s=starts[0] if starts else 0.0, end_s=end,
+            memory_steps=(*over_time, (end, over_time[0][1])) if detail else (),
+            busy_s=sum(cost.forward_s + cost.backward_s for cost in own),
+        )
     # Chunks take turns with their buffers. Reductions at the end of the step and the optimizer's temporaries come when
     # most activations are gone: what exceeds those counts.
     stepping = max(sum(cost.optimizer_step_bytes for cost in own), *(cost.step_end_bytes for cost in own))
@@ -251,7 +267,6 @@ def _group_timeline(
         )
         found += [(reduced, stepping), (end, 0.0)] if stepping > 0 else []
         steps = tuple((time, always + size) for time, size in found)
-    devices, starts = group.devices, run.starts[group.rank]
     return GroupTimeline(
         stage=group.rank, ranks=devices, types=(cluster.device(devices[0]).name,) * len(devices), memory=memory,
         start_s=starts[0] if starts else 0.0, end_s=end, memory_steps=steps,

@@ -17,15 +17,17 @@ from autopar.cost_models.memory import (
     reduction_bytes,
     static_bytes,
     step_temporary_bytes,
+    unit_buffer_bytes,
     workspace_bytes,
 )
 from autopar.graph.model_graph import DTYPE_BYTES, Block, BlockClass, ModelGraph
 from autopar.plan.plan import Plan, Recompute, Stage, Variant
 from autopar.sharding.reshard import Collective
-from autopar.sharding.state import RP, Kind, R, State
 from autopar.simulate.block_cost import BlockCost, block_cost
 from autopar.simulate.class_costs import ClassCosts, CostAxis
+from autopar.simulate.numels import Numels, held_numels
 from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
+from autopar.simulate.single_backward import SingleBackward, single_backward
 from autopar.simulate.variant_cost import VariantCost, variant_cost
 
 
@@ -58,6 +60,7 @@ class StageCost:
     host_state_bytes: float  # of optimizer state in host memory
     forward_flops: float  # of the model, over the tensor axis, without recomputation
     param_numel: float
+    single: SingleBackward | None = None  # in a step of one micro-batch: what cannot be there at once
 
     @property
     def step_end_bytes(self) -> float:
@@ -67,6 +70,13 @@ class StageCost:
         """
         reducing = self.reduction_bytes + self.held_bytes if self.reduction_bytes else 0.0
         return max(self.optimizer_step_bytes, reducing)
+
+    def peak_bytes(self, in_flight: int) -> float:
+        """Bytes at the peak under 1F1B, with so many micro-batches in flight."""
+        if self.single is not None:
+            stepping = self.single.after.total + self.optimizer_step_bytes
+            return self.single.always.total + max(self.single.peak.total, stepping)
+        return self.static.total + max(in_flight * self.held_bytes + self.extra_bytes, self.step_end_bytes)
 
     @property
     def forward_s(self) -> float:
@@ -139,13 +149,15 @@ def stage_cost(
     backward_tp += sum(more.backward_tp_s for more in added)
     held = sum(more.held_bytes for more in added)
     extra = max((more.extra_bytes for more in added), default=0.0)
+    entry = 0.0
     if index and any(more.host_bytes for more in added):
         # What the stage received stays on the device until its backward ends.
-        held += max(cost.boundary_bytes for block, cost in zip(blocks, costs, strict=True) if is_layer(block))
+        entry = max(cost.boundary_bytes for block, cost in zip(blocks, costs, strict=True) if is_layer(block))
 
-    held_numels = _numels(graph, plan, blocks, costs, stage)
-    numel = sum(each.numel for each in held_numels)
-    static = _static_bytes(plan, stage, held_numels)
+    held += entry
+    numels = held_numels(graph, plan, blocks, costs, stage)
+    numel = sum(each.numel for each in numels)
+    static = _static_bytes(plan, stage, numels)
     always = workspace_bytes(device) + sum(cost.buffer_bytes for cost in costs)
     static = replace(static, buffers=static.buffers + always)
     if stage.zero < 2 and plan.num_micro_batches > 1:
@@ -160,47 +172,55 @@ def stage_cost(
         backward += adding
         weights += adding
     data = _data_parallel(
-        cluster, plan, stage, blocks, costs, added, held_numels, device, at_once=as_megatron and stage.zero == 0
+        cluster, plan, stage, blocks, costs, added, numels, device, at_once=as_megatron and stage.zero == 0
     )
     moved = sum(
         optimizer_step_bytes(each.numel, zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer)
-        for each in held_numels
+        for each in numels
     )
     optimizer = measured_step_s(blocks, costs, plan, stage, device)
     if optimizer is None:
         optimizer = memory_time_s(device, moved) if moved else 0.0
     step_bytes = sum(
-        step_temporary_bytes(zero=stage.zero, num_shards=each.num_shards) * each.numel for each in held_numels
+        step_temporary_bytes(zero=stage.zero, num_shards=each.num_shards) * each.numel for each in numels
     )
     state_bytes = 0.0
     if stage.offload_optimizer:
         optimizer += sum(
             offloaded_step_s(
                 each.numel, zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer, device=device
-            ) for each in held_numels
+            ) for each in numels
         )
         step_bytes, state_bytes = sum(
             step_temporary_bytes(zero=stage.zero, num_shards=each.num_shards, optimizer=plan.optimizer)
-            * max(each.unit, each.root) for each in held_numels
+            * max(each.unit, each.root) for each in numels
         ), static.optimizer
         static = replace(static, optimizer=0.0)
+    single = None
+    if plan.num_micro_batches == 1 and not as_megatron:
+        gathered = unit_buffer_bytes(sum(each.unit for each in numels), zero=stage.zero, dtype=plan.dtype)
+        single = single_backward(
+            plan, stage, numels, [more.held_bytes for more in added], [more.extra_bytes for more in added],
+            [is_layer(block) for block in blocks], entry, static, always + gathered,
+        )
     return StageCost(
         forward_compute_s=forward, backward_compute_s=backward,
         weight_backward_s=weights,
         forward_tp_s=forward_tp, backward_tp_s=backward_tp,
         forward_dp_s=data.forward_s, backward_dp_s=data.backward_s, step_start_s=data.start_s, step_end_s=data.end_s,
         step_tp_s=collective_time_s(
-            Collective.ALL_REDUCE, GRADIENT_BYTES * sum(each.partial for each in held_numels), tp_group
+            Collective.ALL_REDUCE, GRADIENT_BYTES * sum(each.partial for each in numels), tp_group
         ),
         optimizer_s=optimizer,
         held_bytes=held, extra_bytes=extra, static=static,
         optimizer_step_bytes=step_bytes,
         reduction_bytes=sum(
-            reduction_bytes(each.unit, zero=stage.zero, num_shards=each.num_shards) for each in held_numels
+            reduction_bytes(each.unit, zero=stage.zero, num_shards=each.num_shards) for each in numels
         ),
         host_bytes=sum(more.host_bytes for more in added),
         host_state_bytes=state_bytes,
         forward_flops=sum(cost.forward_flops for cost in costs), param_numel=numel,
+        single=single,
     )
 
 
@@ -288,75 +308,7 @@ def added_by_variants(
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Numels:
-    """Parameters on a device that the same ranks share out: the experts where an expert axis has them, or all others.
-
-    `units` has those of each layer, `unit` those of the layer that has most of both kinds, `root` those outside layers.
-    `partial`: those whose gradient is summed over the tensor axis.
-    """
-
-    units: tuple[float, ...]
-    unit: float
-    root: float
-    partial: float
-    num_shards: int
-    by_experts: bool
-
-    @property
-    def numel(self) -> float:
-        return sum(self.units) + self.root
-
-
-def _numels(
-    graph: ModelGraph, plan: Plan, blocks: Sequence[Block], costs: Sequence[BlockCost], stage: Stage
-) -> tuple[_Numels, ...]:
-    """Local parameters; those of the expert axis apart.
-
-    One that several blocks of the stage share counts once: whole, and summed over the tensor axis, where they want it
-    in unlike states.
-    """
-    seen: dict[str, State] = {}
-    kinds = (False, True) if stage.mesh.ep > 1 else (False,)
-    units: list[list[float]] = [[] for _ in kinds]
-    root, partial = [0.0] * len(kinds), [0.0] * len(kinds)
-    for block, cost in zip(blocks, costs, strict=True):
-        own = [0.0] * len(kinds)
-        shardings = plan.class_shardings(block.cls, stage)
-        states = shardings[-1].params if stage.mesh.tp > 1 else (R,) * len(block.params)
-        for name, state, numel, is_partial, by_experts in zip(
-            block.params, states, cost.params, cost.partial_params, cost.by_experts, strict=True
-        ):
-            if name not in seen:
-                seen[name] = state
-                own[by_experts] += numel
-                partial[by_experts] += numel if is_partial else 0.0
-            elif state != seen[name]:
-                whole = graph.param[name].numel
-                own[by_experts] += whole - _held(whole, seen[name], stage.mesh.tp)
-                partial[by_experts] += whole - (whole if seen[name] == RP else 0.0)
-                seen[name] = RP
-        for kind in kinds:
-            if is_layer(block):
-                units[kind].append(own[kind])
-            else:
-                root[kind] += own[kind]
-    largest = max(zip(*units, strict=True), key=sum, default=(0.0,) * len(kinds))
-    shards = stage.mesh.dp_shard * stage.mesh.cp
-    return tuple(
-        _Numels(
-            units=tuple(units[kind]), unit=largest[kind], root=root[kind], partial=partial[kind],
-            num_shards=max(1, shards // stage.mesh.ep) if kind else shards, by_experts=kind,
-        ) for kind in kinds
-    )
-
-
-def _held(numel: float, state: State, tp: int) -> float:
-    """Elements that a tensor rank has of a parameter."""
-    return numel / tp if state.kind is Kind.SHARDED else numel
-
-
-def _static_bytes(plan: Plan, stage: Stage, numels: Sequence[_Numels]) -> StaticBytes:
+def _static_bytes(plan: Plan, stage: Stage, numels: Sequence[Numels]) -> StaticBytes:
     """What a device holds of all states, whatever the micro-batches."""
     each = [
         static_bytes(
@@ -380,7 +332,7 @@ class _DataTimes:
 
 def _data_parallel(
     cluster: Cluster, plan: Plan, stage: Stage, blocks: Sequence[Block], costs: Sequence[BlockCost],
-    added: Sequence[VariantCost], numels: Sequence[_Numels], device: DeviceType, *, at_once: bool = False,
+    added: Sequence[VariantCost], numels: Sequence[Numels], device: DeviceType, *, at_once: bool = False,
 ) -> _DataTimes:
     """What gathering parameters and reducing gradients adds, by ZeRO level (each layer a unit, the rest the root).
 
@@ -393,10 +345,10 @@ def _data_parallel(
     compute_bytes = DTYPE_BYTES[plan.dtype]
     bandwidth = memory_bandwidth(device)
 
-    def gather_s(own: _Numels, numel: float) -> float:
+    def gather_s(own: Numels, numel: float) -> float:
         return groups[own.by_experts].shard.time_s(Collective.ALL_GATHER, compute_bytes * numel) if zero else 0.0
 
-    def reduce_s(own: _Numels, numel: float) -> float:
+    def reduce_s(own: Numels, numel: float) -> float:
         among = groups[own.by_experts]
         if zero == 0:
             return among.whole.time_s(Collective.ALL_REDUCE, GRADIENT_BYTES * numel)
@@ -500,7 +452,7 @@ def _data_groups(cluster: Cluster, plan: Plan, stage: Stage, *, by_experts: bool
 
 
 def _measured_units(
-    plan: Plan, stage: Stage, numels: Sequence[_Numels], sizes: Sequence[Sequence[float]], device: DeviceType
+    plan: Plan, stage: Stage, numels: Sequence[Numels], sizes: Sequence[Sequence[float]], device: DeviceType
 ) -> _DataTimes | None:
     """`_data_parallel` from measured layers, where nothing runs beside anything else; None where none were measured.
 
