@@ -91,9 +91,8 @@ class BackwardBytes:
     """Bytes a parameter of a block in the one backward of a step, which starts without gradients.
 
     `copy`: of what is computed with, until the block's backward is through; `is_kept`: until that of the stage is.
-    `making`: gradients on their way when the block's backward ends, beside its copy; `made`: from then on; `whole`:
-    when all backwards are through; `reducing`: beside the gradients of all others, while those that are kept to the end
-    are reduced.
+    `making`: gradients on their way when the block's backward ends, beside its copy; `made`: from then on; `reducing`:
+    while those that are kept to the end are reduced; `whole`: after that.
     """
 
     copy: float
@@ -119,8 +118,8 @@ def backward_bytes(
         copy = 0.0 if dtype == param_dtype else float(compute)
         sent = 2 * GRADIENT_BYTES - copy if num_copies > 1 else 0
         return BackwardBytes(
-            copy=copy, is_kept=False, making=max(copy + GRADIENT_BYTES, sent), made=GRADIENT_BYTES, reducing=0,
-            whole=GRADIENT_BYTES,
+            copy=copy, is_kept=False, making=max(copy + GRADIENT_BYTES, sent), made=GRADIENT_BYTES,
+            reducing=GRADIENT_BYTES, whole=GRADIENT_BYTES,
         )
     sent = GRADIENT_BYTES + shard
     if not is_layer:

@@ -20,6 +20,7 @@ from autopar.search.bounds import Bounds, Cuts
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.degrees import even_cuts, stage_devices
 from autopar.search.shardings import ShardingChooser
+from autopar.search.single_room import fitting, single_room
 from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.search.variants import Option, Room, cheapest, layer_options
 from autopar.sharding.rewrites import rewritten
@@ -322,15 +323,36 @@ class Engine:
         None where they can keep everything, and where nothing makes it fit.
         """
         stage = plan.stages[index]
-        cost = stage_cost(rewritten(self.graph, plan.rewrites), self.cluster, plan, index)
+        graph = rewritten(self.graph, plan.rewrites)
+        cost = stage_cost(graph, self.cluster, plan, index)
         left = kind.memory_limit_bytes - cost.static.total
         in_flight = min(plan.num_stages - index, c.num_micro_batches)
-        if max(in_flight * cost.held_bytes + cost.extra_bytes, cost.step_end_bytes) <= left:
+        if cost.peak_bytes(in_flight) <= kind.memory_limit_bytes:
             return None
         blocks = self.graph.blocks[stage.first : stage.last]
         found = self.bounds.block_costs(c, kind, expert_axis(self.cluster, stage))
         layers = [found[block.cls] for block in blocks if is_layer(block)]
         others = [found[block.cls] for block in blocks if not is_layer(block)]
+        entry = max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0
+        host = (kind.device.host_memory_bytes or math.inf) - cost.host_state_bytes
+        number = sum(map(is_layer, self.graph.blocks))
+        options = [layer_options(layer, kind.device, number, offload=self.request.offload) for layer in layers]
+        m = c.num_micro_batches
+        if cost.single is not None:
+            own = [is_layer(block) for block in blocks]
+            single = single_room(
+                cost.single, own, limit_bytes=kind.memory_limit_bytes, step_bytes=cost.optimizer_step_bytes,
+                entry_bytes=entry, host_bytes=host,
+            )
+            if single is None:
+                return None
+
+            def peak(found: tuple[Option, ...]) -> float:
+                with_ = stage.with_variants([option.variant for option in found])
+                others = (*plan.stages[:index], with_, *plan.stages[index + 1 :])
+                return stage_cost(graph, self.cluster, replace(plan, stages=others), index).peak_bytes(1)
+
+            return fitting(options, single, (1.0, 1.0), peak, kind.memory_limit_bytes)
         if cost.optimizer_step_bytes > left:
             return None
         beside = max((other.transient_bytes for other in others), default=0.0)
@@ -338,13 +360,8 @@ class Engine:
         beside = max(beside, left - in_flight * (left - cost.reduction_bytes))
         room = Room(
             budget_bytes=left - in_flight * sum(other.saved_bytes for other in others), in_flight=in_flight,
-            extra_bytes=beside,
-            entry_bytes=max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0,
-            host_bytes=(kind.device.host_memory_bytes or math.inf) - cost.host_state_bytes,
+            extra_bytes=beside, entry_bytes=entry, host_bytes=host,
         )
-        number = sum(map(is_layer, self.graph.blocks))
-        options = [layer_options(layer, kind.device, number, offload=self.request.offload) for layer in layers]
-        m = c.num_micro_batches
         return cheapest(options, room, (float(m - in_flight + 1), float(m)))
 
     def plan_of(self, c: Candidate, cuts: Cuts, *, ep: int = 1) -> Plan:

@@ -171,8 +171,7 @@ class _Climb:
         in_flight = min(c.pp - stage, c.num_micro_batches)
         left = self.kinds[stage].memory_limit_bytes
         for cost in costs:
-            held = max(in_flight * cost.held_bytes + cost.extra_bytes, cost.step_end_bytes)
-            if cost.static.total + held > left:
+            if cost.peak_bytes(in_flight) > left:
                 return None
         link = self.links[stage]
         return _Estimated(

@@ -88,8 +88,7 @@ class ExpertCuts:
         load = forwards * cost.forward_s + backwards * cost.backward_s
         kind = self._engine.layout.kinds(self._c)[stage]
         in_flight = min(self._c.pp - stage, self._c.num_micro_batches)
-        needed = max(in_flight * cost.held_bytes + cost.extra_bytes, cost.step_end_bytes)
-        if cost.static.total + needed <= kind.memory_limit_bytes:
+        if cost.peak_bytes(in_flight) <= kind.memory_limit_bytes:
             return load, cost.step_once_s
         options = self._engine.options(self._c, kind, plan, stage)
         if options is None:

@@ -5,15 +5,23 @@ Every figure is at most what the simulator counts for the range, so that what do
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.cost_models.memory import reduction_bytes, static_bytes, step_temporary_bytes
+from autopar.cost_models.memory import (
+    StaticBytes,
+    backward_bytes,
+    reduction_bytes,
+    static_bytes,
+    step_temporary_bytes,
+)
 from autopar.search.block_table import BlockTable
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
+from autopar.search.single_bounds import SingleTables
 from autopar.search.stage_kinds import StageKind
 from autopar.search.variants import Weights, least_added
 
@@ -29,9 +37,13 @@ class MemoryBounds:
         self._request, self._num_layers = request, num_layers
         self._statics: dict[tuple[int, int, bool], tuple[float, float, float, float]] = {}
         self._last_static: tuple[Candidate, BlockTable, tuple[Table, Table]] | None = None
+        self._last_single: tuple[Candidate, BlockTable, SingleTables] | None = None
 
     def all_kept(self, c: Candidate, in_flight: NDArray[np.intp], blocks: BlockTable) -> Table:
         """By sort of range: bytes at the peak where all activations are kept."""
+        if c.num_micro_batches == 1:
+            single = self._single(c, blocks).all_kept(blocks)
+            return np.broadcast_to(single, np.broadcast_shapes(in_flight.shape, single.shape))
         static, step = self._static_tables(c, blocks)
         held, beside = blocks.all_kept
         activations = np.maximum(in_flight * held + beside, self._with_reduction(c, blocks, held))
@@ -39,6 +51,8 @@ class MemoryBounds:
 
     def least(self, c: Candidate, in_flight: int, blocks: BlockTable) -> Table:
         """By sort of range: bytes at the peak with the variants that need least."""
+        if c.num_micro_batches == 1:
+            return self._single(c, blocks).least(blocks)
         static, step = self._static_tables(c, blocks)
         rest, beside, entry = blocks.beside_layers
         numbers = blocks.numbers
@@ -55,7 +69,13 @@ class MemoryBounds:
         return np.asarray(static + np.maximum(least, step))
 
     def room(self, c: Candidate, kind: StageKind, in_flight: NDArray[np.intp], blocks: BlockTable) -> Room:
-        """For all ranges: bytes that are left for activations, and whether all of them can be kept."""
+        """For all ranges: bytes that are left for activations, and whether all of them can be kept.
+
+        In steps of one micro-batch all memory is left: what else there is goes as activations come.
+        """
+        if c.num_micro_batches == 1:
+            keeps_all = self.all_kept(c, in_flight, blocks) <= kind.memory_limit_bytes
+            return np.full(keeps_all.shape, kind.memory_limit_bytes), keeps_all
         static, step = self._static_tables(c, blocks)
         left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
         return left, self.all_kept(c, in_flight, blocks) <= kind.memory_limit_bytes
@@ -73,6 +93,10 @@ class MemoryBounds:
         open_ = ~keeps_all & np.isfinite(left) & wanted
         if not open_.any():
             return added
+        if c.num_micro_batches == 1:
+            limit = float(np.max(left)) * (1 + GENEROUS)
+            added[open_] = self._single(c, blocks).added(blocks, open_.reshape(-1), limit, weights)
+            return added
 
         def of_open(table: NDArray[Number]) -> NDArray[Number]:
             return np.broadcast_to(table, open_.shape)[open_]
@@ -87,6 +111,22 @@ class MemoryBounds:
             least = np.minimum(least, least_added(level, numbers, held - entry if level.offload else held, weights))
         added[open_] = least
         return added
+
+    def _single(self, c: Candidate, blocks: BlockTable) -> SingleTables:
+        last = self._last_single
+        if last is None or last[1] is not blocks or last[0] != c:
+            at_rest = replace(self._bytes(c, 1, 0, 0), gradients=0.0, buffers=0.0)
+            if c.zero < 3:  # the compute copies go as the backward comes by
+                copy = backward_bytes(
+                    zero=c.zero, num_shards=c.num_shards, num_copies=1, dtype=self._request.dtype,
+                    param_dtype=self._request.param_dtype, is_layer=True,
+                ).copy
+                at_rest = replace(at_rest, parameters=at_rest.parameters - copy)
+            tables = SingleTables.of(
+                c, blocks, self._request.dtype, self._request.param_dtype, at_rest, self._static_tables(c, blocks)[1]
+            )
+            self._last_single = last = c, blocks, tables
+        return last[2]
 
     def _static_tables(self, c: Candidate, blocks: BlockTable) -> tuple[Table, Table]:
         """For all ranges: bytes whatever is in flight, and those of the optimizer's step."""
@@ -124,18 +164,22 @@ class MemoryBounds:
 
     def _make_bytes(self, c: Candidate) -> tuple[float, float, float, float]:
         def total(numel: float, unit: float, root: float) -> float:
-            found = static_bytes(
-                numel, zero=c.zero, num_shards=c.num_shards, dtype=self._request.dtype,
-                param_dtype=self._request.param_dtype, optimizer=self._request.optimizer, unit_numel=unit,
-                root_numel=root,
-            )
-            return found.total - (found.optimizer if c.offload_optimizer else 0.0)
+            return self._bytes(c, numel, unit, root).total
 
         step = step_temporary_bytes(
             zero=c.zero, num_shards=c.num_shards,
             optimizer=self._request.optimizer if c.offload_optimizer else None,
         )
         return total(1, 0, 0), total(0, 1, 0), total(0, 0, 1), step
+
+    def _bytes(self, c: Candidate, numel: float, unit: float, root: float) -> StaticBytes:
+        """What the device holds of so many parameters."""
+        found = static_bytes(
+            numel, zero=c.zero, num_shards=c.num_shards, dtype=self._request.dtype,
+            param_dtype=self._request.param_dtype, optimizer=self._request.optimizer, unit_numel=unit,
+            root_numel=root,
+        )
+        return replace(found, optimizer=0.0) if c.offload_optimizer else found
 
     def layers_fit(self, c: Candidate, kinds: tuple[StageKind, ...], blocks: dict[StageKind, BlockTable]) -> bool:
         """Whether the stages have room for all layers, each taken as the leanest of them; a necessary condition."""
@@ -149,8 +193,13 @@ class MemoryBounds:
             own = table.kind >= 0
             numel, least = table.numel[own], table.least_held[own]
             smallest = (per_numel * numel[:, None] + least[:, None] * held[None, :]).min(axis=0)
+            beside = float(table.transient_bytes[own].min())
+            if c.num_micro_batches == 1:  # at the backward's start there are no gradients, at its end nothing else
+                every = self._bytes(c, 1, 0, 0)
+                starts = (every.total - every.gradients) * numel + least
+                smallest = np.full(held.shape, starts.min())
+                beside = 0.0
             if smallest.min() <= 0:
                 return True
-            beside = float(table.transient_bytes[own].min())
             room += float(np.maximum(0.0, np.floor((kind.memory_limit_bytes - beside) / smallest)).sum())
         return room >= self._num_layers

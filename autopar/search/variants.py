@@ -203,7 +203,9 @@ class Room:
 
     `budget_bytes` is for all micro-batches in flight and for what is needed beside them, blocks that are no layers
     taken off; those need `extra_bytes` beside. `entry_bytes` stay of each micro-batch where any layer offloads;
-    `host_bytes` are there for what is offloaded.
+    `host_bytes` are there for what is offloaded. At the first layer's moment in the backward of a step of one
+    micro-batch `first_budget_bytes` are left for what that layer holds and the larger of what is needed beside it and
+    `first_extra_bytes`.
     """
 
     budget_bytes: float
@@ -211,6 +213,14 @@ class Room:
     extra_bytes: float
     entry_bytes: float
     host_bytes: float = math.inf
+    first_budget_bytes: float = math.inf
+    first_extra_bytes: float = 0.0
+
+    def has_first(self, level: Level) -> bool:
+        """Whether the layer that holds least at a level, as the first of them, has room at its own moment."""
+        least = min(option.held_bytes for options in level.allowed for option in options)
+        left = self.first_budget_bytes * (1 - ROUNDING) - max(level.extra_bytes, self.first_extra_bytes)
+        return least <= left - (self.entry_bytes if level.offload else 0.0)
 
     def for_held(self, level: Level) -> float:
         """The bytes that the layers may hold of one micro-batch at a level."""
@@ -229,7 +239,7 @@ def cheapest(layers: Sequence[Options], room: Room, weights: Weights) -> tuple[O
     best: tuple[float, list[list[Option]]] | None = None
     for level in levels(kinds):
         budget = room.for_held(level)
-        if not all(level.allowed):
+        if not all(level.allowed) or (level.allowed and not room.has_first(level)):
             continue
         whole: Frontier | None = None
         for options, number in zip(level.allowed, numbers, strict=True):

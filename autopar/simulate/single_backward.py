@@ -57,7 +57,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SingleBackward:
-    """A stage `before` its backward, at the most that this takes, and `after` all of it.
+    """A stage `before` its backward over its `blocks`, at the most that this takes, and `after` all of it.
 
     `always`: what it holds beside that whatever the moment; no gradients.
     """
@@ -66,6 +66,9 @@ class SingleBackward:
     before: Moment
     peak: Moment
     after: Moment
+    blocks: tuple[BackwardBlock, ...]
+    kept_copies: float  # until the end
+    ending: Moment  # when what came last is reduced
 
 
 def backward_moments(blocks: Sequence[BackwardBlock], kept: float = 0.0) -> Iterable[Moment]:
@@ -96,41 +99,44 @@ def single_backward(
     A layer counts with the most that any layer needs beside what it holds, so that a stage needs the same whichever of
     its layers that are alike takes which variant.
     """
-    mesh, rest = stage.mesh, range(len(held))
-    most = max((need for need, own in zip(beside, is_layer, strict=True) if own), default=0.0)
-    blocks = [
-        BackwardBlock(held=held[i], beside=most if is_layer[i] else beside[i]) for i in rest
-    ]
-    always = ending = Moment()
+    number, most = len(held), max((need for need, own in zip(beside, is_layer, strict=True) if own), default=0.0)
+    copies, making, made, waiting, joined = ([0.0] * number for _ in range(5))
+    kept_copies = whole = reducing = 0.0
     for own in numels:
-        sizes = [
-            backward_bytes(
-                zero=stage.zero, num_shards=own.num_shards, num_copies=mesh.dp * mesh.cp, dtype=plan.dtype,
-                param_dtype=plan.param_dtype, is_layer=layer,
-            ) for layer in is_layer
-        ]
-        for i, (size, numel, shared, again) in enumerate(
-            zip(sizes, own.blocks, own.shared, own.again, strict=True)
-        ):
-            # A gradient that is summed in the compute dtype is part of what the first block that has it copies.
+        sizes = {
+            layer: backward_bytes(
+                zero=stage.zero, num_shards=own.num_shards, num_copies=stage.mesh.dp * stage.mesh.cp,
+                dtype=plan.dtype, param_dtype=plan.param_dtype, is_layer=layer,
+            ) for layer in (False, True)
+        }
+        for i, (numel, shared, again) in enumerate(zip(own.blocks, own.shared, own.again, strict=True)):
+            size = sizes[is_layer[i]]
             in_copies = size.copy > 0 and not size.is_kept
             comes = size.copy if in_copies else size.made
-            block, adding = blocks[i], 0.0 if in_copies else comes * shared
-            blocks[i] = replace(
-                block, copy=block.copy + (0.0 if size.is_kept else size.copy * numel),
-                making=block.making + size.making * numel + comes * again + adding,
-                made=block.made + size.made * numel,
-                waiting=block.waiting + comes * again, joined=block.joined + comes * shared,
-            )
-            always = replace(always, copies=always.copies + (size.copy * numel if size.is_kept else 0.0))
-            ending = replace(
-                ending, gradients=ending.gradients + size.whole * numel,
-                buffers=ending.buffers + (size.reducing - size.whole) * numel,
-            )
-    before = Moment(copies=sum(block.copy for block in blocks), activations=kept + sum(held)).with_(always)
-    moments = [*(moment.with_(always) for moment in backward_moments(blocks, kept)), ending]
-    at_rest = replace(static, parameters=static.parameters - before.copies, gradients=0.0, buffers=buffers)
+            # What is summed in the compute dtype is part of what the first block that has it makes whole.
+            making[i] += size.making * numel + comes * again + (0.0 if in_copies else comes * shared)
+            made[i] += size.made * numel
+            waiting[i] += comes * again
+            joined[i] += comes * shared
+            if size.is_kept:
+                kept_copies += size.copy * numel
+            else:
+                copies[i] += size.copy * numel
+            whole += size.whole * numel
+            reducing += size.reducing * numel
+    blocks = tuple(
+        BackwardBlock(
+            held=held[i], beside=most if is_layer[i] else beside[i], copy=copies[i], making=making[i], made=made[i],
+            waiting=waiting[i], joined=joined[i],
+        ) for i in range(number)
+    )
+    before = Moment(copies=kept_copies + sum(copies), activations=kept + sum(held))
+    most_of_all = max(backward_moments(blocks, kept), key=lambda moment: moment.total).with_(
+        Moment(copies=kept_copies)
+    )
+    after, ending = Moment(gradients=whole), Moment(gradients=whole, buffers=reducing - whole)
     return SingleBackward(
-        always=at_rest, before=before, peak=max(moments, key=lambda moment: moment.total),
-        after=replace(ending, buffers=0.0),
+        always=replace(static, parameters=static.parameters - before.copies, gradients=0.0, buffers=buffers),
+        before=before, peak=max(most_of_all, ending, key=lambda moment: moment.total), after=after, blocks=blocks,
+        kept_copies=kept_copies, ending=ending,
     )
