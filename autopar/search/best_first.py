@@ -393,12 +393,15 @@ class Engine:
 
 
 def lean_first(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """For each mesh the candidates with the fewest rows; those that most often need least memory come first.
+    """For each mesh the candidates with the fewest rows, and then those of one micro-batch.
 
+    Those that most often need least memory come first. The ones with more rows may need less where their backward makes
+    gradients as it frees activations.
     ZeRO mostly saves memory, but not always: a layer is not gathered where its parameters are whole.
     """
     fewest: dict[tuple[int, int], int] = {}
     for c in candidates:
         fewest[c.pp, c.tp] = min(c.micro_batch, fewest.get((c.pp, c.tp), c.micro_batch))
-    lean = [c for c in candidates if c.micro_batch == fewest[c.pp, c.tp]]
-    return sorted(lean, key=lambda c: (not c.offload_optimizer, -c.zero, -c.dp_shard, c.pp, -c.tp, c))
+    more = {c: c.micro_batch != fewest[c.pp, c.tp] for c in candidates}
+    lean = [c for c in candidates if not more[c] or c.num_micro_batches == 1]
+    return sorted(lean, key=lambda c: (more[c], not c.offload_optimizer, -c.zero, -c.dp_shard, c.pp, -c.tp, c))
