@@ -15,7 +15,9 @@ from autopar.errors import InputError
 from autopar.graph.model_graph import DTYPE_BYTES
 
 GRADIENT_BYTES = 4  # reduced and accumulated in float32
-# Bytes a parameter of float32 state, and bytes a parameter that one step reads and writes (parameter, gradient, state).
+STATE_BYTES = 4
+# Bytes a parameter of state where parameters rest in float32, and those that one step then reads and writes (parameter,
+# gradient, state).
 OPTIMIZER_STATE_BYTES = {"adamw": 8, "adam": 8, "sgd_momentum": 4, "sgd": 0}
 OPTIMIZER_STEP_BYTES = {"adamw": 28, "adam": 28, "sgd_momentum": 20, "sgd": 12}
 
@@ -47,9 +49,10 @@ def static_bytes(
 
     `unit_numel`: the largest layer, which is gathered and reduced as one; `root_numel`: the parameters outside layers,
     which stay gathered. ZeRO 3 holds two units at once (the one in use and the next) and the copy that an all-gather
-    delivers; ZeRO 2 and 3 hold a unit's gradients in the compute dtype and again in float32 while they are reduced, in
-    every micro-batch; what ZeRO 0 and 1 need once a step for that, `reduction_bytes` says. ZeRO 0 computes with the
-    parameters at rest where the two dtypes are one.
+    delivers; ZeRO 2 and 3 hold a unit's gradients in the compute dtype and again in that at rest while they are
+    reduced, in every micro-batch; what ZeRO 0 and 1 need once a step for that, `reduction_bytes` says. ZeRO 0 computes
+    with the parameters at rest where the two dtypes are one. torch keeps gradients, once added up, and states in the
+    dtype of the parameters at rest.
     """
     shards = num_shards if zero > 0 else 1
     compute, rest = DTYPE_BYTES[dtype], DTYPE_BYTES[param_dtype]
@@ -61,13 +64,13 @@ def static_bytes(
         parameters += compute * root_numel
         buffers += unit_buffer_bytes(unit_numel, zero=zero, dtype=dtype)
     if zero < 2:
-        gradients = GRADIENT_BYTES * numel
+        gradients = rest * numel
     else:
-        gradients = GRADIENT_BYTES * numel / shards
-        buffers += (compute + GRADIENT_BYTES) * unit_numel + compute * root_numel
+        gradients = rest * numel / shards
+        buffers += (compute + rest) * unit_numel + compute * root_numel
     return StaticBytes(
         parameters=parameters, gradients=gradients, buffers=buffers,
-        optimizer=OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] * numel / shards,
+        optimizer=OPTIMIZER_STATE_BYTES[check_optimizer(optimizer)] * rest / STATE_BYTES * numel / shards,
     )
 
 
@@ -110,18 +113,19 @@ def backward_bytes(
 
     ZeRO 0: gradients come in the compute dtype where that is not the parameters' own, and are copied when the block's
     are all there; several copies send a layer's together, as one more tensor. Other levels run in FSDP2: it drops a
-    layer's gathered parameters, copies its gradients into one float32 tensor and gets the shard; what lies outside
-    layers is gathered until the end, and so are its gradients.
+    layer's gathered parameters, copies its gradients into one tensor of the dtype at rest and gets the shard; what lies
+    outside layers is gathered until the end, and so are its gradients.
     """
-    compute, shard = DTYPE_BYTES[dtype], GRADIENT_BYTES / num_shards
+    compute, gradient = DTYPE_BYTES[dtype], DTYPE_BYTES[param_dtype]
+    shard = gradient / num_shards
     if zero == 0:
         copy = 0.0 if dtype == param_dtype else float(compute)
-        sent = 2 * GRADIENT_BYTES - copy if num_copies > 1 else 0
+        sent = 2 * gradient - copy if num_copies > 1 else 0
         return BackwardBytes(
-            copy=copy, is_kept=False, making=max(copy + GRADIENT_BYTES, sent), made=GRADIENT_BYTES,
-            reducing=GRADIENT_BYTES, whole=GRADIENT_BYTES,
+            copy=copy, is_kept=False, making=max(copy + gradient, sent), made=gradient, reducing=gradient,
+            whole=gradient,
         )
-    sent = GRADIENT_BYTES + shard
+    sent = gradient + shard
     if not is_layer:
         return BackwardBytes(
             copy=compute, is_kept=True, making=compute, made=compute, reducing=compute + sent, whole=shard

@@ -6,6 +6,7 @@ import pytest
 
 from autopar.cluster.tables import device_type
 from autopar.cost_models.memory import (
+    backward_bytes,
     check_optimizer,
     optimizer_step_bytes,
     reduction_bytes,
@@ -38,6 +39,39 @@ def per_parameter(zero: int, shards: int, dtype: str = "bfloat16", optimizer: st
 )
 def test_adamw_in_bfloat16(zero: int, shards: int, expected: tuple[float, ...]) -> None:
     assert per_parameter(zero, shards) == expected
+
+
+def test_states_and_gradients_are_in_the_dtype_of_parameters_at_rest() -> None:
+    held = static_bytes(
+        N, zero=0, num_shards=1, dtype="bfloat16", param_dtype="bfloat16", optimizer="adamw", unit_numel=0,
+        root_numel=0,
+    )
+    assert (held.parameters, held.gradients, held.optimizer) == (2 * N, 2 * N, 4 * N)
+
+
+@pytest.mark.parametrize(("zero", "is_layer", "expected"), [
+    (0, True, (2, 2 + 4, 4, 4, 4)),  # the gradient in bfloat16 and in float32, beside the copy
+    (0, False, (2, 2 + 4, 4, 4, 4)),
+    (1, True, (2, 4 + 1, 1, 1, 1)),  # the copy goes before what is sent and the shard come, beside bfloat16
+    (2, True, (2, 4 + 1, 1, 1, 1)),
+    (3, True, (0, 2 + 4 + 1, 1, 1, 1)),  # gathered units are buffers
+    (3, False, (2, 2, 2, 2 + 4 + 1, 1)),  # reduced when all else is over
+])
+def test_bytes_of_the_only_backward(zero: int, is_layer: bool, expected: tuple[float, ...]) -> None:
+    """The copy, gradients as they are made and from then on, in the reduction at the end, and after it."""
+    found = backward_bytes(
+        zero=zero, num_shards=4, num_copies=1, dtype="bfloat16", param_dtype="float32", is_layer=is_layer
+    )
+    assert (found.copy, found.making, found.made, found.reducing, found.whole) == expected
+    assert found.is_kept == (zero > 0 and not is_layer)
+
+
+def test_copies_of_whole_parameters_send_their_gradients_together() -> None:
+    found = [
+        backward_bytes(zero=0, num_shards=1, num_copies=copies, dtype="float32", param_dtype="float32", is_layer=True)
+        for copies in (1, 4)
+    ]
+    assert [(each.copy, each.making, each.made) for each in found] == [(0, 4, 4), (0, 8, 4)]
 
 
 def test_whole_parameters_in_the_compute_dtype_need_no_copy() -> None:
