@@ -194,7 +194,7 @@ class _Summation:
             if core is not None:
                 recompute += time.forward_s
                 again_tp += lowered.forward_s
-            op_extra = own.saved_extra_bytes(op, exact)
+            op_extra = own.saved_extra_bytes(op, exact) + (own.in_steps_bytes(op, exact) if fused is None else 0.0)
             extra += op_extra
             # A product's own copies of queries, keys and values stay: recomputation starts from them.
             dropped_extra = core is not None and op_kind(op.target) is not OpKind.MATMUL

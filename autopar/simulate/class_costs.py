@@ -210,6 +210,17 @@ class ClassCosts:
         """What the op keeps on this rank besides tensors of the graph."""
         return self._own_extra_bytes(op, strategy) + sum(cost.saved_bytes for _, cost in self.lowerings(op, strategy))
 
+    def in_steps_bytes(self, op: Op, strategy: Strategy | JointStrategy | None) -> float:
+        """What else the op keeps where torch has no kernel for it and does it in steps: a CPU's norms by mean squares.
+
+        Those keep what they have divided in float32, and their input in float32 where it is narrower.
+        """
+        if base_name(op.target) != "rms_norm" or not self.device.name.startswith("CPU"):
+            return 0.0
+        whole = self._whole[op.operands[0]]
+        wide = 4 * (1 if whole.element_bytes >= 4 else 2)
+        return wide * whole.size_bytes / whole.element_bytes / self.parts(strategy)
+
     def _own_extra_bytes(self, op: Op, strategy: Strategy | JointStrategy | None) -> float:
         return op.saved_extra_bytes * self.scale(op) / self.parts(strategy)
 
