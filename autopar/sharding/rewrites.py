@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.errors import InputError
-from autopar.graph.interpret import problem_of
+from autopar.graph.interpret import problem_of, problems_of
 from autopar.graph.linears import LINEARS_OP
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op, Ref, TensorInfo
 from autopar.sharding.rewrite import Rewrite, RewriteKind, rewrite_text
@@ -41,7 +41,8 @@ def candidates_of(cls: BlockClass) -> tuple[Rewrite, ...]:
     for op in cls.ops:
         if _is_plain_linear(cls, op) and _parts_read(cls, op):
             found.append(Rewrite(kind=RewriteKind.SPLIT_LINEAR, cls=cls.name, ops=(op.name,)))
-    return tuple(rewrite for rewrite in found if problem_of(apply_rewrite(cls, rewrite)) is None)
+    problems = problems_of(cls, [apply_rewrite(cls, rewrite) for rewrite in found])
+    return tuple(rewrite for rewrite, problem in zip(found, problems, strict=True) if problem is None)
 
 
 def apply_rewrite(cls: BlockClass, rewrite: Rewrite) -> BlockClass:
