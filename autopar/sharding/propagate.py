@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from autopar.graph.model_graph import BlockClass, Op
 from autopar.sharding.factors import OpFactors, Split
@@ -57,25 +58,30 @@ def class_strategies(cls: BlockClass, size: int) -> ClassStrategies:
                 splits[op.name][plain] = None
     states: dict[str, dict[State, None]] = {name: {} for name in tensors}
     ops = [op for op in cls.ops if op.name in factors]
+    seen: dict[tuple[str, int], int] = {}  # of an op's tensor, how many of its states the op has looked at
+    passed_on = dict.fromkeys(factors, 0)  # of an op's splits, how many have made states
     grew = True
     while grew:
         grew = False
         for op in ops:
             found = factors[op.name]
             placed = [*zip(op.operands, found.operands, strict=True), *zip(op.outputs, found.outputs, strict=True)]
-            for name, dims in placed:
-                for state in states.get(name, ()):
+            for place, (name, dims) in enumerate(placed):
+                known = states.get(name, {})
+                for state in islice(known, seen.get((op.name, place), 0), None):
                     split = found.split_for(dims, state)
                     for each in found.with_joint(split) if split else ():
                         if not found.refusal(each, size, may_pad=bool(state.length)):
                             splits[op.name].setdefault(each)
+                seen[op.name, place] = len(known)
             differentiable, _ = gradients(op, tensors)
-            for split in splits[op.name]:
+            for split in islice(splits[op.name], passed_on[op.name], None):
                 strategy = found.strategy(split, differentiable, size)
                 for name, state in zip((*op.operands, *op.outputs), (*strategy.inputs, *strategy.outputs), strict=True):
                     if name and state.kind is Kind.SHARDED and state not in states[name]:
                         states[name][state] = None
                         grew = True
+            passed_on[op.name] = len(splits[op.name])
 
     result: dict[str, tuple[Strategy, ...]] = {}
     for op in cls.ops:
