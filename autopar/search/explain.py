@@ -15,6 +15,7 @@ from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.errors import InputError
+from autopar.graph.expert_params import expert_params
 from autopar.graph.model_graph import DTYPE_BYTES, Block, BlockClass, ModelGraph, Op
 from autopar.plan.plan import Certificate, Plan, Stage, is_layer
 from autopar.search.block_problem import Problem
@@ -27,6 +28,7 @@ from autopar.sharding.state import R, State, shard
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.block_cost import BlockCost, Charge, block_charges, block_cost
 from autopar.simulate.class_costs import ClassCosts, CostAxis
+from autopar.simulate.expert_costs import ExpertCosts
 from autopar.simulate.stage_cost import class_costs_of, data_ranks, expert_axis, inner_axis, slowest_device
 
 Choice = Mapping[str, JointStrategy]  # by op
@@ -200,6 +202,7 @@ class _Place:
     graph: ModelGraph
     cls: BlockClass
     costs: ClassCosts
+    weighed: ClassCosts  # what ops and alternatives are weighed by: with the expert axis, where the block has experts
     axes: tuple[tuple[str, int], ...]
     expert_axis: CostAxis | None
 
@@ -209,9 +212,9 @@ class _Place:
         device = slowest_device(cluster, stage.devices, plan.dtype)
         rows = plan.global_batch / (mesh.dp * plan.num_micro_batches)
         costs = class_costs_of(graph, cls, cluster, plan, stage, device=device, rows=rows)
-        return _Place(
-            graph=graph, cls=cls, costs=costs, axes=mesh.inner, expert_axis=expert_axis(cluster, stage)
-        )
+        experts = expert_axis(cluster, stage)
+        weighed = ExpertCosts(costs, experts) if experts is not None and expert_params(cls) else costs
+        return _Place(graph=graph, cls=cls, costs=costs, weighed=weighed, axes=mesh.inner, expert_axis=experts)
 
     def cost(self, shardings: Sequence[ClassSharding], *, compile_: bool) -> BlockCost:
         return block_cost(
@@ -229,8 +232,7 @@ class _Place:
         backward_s = cost.backward_tp_comm_s - alone.backward_tp_comm_s
         return (
             f"{self.expert_axis.size} data ranks (ep) have the experts between them: tokens go to theirs and back, "
-            f"{1e3 * forward_s:.3g} ms forward and {1e3 * backward_s:.3g} ms backward of what is said above; the "
-            "alternatives are weighed without it",
+            f"{1e3 * forward_s:.3g} ms forward and {1e3 * backward_s:.3g} ms backward of what is said above",
         )
 
     def choices(self, shardings: Sequence[ClassSharding]) -> tuple[OpChoice, ...]:
@@ -239,7 +241,7 @@ class _Place:
         for op in self.cls.ops:
             if not _is_weighty(self.cls, op):
                 continue
-            time = self.costs.op_time(op, tuple(own.strategy[op.name] for own in shardings) or None)
+            time = self.weighed.op_time(op, tuple(own.strategy[op.name] for own in shardings) or None)
             for (axis, _), own in zip(self.axes, shardings, strict=True):
                 strategy = own.strategy[op.name]
                 found.append(OpChoice(
@@ -337,7 +339,7 @@ class _AxisSearch:
     ) -> tuple[float, tuple[ClassSharding, ...]] | None:
         """The least that a block costs under these options, and its shardings; None where they allow none."""
         problem = Problem(
-            self.place.cls, options, self.boundary, self.place.costs, parameter_weight=weight,
+            self.place.cls, options, self.boundary, self.place.weighed, parameter_weight=weight,
             whole_params=self.whole_params,
         )
         if problem.impossible:

@@ -22,13 +22,13 @@ from autopar.graph.experts import EXPERTS_OP
 from autopar.graph.loss_terms import base_name
 from autopar.graph.model_graph import BlockClass, ModelGraph, Op
 from autopar.sharding.joint import JointStrategy, Placement, held_share, placement_text, replicated
-from autopar.sharding.lowering import Lowering
 from autopar.sharding.reshard import Collective, Conversion, LocalAction
-from autopar.sharding.state import Kind, shard
-from autopar.sharding.strategy import ClassSharding, Strategy
+from autopar.sharding.state import Kind
+from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.async_products import PADDED_TO, AsyncProducts
 from autopar.simulate.attention_core import attention_cores
 from autopar.simulate.class_costs import ClassCosts, CostAxis
+from autopar.simulate.expert_costs import costs_at_all_rows, with_expert_axis
 from autopar.simulate.lowering_costs import LoweringCost
 
 
@@ -148,10 +148,7 @@ class _Summation:
         self.expert_axis, self.by_experts = expert_axis, tuple(name in held for name in costs.cls.params)
         self.at_all_rows: ClassCosts | None = None  # of all ranks of the expert axis
         if expert_axis is not None and held:
-            self.at_all_rows = ClassCosts(
-                costs.graph, costs.cls, tp=costs.tp, rows=costs.rows * expert_axis.size, device=costs.device,
-                tp_group=costs.tp_group, dtype=costs.dtype, outer=(*costs.outer, expert_axis), pad=costs.pad,
-            )
+            self.at_all_rows = costs_at_all_rows(costs, expert_axis)
 
     def total(self) -> BlockCost:
         costs, cls = self.costs, self.cls
@@ -180,7 +177,7 @@ class _Summation:
                 again_tp += self.comm[0] - before
             own, exact = costs, strategy
             if self.at_all_rows is not None and op.target == EXPERTS_OP:
-                own, exact = self.at_all_rows, self.with_expert_axis(op, strategy)
+                own, exact = self.at_all_rows, with_expert_axis(costs, op, strategy)
             time = own.op_time(op, exact)
             lowered = self.add_lowering(own, op, exact)
             if fused is None or op.name not in fused.group_of:
@@ -282,20 +279,6 @@ class _Summation:
             ),
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
-
-    def with_expert_axis(self, op: Op, strategy: JointStrategy | None) -> JointStrategy:
-        """The op's strategy over all rows of the expert axis, whose ranks have the experts between them.
-
-        The axis lies between the outer axes and the tensor axis.
-        """
-        token = shard(0)
-        own = Strategy(
-            factor="t+e", lowering=Lowering.EXPERT_EXCHANGE, outputs=(token,) * len(op.outputs),
-            inputs=tuple(token for name in op.operands),
-        )
-        each = strategy or ()
-        at = len(self.costs.outer)
-        return (*each[:at], own, *each[at:])
 
     def add_lowering(self, costs: ClassCosts, op: Op, strategy: JointStrategy | None) -> OpTime:
         """Adds the collectives of the op's special programs, and gives their times."""

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from math import isinf
 
 import pytest
 from mixtures import mixture
 
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import InputError
+from autopar.graph.expert_params import expert_ops, expert_params
 from autopar.search import experts
 from autopar.search.best_first import Engine
+from autopar.search.block_problem import Problem
 from autopar.search.candidates import PlanRequest, candidates
 from autopar.search.experts import search_experts
-from autopar.search.planner import find_plan
+from autopar.search.explain import _Place, block_s
+from autopar.search.mathopt import minimize
+from autopar.search.planner import Degrees, find_plan, plan_from_degrees
 from autopar.search.simulated_plan import simulated
+from autopar.sharding.joint import joint_strategies
+from autopar.sharding.state import R, shard
+from autopar.simulate.expert_costs import ExpertCosts
 from autopar.simulate.simulator import simulate
 
 CLUSTER = parse_cluster("1x4xA100-80GB")
@@ -78,3 +86,27 @@ def test_a_size_that_the_user_fixes() -> None:
         find_plan(mixture(), CLUSTER, replace(REQUEST, mesh=(("ep", 3), ("pp", 1), ("tp", 1))))
     with pytest.raises(InputError, match=r"no plan with ep 4 .* ep must divide the data ranks"):
         find_plan(mixture(), CLUSTER, replace(REQUEST, mesh=(("ep", 4), ("pp", 2), ("tp", 1))))
+
+
+def test_the_search_prices_experts_as_the_simulator_does(engine: Engine) -> None:
+    """With their axis, in what `--explain` weighs; what would cut a rank's experts into uneven parts is left out."""
+    plan = plan_from_degrees(engine.graph, parse_cluster("1x8xA100-80GB"), Degrees(
+        global_batch=8, micro_batch=2, tp=2, dp_replicate=4, ep=4, compile=True,
+    ))
+    cls = next(cls for cls in engine.graph.classes if expert_params(cls))
+    place = _Place.of(engine.graph, parse_cluster("1x8xA100-80GB"), plan, plan.stages[0], cls)
+    strategies, shardings = joint_strategies(cls, (2,)), plan.class_shardings(cls.name, plan.stages[0])
+    chosen = {op.name: (place._option(op, strategies[op.name], shardings, plan),) for op in cls.ops}
+    found = minimize(Problem(cls, chosen, (R,), place.weighed, parameter_weight=0.0).graph)
+    assert found is not None
+    cost = place.cost(shardings, compile_=False)
+    assert cost.forward_tp_comm_s > replace(place, expert_axis=None).cost(shardings, compile_=False).forward_tp_comm_s
+    assert found.cost == pytest.approx(block_s(cost), abs=2e-8)
+    (op,) = expert_ops(cls)
+    assert place.expert_axis is not None
+    weights = [op.operands.index(name) for name in expert_params(cls)]
+    cut = [own for own in strategies[op.name] if any(own[0].inputs[i] == shard(0) for i in weights)]
+    assert cut
+    for size, is_uneven in ((4, False), (8, True)):
+        costs = ExpertCosts(place.costs, replace(place.expert_axis, size=size))
+        assert all(isinf(costs.op_time(op, own).forward_s) == is_uneven for own in cut)
