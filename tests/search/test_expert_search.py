@@ -8,6 +8,7 @@ from math import isinf
 
 import pytest
 from mixtures import mixture
+from toy_graphs import cluster
 
 from autopar.cluster.parse import parse_cluster
 from autopar.errors import InputError
@@ -90,11 +91,12 @@ def test_a_size_that_the_user_fixes() -> None:
 
 def test_the_search_prices_experts_as_the_simulator_does(engine: Engine) -> None:
     """With their axis, in what `--explain` weighs; what would cut a rank's experts into uneven parts is left out."""
-    plan = plan_from_degrees(engine.graph, parse_cluster("1x8xA100-80GB"), Degrees(
-        global_batch=8, micro_batch=2, tp=2, dp_replicate=4, ep=4, compile=True,
+    machine = cluster(per_node=16)  # no host holds up its devices
+    plan = plan_from_degrees(engine.graph, machine, Degrees(
+        global_batch=16, micro_batch=2, dtype="bfloat16", tp=2, dp_replicate=8, ep=4, compile=True,
     ))
     cls = next(cls for cls in engine.graph.classes if expert_params(cls))
-    place = _Place.of(engine.graph, parse_cluster("1x8xA100-80GB"), plan, plan.stages[0], cls)
+    place = _Place.of(engine.graph, machine, plan, plan.stages[0], cls)
     strategies, shardings = joint_strategies(cls, (2,)), plan.class_shardings(cls.name, plan.stages[0])
     chosen = {op.name: (place._option(op, strategies[op.name], shardings, plan),) for op in cls.ops}
     found = minimize(Problem(cls, chosen, (R,), place.weighed, parameter_weight=0.0).graph)
