@@ -18,7 +18,12 @@ from autopar.plan.plan import Recompute
 from autopar.runtime.engine import Trainer
 from autopar.search.degrees import Degrees, plan_from_degrees
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # Torch's compiler, about torch: what it imports, and what it reads of inputs.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 ROWS, LENGTH = 4, 64
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -24,12 +24,15 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_fused": ("AdamW", dict(lr=1e-2, eps=1e-4, fused=True)),
     "adagrad": ("Adagrad", dict(lr=1e-2, eps=1e-4)),
     "adafactor": ("Adafactor", dict(lr=1e-2, eps=(1e-4, 1e-3))),
+    "muon": ("Muon", dict(lr=1e-2)),
 }
 STEPS = 4
 
 
 def make(name: str, params: Any) -> tuple[torch.optim.Optimizer, Any]:
     kind, settings = OPTIMIZERS[name]
+    if kind == "Muon":  # steps matrices alone
+        params = [param for param in params if param.dim() == 2]
     optimizer = getattr(torch.optim, kind)(params, **settings)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
 
