@@ -18,6 +18,7 @@ from torch import nn
 
 from autopar.errors import AutoparError
 from autopar.graph.capture import Captured, capture
+from autopar.graph.fake import FakedModel
 from autopar.graph.source import load_source
 from autopar.plan.plan import Plan
 from autopar.runtime import engine
@@ -81,8 +82,9 @@ def dry_run_of(
 ) -> DryRun:
     """The dry run of a plan for the model that a text names, built without a weight; see `dry_run`."""
     source = load_source(spec, seq_len=seq_len, dtype=dtype, attention=attention)
-    with fake_mode():
+    with fake_mode() as mode:
         model, batch, loss_fn = source.build()
+    FakedModel(model, mode)  # transformers' are made on the meta device
     captured = capture(model, batch, loss_fn=loss_fn, tag_rows=True, name=source.name)
     return dry_run(model, captured, plan, timeline, progress=progress)
 
