@@ -138,7 +138,7 @@ def profile_here(folder: Path, speed: float, *, ops: bool) -> None:
 class PacedClock:
     """The profiler's clock for a paced device: its own, while work waits in its queue, as the one of a GPU does it."""
 
-    engine_s = 0.0
+    engine_s = ends_s = 0.0
 
     def __init__(self, paced: Paced) -> None:
         self.paced = paced
