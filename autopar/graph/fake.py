@@ -131,6 +131,23 @@ class _RealTensor(Tensor):
             return run(func, types, args, kwargs)
 
 
+def _is_in_fake_mode() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@contextlib.contextmanager
+def _replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """While inside, attributes (owner, name) have these values."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
 @contextlib.contextmanager
 def shapes_alone() -> Iterator[None]:
     """While inside, under a fake mode, tensors are made on the meta device, as transformers makes models to be loaded.
@@ -138,7 +155,7 @@ def shapes_alone() -> Iterator[None]:
     That is several times faster than fake tensors and skips the initialization. `torch.linspace` gives real numbers
     unless a device is named.
     """
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+    if not _is_in_fake_mode():
         yield
         return
     linspace = torch.linspace
@@ -146,12 +163,8 @@ def shapes_alone() -> Iterator[None]:
     def real_linspace(*args: Any, **kwargs: Any) -> Tensor:
         return linspace(*args, **{"device": "cpu", **kwargs})
 
-    with outside_other_modes(), torch.device("meta"):
-        torch.linspace = real_linspace
-        try:
-            yield
-        finally:
-            torch.linspace = linspace
+    with outside_other_modes(), torch.device("meta"), _replaced((torch, "linspace", real_linspace)):
+        yield
 
 
 @contextlib.contextmanager
@@ -163,7 +176,7 @@ def values_not_needed() -> Iterator[None]:
     """
     from torch.nn import init
 
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+    if not _is_in_fake_mode():
         yield
         return
     linspace = torch.linspace
@@ -178,11 +191,5 @@ def values_not_needed() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [(torch, "linspace", real_linspace)]
     if hasattr(init, "_no_grad_trunc_normal_"):
         replaced.append((init, "_no_grad_trunc_normal_", lambda tensor, *args, **kwargs: tensor))
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    try:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
+    with _replaced(*replaced):
         yield
-    finally:
-        for owner, name, value in originals:
-            setattr(owner, name, value)
