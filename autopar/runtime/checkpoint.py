@@ -2,7 +2,8 @@
 
 A checkpoint is a directory of torch.distributed.checkpoint: `model.NAME` for parameters and buffers,
 `optimizer.NAME.KEY` for the optimizer's state of a parameter, `optimizer.NAME.options` for its group's settings. It
-says nothing of the plan that wrote it, so any plan of the same model reads it.
+says nothing of the plan that wrote it, so any plan of the same model reads it. Every rank writes and reads what it
+holds, chunk by chunk: none has a full copy at any time, but of optimizer state that every rank has whole.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_files
 from torch.distributed.checkpoint.state_dict_saver import save as write_files
 
 from autopar.errors import InputError
+from autopar.runtime.checkpoint_planners import HeldLoadPlanner, HeldSavePlanner
+from autopar.runtime.chunks import HeldTensor, held_chunks, whole
+from autopar.runtime.data_parallel import from_held, local_tensor
 from autopar.runtime.fused_step import place_step_counts
 from autopar.runtime.layout import ParamLayout
-from autopar.runtime.parts import gathered, laid_out
+from autopar.runtime.parts import gathered, mesh_of
 
 if TYPE_CHECKING:
     from autopar.runtime.engine import Trainer
@@ -93,18 +97,7 @@ def save(trainer: Trainer, directory: Path) -> None:
 
     At every moment `directory`, or what was it until then (`directory`.old), is whole.
     """
-    state: dict[str, Any] = {f"model.{name}": value for name, value in full_parameters(trainer).items()}
-    options = _group_options(trainer)
-    for stage, param, parameter in own_parameters(trainer):
-        speaks = _speaks(trainer, stage, param)
-        with _state_on_device(trainer, parameter):
-            for key, value in trainer.optimizer.state.get(parameter, {}).items():
-                full = _gathered(trainer, value, param) if _is_laid_out(trainer, value, parameter.shape) else value
-                if speaks:
-                    copied = full.detach().to("cpu", copy=True) if isinstance(full, Tensor) else full
-                    state[f"optimizer.{param.name}.{key}"] = copied
-        if speaks and parameter in options:
-            state[f"optimizer.{param.name}.options"] = options[parameter]
+    state = _held_state(trainer)
     partial, old = directory.with_name(directory.name + ".partial"), directory.with_name(directory.name + ".old")
     if _is_first():
         shutil.rmtree(partial, ignore_errors=True)
@@ -112,7 +105,9 @@ def save(trainer: Trainer, directory: Path) -> None:
     _barrier()
     try:
         with _quiet():
-            write_files(state, checkpoint_id=partial, no_dist=not dist.is_initialized())
+            write_files(
+                state, checkpoint_id=partial, planner=HeldSavePlanner(), no_dist=not dist.is_initialized()
+            )
     except (CheckpointException, OSError) as error:
         raise InputError(
             f"the checkpoint could not be written to {partial}: {_cause(error)}; {directory} is as it was"
@@ -127,55 +122,122 @@ def save(trainer: Trainer, directory: Path) -> None:
     _barrier()
 
 
+def _held_state(trainer: Trainer) -> dict[str, Any]:
+    """All that this rank may have to write: held tensors, and settings as text."""
+    state: dict[str, Any] = {}
+    options = _group_options(trainer)
+    for stage, param, parameter in own_parameters(trainer):
+        if stage != param.stages[0]:
+            continue
+        speaks, shape = _speaks(trainer, stage, param), trainer.graph.param[param.name].shape
+        chunks = held_chunks(shape, param, parameter, trainer.groups)
+        for name in param.names:
+            state[f"model.{name}"] = HeldTensor(local_tensor(parameter), shape, chunks)
+        with _state_on_device(trainer, parameter):
+            for key, value in trainer.optimizer.state.get(parameter, {}).items():
+                name = f"optimizer.{param.name}.{key}"
+                if isinstance(value, Tensor) and _is_laid_out(trainer, value.shape, parameter.shape):
+                    state[name] = HeldTensor(_stays(trainer, local_tensor(value)), shape, chunks)
+                elif speaks:
+                    state[name] = whole(_stays(trainer, value)) if isinstance(value, Tensor) else value
+        if speaks and parameter in options:
+            state[f"optimizer.{param.name}.options"] = options[parameter]
+    if trainer.groups.place.lane == 0:
+        for local in trainer.stages:
+            buffers = {**dict(local.module.named_buffers()), **(trainer.extra_state if local.index == 0 else {})}
+            state.update({f"model.{name}": whole(value) for name, value in buffers.items()})
+    return state
+
+
+def _stays(trainer: Trainer, value: Tensor) -> Tensor:
+    """The tensor, or a copy in host memory where it is on the device only for the moment."""
+    return value if trainer.offloaded_state is None else value.detach().to("cpu", copy=True)
+
+
 def load(trainer: Trainer, directory: Path) -> None:
     """Read a checkpoint of the same model, written under any plan. Nothing changes unless all of it can be read."""
     directory, metadata = _whole(directory)
     held = list(own_parameters(trainer))
     buffers = {name: value for stage in trainer.stages for name, value in stage.module.named_buffers()}
-    wanted: dict[str, Any] = {}
-    keys = {f"model.{param.name}" for _, param, _ in held} | {f"model.{name}" for name in buffers}
-    if missing := sorted(keys - metadata.keys()):
-        raise InputError(f"checkpoint {directory} has no {missing[0].removeprefix('model.')}; it is of another model")
-    prefixes = tuple(f"optimizer.{param.name}." for _, param, _ in held)
-    for key, found in metadata.items():
-        if key in keys or (key.startswith(prefixes) and key.rpartition(".")[0] + "." in prefixes):
-            if isinstance(found, TensorStorageMetadata):
-                wanted[key] = torch.empty(found.size, dtype=found.properties.dtype)
-            else:
-                wanted[key] = None
-    for _, param, _ in held:
+    _check_model(trainer, directory, metadata, [param.name for _, param, _ in held], buffers)
+    wanted: dict[str, Any] = {f"model.{name}": _room(metadata[f"model.{name}"]) for name in buffers}
+    keys = _state_keys(metadata)
+    for _, param, parameter in held:
         shape = trainer.graph.param[param.name].shape
-        if tuple(wanted[f"model.{param.name}"].shape) != shape:
-            raise InputError(
-                f"{param.name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model"
-            )
+        chunks = held_chunks(shape, param, parameter, trainer.groups)
+        for key in (f"model.{param.name}", *keys.get(param.name, ())):
+            found = metadata[key]
+            if key.startswith("model.") or (
+                isinstance(found, TensorStorageMetadata) and _is_laid_out(trainer, found.size, shape)
+            ):
+                local = torch.zeros(local_tensor(parameter).shape, dtype=found.properties.dtype)
+                wanted[key] = HeldTensor(local, shape, chunks)
+            else:
+                wanted[key] = _room(found)
     try:
         with _quiet():
-            read_files(wanted, checkpoint_id=directory, no_dist=not dist.is_initialized())
+            read_files(
+                wanted, checkpoint_id=directory, planner=HeldLoadPlanner(), no_dist=not dist.is_initialized()
+            )
     except (CheckpointException, OSError) as error:
         raise InputError(f"checkpoint {directory} is damaged: {_cause(error)}; load another one") from error
     options = {}
     with torch.no_grad():
         for _, param, parameter in held:
-            parameter.copy_(_laid_out(trainer, wanted[f"model.{param.name}"], param, parameter))
+            local_tensor(parameter).copy_(wanted[f"model.{param.name}"].local)
             prefix = f"optimizer.{param.name}."
-            own = {key.removeprefix(prefix): value for key, value in wanted.items() if key.startswith(prefix)}
+            own = {key.removeprefix(prefix): wanted[key] for key in keys.get(param.name, ())}
             options[parameter] = own.pop("options", None)
             if own:
-                shape = trainer.graph.param[param.name].shape
                 with _state_on_device(trainer, parameter):
                     trainer.optimizer.state[parameter] = {
-                        key: _laid_out(trainer, value, param, parameter)
-                        if _is_laid_out(trainer, value, shape) else value
-                        for key, value in own.items()
+                        key: _state_of(trainer, value, param, parameter) for key, value in own.items()
                     }
                     place_step_counts(trainer.optimizer, parameter)
         for name, value in buffers.items():
-            value.copy_(wanted[f"model.{name}"])
+            value.copy_(wanted[f"model.{name}"].local)
     for group in trainer.optimizer.param_groups:
         saved = next((options[p] for p in group["params"] if options.get(p)), None)
         if saved is not None:
             _restore_options(group, json.loads(saved))
+
+
+def _check_model(
+    trainer: Trainer, directory: Path, metadata: Mapping[str, Any], params: Sequence[str], buffers: Iterable[str]
+) -> None:
+    """InputError unless the checkpoint has these parameters, each of its shape, and these buffers."""
+    for name in sorted({*params, *buffers}):
+        if f"model.{name}" not in metadata:
+            raise InputError(f"checkpoint {directory} has no {name}; it is of another model")
+    for name in params:
+        shape = trainer.graph.param[name].shape
+        if tuple(metadata[f"model.{name}"].size) != shape:
+            raise InputError(f"{name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model")
+
+
+def _state_keys(metadata: Iterable[str]) -> dict[str, list[str]]:
+    """The keys of what the checkpoint has of the optimizer, by parameter."""
+    found: dict[str, list[str]] = {}
+    for key in metadata:
+        if key.startswith("optimizer."):
+            found.setdefault(key.removeprefix("optimizer.").rpartition(".")[0], []).append(key)
+    return found
+
+
+def _room(found: Any) -> HeldTensor | None:
+    """Where to read to what every rank that wants it wants whole; None for an object."""
+    if not isinstance(found, TensorStorageMetadata):
+        return None
+    return whole(torch.empty(found.size, dtype=found.properties.dtype))
+
+
+def _state_of(trainer: Trainer, value: Any, param: ParamLayout, parameter: Tensor) -> Any:
+    """A piece of the optimizer's state as this rank keeps it, from what was read."""
+    if not isinstance(value, HeldTensor):
+        return value
+    if not _is_laid_out(trainer, value.shape, trainer.graph.param[param.name].shape):
+        return value.local
+    return from_held(value.local.to(parameter.device), parameter, mesh_of(param, trainer.groups))
 
 
 def _whole(directory: Path) -> tuple[Path, dict[str, Any]]:
@@ -217,15 +279,9 @@ def _state_on_device(trainer: Trainer, parameter: nn.Parameter) -> contextlib.Ab
     return contextlib.nullcontext() if offloaded is None else offloaded.on_device([parameter])
 
 
-def _is_laid_out(trainer: Trainer, value: Any, shape: Sequence[int]) -> bool:
+def _is_laid_out(trainer: Trainer, size: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether a piece of optimizer state has the parameter's shape and so its layout."""
-    alike = isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) == tuple(shape)
-    return alike and trainer.whole_steps is None
-
-
-def _laid_out(trainer: Trainer, full: Tensor, param: ParamLayout, parameter: Tensor) -> Tensor:
-    """A full tensor as this rank holds it: its part on the tensor axis, then as the data axes shard the parameter."""
-    return laid_out(full.to(parameter.device), param, parameter, trainer.groups)
+    return len(size) > 0 and tuple(size) == tuple(shape) and trainer.whole_steps is None
 
 
 def _group_options(trainer: Trainer) -> dict[Tensor, str]:

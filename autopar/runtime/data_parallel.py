@@ -108,3 +108,23 @@ def like_parameter(value: Tensor, param: Tensor, mesh: DeviceMesh | None) -> Ten
     if not isinstance(param, DTensor):
         return value
     return distribute_tensor(value, mesh, param.placements, src_data_rank=None)
+
+
+def held_rows(rows: Tensor, param: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """Of a tensor whose dim 0 is a parameter's, the rows that this rank has of it; maybe none."""
+    if not isinstance(param, DTensor):
+        return rows
+    assert mesh is not None
+    for axis, placement in enumerate(param.placements):
+        if isinstance(placement, Shard):
+            each = -(-len(rows) // mesh.size(axis))
+            first = each * mesh.get_local_rank(axis)
+            rows = rows[first : first + each]
+    return rows
+
+
+def from_held(local: Tensor, param: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    """A tensor that is laid out over the data axes as a parameter is, of what this rank holds of it."""
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(local, mesh, param.placements, shape=param.shape, stride=param.stride())

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import runtime_models
@@ -18,6 +19,8 @@ from torch import Tensor
 from autopar.errors import InputError
 from autopar.plan.plan import Plan
 from autopar.runtime import checkpoint
+from autopar.runtime.checkpoint import read_files
+from autopar.runtime.chunks import HeldTensor
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import make_batch, make_model, precision
@@ -43,8 +46,17 @@ def make_trainer(plan: Plan, seed: int) -> Trainer:
     )
 
 
-def go_on(plan: Plan, source: str | None, target: str) -> tuple[dict[str, Tensor], list[float], list[float]]:
-    """Load (or train), save again; what was saved, the next losses, and those once more after loading it anew."""
+def go_on(plan: Plan, source: str | None, target: str) -> tuple[dict[str, Tensor], list[float], list[float], int]:
+    """Load (or train), save again; what was saved, the next losses, and those once more after loading it anew.
+
+    Last, for how many elements of tensors a rank makes room when it loads.
+    """
+    made = []
+
+    def count(wanted: dict[str, Any], **keywords: Any) -> None:
+        made.append(sum(value.local.numel() for value in wanted.values() if isinstance(value, HeldTensor)))
+        read_files(wanted, **keywords)
+
     trainer = make_trainer(plan, seed=0 if source is None else 5)
     if source is None:
         train(trainer, 0, 3)
@@ -53,10 +65,11 @@ def go_on(plan: Plan, source: str | None, target: str) -> tuple[dict[str, Tensor
     trainer.save(target)
     state = {name: value.clone() for name, value in trainer.full_state_dict().items()}
     losses = train(trainer, 3, 6)
-    trainer.load(target)
+    with patch.object(checkpoint, "read_files", count):
+        trainer.load(target)
     again = train(trainer, 3, 6)
     trainer.close()
-    return state, losses, again
+    return state, losses, again, made[0]
 
 
 @pytest.mark.processes
@@ -68,8 +81,8 @@ def test_two_axes_then_shards_then_one_process(pool: LocalPool, tmp_path: Path) 
         pool.run(go_on, fully_sharded(4), places[0], places[1], num_ranks=4)[0],
         go_on(one_device(), places[1], places[2]),
     ]
-    first, losses, _ = runs[0]
-    for state, next_losses, again in runs:
+    first, losses, _, _ = runs[0]
+    for state, next_losses, again, _ in runs:
         assert state.keys() == first.keys() and all(torch.equal(state[name], first[name]) for name in first)
         assert next_losses == again, "resuming repeats the numbers exactly"
         assert next_losses == pytest.approx(losses, rel=1e-12)
@@ -77,6 +90,11 @@ def test_two_axes_then_shards_then_one_process(pool: LocalPool, tmp_path: Path) 
     plain.load_state_dict(first)
     with precision("float64"):
         assert plain(**make_batch(example, 8, 3)).loss.item() == pytest.approx(losses[0], rel=1e-12)
+    rooms, alone = [room for *_, room in runs], runs[2][3]
+    assert rooms[0] < 0.3 * alone and rooms[1] < 0.3 * alone, "of four ranks each reads what it holds"
+    for place in places[:2]:
+        sizes = [file.stat().st_size for file in Path(place).glob("*.distcp")]
+        assert len(sizes) == 4 and max(sizes) < 0.35 * sum(sizes), "and writes it"
 
 
 class CutError(Exception):
