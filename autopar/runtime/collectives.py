@@ -176,13 +176,22 @@ def _divide(size: int, x: Tensor) -> Tensor:
     return x / size
 
 
+def fresh(out: Tensor) -> Tensor:
+    """What a forward of an autograd function returns, as a tensor of its own while it is compiled.
+
+    Where the last op gave its operand back (a `contiguous` or `to` with nothing to do), the code that torch 2.11
+    compiles routes the gradient elsewhere (https://github.com/pytorch/pytorch/issues/180642): it would be zero.
+    """
+    return out.view_as(out) if torch.compiler.is_compiling() else out
+
+
 class _Convert(torch.autograd.Function):
     """`forward_fn` on the value, `backward_fn` on its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward_fn: Fn, backward_fn: Fn) -> Tensor:
         ctx.backward_fn = backward_fn
-        return forward_fn(x)
+        return fresh(forward_fn(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

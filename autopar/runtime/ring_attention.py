@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autopar.runtime.attention_blocks import attend, attend_backward
-from autopar.runtime.collectives import Axis, exchange_mirrored, start_ring_shift, wait
+from autopar.runtime.collectives import Axis, exchange_mirrored, fresh, start_ring_shift, wait
 
 # Rows [start, stop) of the queries, rows [start, stop) of the keys, and whether they are the same rows of the sequence.
 Pair = tuple[slice, slice, bool]
@@ -89,7 +89,7 @@ class _Ring(torch.autograd.Function):
             both = both if arriving is None else wait(arriving, both)
         out = total.to(query.dtype)
         ctx.save_for_backward(query, own, out, log_sum)
-        return out
+        return fresh(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

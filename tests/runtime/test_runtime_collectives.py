@@ -104,3 +104,29 @@ def wrong_sums(dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_sums_over_two_axes_at_once(pool: LocalPool, dtype: torch.dtype) -> None:
     assert pool.run(wrong_sums, dtype, num_ranks=4) == [[]] * 4
+
+
+COMPILED = ((R, shard(0)), (RP, shard(0)), (R, shard(1, 2)), (shard(1), shard(1, 2)), (P, shard(0)), (shard(0), RP))
+
+
+def wrong_compiled_gradients() -> list[str]:
+    """The conversions whose gradient is another one where they are compiled."""
+    axis, wrong = world_axis(), []
+    for src, dst in COMPILED:
+        convert = converter(src, dst, axis, differentiable=True)
+        assert convert is not None
+        found = []
+        for compiled in (False, True):
+            start = represent(axis, torch.ones(SHAPE), src, is_gradient=False, seed=1).requires_grad_()
+            used = torch.compile(lambda x, convert=convert: convert(x * 2), backend="aot_eager", fullgraph=True)
+            out = used(start) if compiled else convert(start * 2)
+            out.backward(torch.arange(1.0, 1 + out.numel()).view(out.shape))
+            found.append(start.grad)
+        if not torch.equal(found[0], found[1]):
+            wrong.append(f"{src} -> {dst}")
+    return wrong
+
+
+def test_compiled_conversions_have_the_same_gradients(pool: LocalPool) -> None:
+    """A forward that ends in an op with nothing to do lost its gradient in torch 2.11."""
+    assert pool.run(wrong_compiled_gradients, num_ranks=2) == [[]] * 2
