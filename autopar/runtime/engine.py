@@ -29,27 +29,27 @@ from autopar.runtime import checkpoint
 from autopar.runtime.batch import BatchReader
 from autopar.runtime.clipping import clip_gradients
 from autopar.runtime.compute_copies import ComputeCopies
-from autopar.runtime.data_parallel import like_parameter, local_tensor, shard_stage
+from autopar.runtime.data_parallel import local_tensor, shard_stage
 from autopar.runtime.executor import Channel, Executor, LocalStage
+from autopar.runtime.first_parameters import FirstParameters, from_first
 from autopar.runtime.fused_step import prefer_fused
 from autopar.runtime.groups import check_runnable, make_groups, needs_data_mesh, place_of
 from autopar.runtime.layout import parameter_layout
-from autopar.runtime.loss import Term, count_function, loss_terms, target_ops
+from autopar.runtime.loss import Term, loss_terms
 from autopar.runtime.metrics import StepLog
 from autopar.runtime.optimizer_offload import OffloadedState
 from autopar.runtime.optimizers import needs_whole
-from autopar.runtime.parts import BY_EXPERTS, mesh_of, part_of
 from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
 from autopar.runtime.replicas import Replicas
-from autopar.runtime.stage import StageBuilder, needed_ops
+from autopar.runtime.stage import StageBuilder
+from autopar.runtime.target_counts import row_counter
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.runtime.watch import Watch
-from autopar.runtime.weights import WeightFiles, unwritten
+from autopar.runtime.weights import WeightFiles
 from autopar.runtime.whole_steps import WholeSteps
-from autopar.sharding.joint import placed_shape
 from autopar.sharding.rewrites import rewritten
-from autopar.sharding.state import RP, R
+from autopar.sharding.state import RP
 from autopar.simulate.schedules import plan_actions
 from autopar.simulate.splitting import as_run, unsplit_reason
 
@@ -109,9 +109,12 @@ class Trainer:
         persistent = frozenset(model.state_dict(keep_vars=True))
         files = WeightFiles(weights) if weights is not None else None
         sent = same_weights and world > 1
-        params = self._unwritten_parameters(model) if files else self._local_parameters(model, sent=sent)
+        first = FirstParameters(
+            graph=graph, plan=plan, layout=self.layout, groups=self.groups, device=self.device,
+        )
+        params = first.unwritten(model) if files else first.of_model(model, sent=sent)
         constants = {
-            name: self._from_first(value) if sent and name in persistent else value.detach().to(self.device)
+            name: from_first(value, self.device) if sent and name in persistent else value.detach().to(self.device)
             for name, value in captured.constants.items()
         }
         builder = StageBuilder(
@@ -125,7 +128,7 @@ class Trainer:
         )
         del params
         if files is not None:
-            self._read(files)
+            first.read(files, checkpoint.own_parameters(self), (stage.module for stage in self.stages))
         known = {name for param in self.layout.params for name in param.names} | {info.name for info in graph.buffers}
         self.extra_state = {
             name: value.detach().clone() for name, value in model.state_dict().items() if name not in known
@@ -135,7 +138,8 @@ class Trainer:
         self._leaves_partial = tied or self.groups.tensor is not None
         mine = [action for actions in lists for action in actions if action.stage in self.modules]
         self.executor = Executor(self.stages, mine, self.device)
-        self._count = self._count_function(builder, constants)
+        counts_here = bool(self.terms.counted) and any(stage.loss for stage in self.stages)
+        self._count = row_counter(self.terms, graph, builder.run_ops, constants) if counts_here else None
         held: list[Any] = list(self.named_parameters().values())
         self.optimizer = optimizer(held or [{"params": []}])  # a stage of activations alone has nothing to train
         if self.device.type == "cuda":  # as the memory of a plan is counted
@@ -316,72 +320,6 @@ class Trainer:
             units.setdefault((stage, param.unit), []).append(parameter)
         return list(units.values())
 
-    def _local_parameters(self, model: nn.Module, *, sent: bool) -> dict[int, dict[str, nn.Parameter]]:
-        """This rank's parts of the model's parameters, by stage, on its device; `sent`: as rank 0 has them.
-
-        One full parameter at a time is on the device.
-        """
-        own = dict(model.named_parameters(remove_duplicate=False))
-        for info in self.graph.params:
-            if info.name not in own or tuple(own[info.name].shape) != info.shape:
-                raise PlanMismatchError(f"the model has no parameter {info.name} of shape {list(info.shape)}")
-            if own[info.name].is_meta:
-                raise InputError(f"parameter {info.name} has no data (meta device); give the model its weights first")
-        found: dict[int, dict[str, nn.Parameter]] = {index: {} for index in self.groups.place.stages}
-        layout = {(index, param.name): param for index in found for param in self.layout.of_stage(index)}
-        for param in self.layout.params:
-            value = own[param.name]
-            needing = [index for index in param.stages if index in found]
-            if not sent and not needing:
-                continue
-            full = self._from_first(value) if sent else value.detach().to(self.device)
-            dtype = getattr(torch, self.plan.param_dtype) if full.is_floating_point() else full.dtype
-            for index in needing:
-                part = part_of(full, layout[index, param.name], self.groups)
-                part = part.to(dtype, copy=not sent or index != needing[0])
-                found[index][param.name] = nn.Parameter(part, requires_grad=value.requires_grad)
-        return found
-
-    def _unwritten_parameters(self, model: nn.Module) -> dict[int, dict[str, nn.Parameter]]:
-        """This rank's parts of the model's parameters, by stage, without values."""
-        own = dict(model.named_parameters(remove_duplicate=False))
-        found: dict[int, dict[str, nn.Parameter]] = {index: {} for index in self.groups.place.stages}
-        for index, params in found.items():
-            for param in self.layout.of_stage(index):
-                info = self.graph.param[param.name]
-                dtype = getattr(torch, self.plan.param_dtype) if own[param.name].is_floating_point() else None
-                axes = ((self.groups.expert_axis, BY_EXPERTS if param.by_experts else R),
-                        (self.groups.tensor_axis, param.state))
-                shape = info.shape
-                for axis, state in axes:
-                    if axis is not None:
-                        shape = placed_shape(shape, (state,), (axis.size,))
-                part = unwritten(shape, dtype or own[param.name].dtype)
-                params[param.name] = nn.Parameter(part, requires_grad=own[param.name].requires_grad)
-        return found
-
-    @torch.no_grad()
-    def _read(self, files: WeightFiles) -> None:
-        """Fill parameters, and the buffers that are there, from files."""
-        for _, param, parameter in checkpoint.own_parameters(self):
-            shape = self.graph.param[param.name].shape
-            part = files.part(
-                param.names, shape, param.state, self.groups.tensor_axis,
-                self.groups.expert_axis if param.by_experts else None,
-            )
-            part = part.to(device=parameter.device, dtype=parameter.dtype)
-            parameter.copy_(like_parameter(part.contiguous(), parameter, mesh_of(param, self.groups)))
-        for stage in self.stages:
-            for name, value in stage.module.named_buffers():
-                if files.has([name]):
-                    value.copy_(files.part([name], tuple(value.shape), R, None))
-
-    def _from_first(self, value: Tensor) -> Tensor:
-        """Rank 0's value, as a new tensor on this rank's device."""
-        received = value.detach().to(self.device, copy=True).contiguous()
-        dist.broadcast(received, src=0)
-        return received
-
     def _meet(self) -> Watch:
         """The watch over all ranks, once they have found that they run one plan."""
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -469,46 +407,6 @@ class Trainer:
 
     def _loss_name(self) -> str:
         return self.terms.cls.outputs[self.terms.block.outputs.index(self.graph.loss)]
-
-    def _count_function(
-        self, builder: StageBuilder, constants: Mapping[str, Tensor]
-    ) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
-        """Local counts of valid targets from batch tensors; None where this rank computes no counted loss."""
-        if not self.terms.counted or not any(stage.loss for stage in self.stages):
-            return None
-        terms, graph = self.terms, self.graph
-        ops, needed = target_ops(terms)
-        name_of = dict(zip(terms.cls.inputs, terms.block.inputs, strict=True))
-        shared, inputs = graph.shared, {info.name for info in graph.inputs}
-        shared_cls = graph.block_class[shared.cls]
-        early = {name_of[name] for name in needed} - inputs
-        if not early <= set(shared.outputs):
-            name = sorted(early - set(shared.outputs))[0]
-            raise InputError(
-                f"the targets of the loss depend on {name}, which the model computes; pass them in the batch"
-            )
-        wanted = tuple(shared_cls.outputs[shared.outputs.index(name)] for name in sorted(early))
-        shared_ops, _ = needed_ops(shared_cls.ops, wanted)
-        count = count_function(terms, builder.run_ops)
-        held = {
-            local: constants[name]
-            for cls, block in ((terms.cls, terms.block), (shared_cls, shared))
-            for local, name in zip(cls.buffers, block.buffers, strict=True)
-        }
-        touched = {name for op in ops for name in op.operands}
-        if trained := sorted(touched.intersection(terms.cls.params)):
-            raise InputError(f"the targets of the loss depend on parameter {trained[0]}; pass them in the batch")
-
-        def count_rows(batch: Mapping[str, Tensor]) -> Tensor:
-            values = dict(zip(shared_cls.inputs, (batch[name] for name in shared.inputs), strict=True))
-            values.update({name: held[name] for name in shared_cls.buffers})
-            builder.run_ops(shared_ops, values)
-            found = dict(zip(sorted(early), (values[name] for name in wanted), strict=True))
-            known = {**batch, **found}
-            env = {local: known[name_of[local]] for local in needed}
-            return count({**{name: held[name] for name in terms.cls.buffers}, **env})
-
-        return count_rows
 
     def _factors(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """What each counted or shared term of the loss is multiplied with in this step."""
