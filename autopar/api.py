@@ -23,7 +23,7 @@ from autopar.cluster.parse import parse_cluster
 from autopar.errors import AutoparError, InputError, PlanMismatchError
 from autopar.files import write_text
 from autopar.gloo import one_worker_thread
-from autopar.graph.capture import Captured, capture
+from autopar.graph.capture import Captured, capture, check_model
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
@@ -124,7 +124,7 @@ def parallelize(
     """A Trainer that runs the model over all processes of the job, under torchrun or alone.
 
     `example_batch` is a dict of keyword arguments or a tuple; `model(**example_batch)` returns a scalar loss or an
-    object with `.loss`, or `loss_fn(output, batch)` gives it, for which the dict may hold more than the model takes.
+    object with `.loss`, or `loss_fn(output, batch)` gives it, for which the batch may hold more than the model takes.
     Without `plan` (a Plan or its file), rank 0 plans for `cluster`, or for the job's machines as `auto` finds them, and
     `global_batch` rows a step, or as many as the example has.
     `offload` lets that plan rest activations and optimizer state in host memory.
@@ -291,6 +291,7 @@ def _parameters_in(model: nn.Module, dtype: str) -> Iterator[None]:
 
 def _captured(model: nn.Module, example: Example, loss_fn: LossFn | None, dtype: str) -> Captured:
     """The model captured in a compute dtype, with tagged rows."""
+    check_model(model)
     wanted: torch.dtype = getattr(torch, dtype)
     batch: Example
 

@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
-from autopar.graph.fake import fake_like, faked, new_fake_mode, outside_other_modes, traced_under
+from autopar.graph.fake import fake_like, faked, masks_as_given, new_fake_mode, outside_other_modes, traced_under
 from autopar.graph.fuse import fused_class
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
 from autopar.graph.model_call import model_output
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
+from autopar.graph.own_gradients import hooked_gradients, noting_own_gradients
 from autopar.graph.python_random import refusing_python_draws
 from autopar.graph.record import BlockCall, Recording, record
 from autopar.graph.trace import trace_block, trace_outer
 
 log = logging.getLogger(__name__)
 LossFn = Callable[[Any, Any], Tensor]
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,13 @@ class Captured:
     """A graph and the values that its ops need besides batch and parameters.
 
     `constants` maps each name of `graph.buffers` to its tensor: the model's own buffers, and the constants that the
-    forward made (`_constants.N`).
+    forward made (`_constants.N`). `own_gradients` says, in words, what of the gradients is code of the model's own,
+    which the graph does not hold (`autopar.graph.own_gradients`).
     """
 
     graph: ModelGraph
     constants: dict[str, Tensor]
+    own_gradients: tuple[str, ...] = ()
 
 
 def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...], *, loss_fn: LossFn | None = None,
@@ -48,7 +53,7 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     """The ModelGraph of one training forward of `model` on `example_batch`, with its loss.
 
     `example_batch` is a dict of keyword arguments or a tuple of positional ones. The loss is `loss_fn(output, batch)`
-    if given (the dict may then hold what only this function reads), else the model's scalar output or its `.loss`.
+    if given (the batch may then hold what only this function reads), else the model's scalar output or its `.loss`.
     Model and batch may be real, fake or on the meta device; the model is left as it was. `tag_rows` replaces the batch
     size by a prime that divides no other size, so that the graph can be scaled to any number of rows. `dtype`
     ("bfloat16") captures the model as if its floating-point parameters and inputs were of that dtype, as mixed
@@ -67,10 +72,12 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
 
 def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: bool, name: str,
              float_dtype: torch.dtype | None, fuse: bool) -> Captured:
+    check_model(model)
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
     build = _Builder(model, mode)
-    with traceable(model, float_dtype) as notes:
+    own_gradients = dict.fromkeys(hooked_gradients(model))
+    with traceable(model, float_dtype) as notes, masks_as_given():
         candidates = find_candidates(model)
         with faked(model, mode, float_dtype):
             fakes = batch.fakes(mode, rows, float_dtype)
@@ -79,8 +86,10 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
             def loss(*tensors: Tensor) -> Tensor:
                 return _loss(model, batch.fill(list(tensors)), loss_fn)
 
-            with traced_under(mode), refusing_python_draws(type(model).__name__):
-                recording = record(lambda: _check_trains(model, loss(*fakes)), model, candidates)
+            with (traced_under(mode), refusing_python_draws(type(model).__name__),
+                  noting_own_gradients(own_gradients)):
+                recording = record(
+                    lambda: _check_trains(model, loss(*fakes), own_gradients), model, candidates)
             outer = trace_outer(model, loss, fakes, recording)
             programs = {key: build.program(call) for key, call in recording.first.items()}
             lifted = lift(outer, build.leaves(outer, list(batch.names)), mode, calls=recording.calls)
@@ -96,7 +105,19 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
         blocks=chain.blocks, shared=chain.shared,
         loss=chain.loss, settings=batch.settings, notes=tuple(notes),
     )
-    return _finish(graph, build.constant_values)
+    return replace(_finish(graph, build.constant_values), own_gradients=tuple(own_gradients))
+
+
+def check_model(model: nn.Module) -> None:
+    """InputError for what is no model by itself, or has no shapes yet."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}, and no torch.nn.Module")
+    inner = "_orig_mod" if hasattr(model, "_orig_mod") else "module" if isinstance(model, _WRAPPERS) else ""
+    if inner:
+        raise InputError(f"{type(model).__name__} wraps the model: give what it wraps, model.{inner}")
+    for name, param in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(param):
+            raise InputError(f"{name} has no shape before the model's first call: call it once on a batch")
 
 
 def _info(name: str, tensor: Tensor) -> TensorInfo:
@@ -194,6 +215,10 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
     loss: Any
     output = model_output(model, batch, has_loss_fn=loss_fn is not None)
     if loss_fn is not None:
+        if str(getattr(loss_fn, "__module__", "")).startswith("torch.nn."):
+            called = getattr(loss_fn, "__name__", f"{type(loss_fn).__name__}()")
+            raise InputError(f"loss_fn gets the model's output and the batch, and {called} wants a target: give for "
+                             f"example lambda output, batch: {called}(output, batch['labels'])")
         loss = loss_fn(output, batch)
     elif isinstance(output, Tensor):
         loss = output
@@ -203,13 +228,14 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
         raise CaptureError(f"{type(model).__name__}: the model returns {what} and no scalar loss; "
                            "put labels into the batch or give loss_fn(output, batch)")
-    return loss
+    return loss if loss.dim() == 0 else loss.reshape(())
 
 
-def _check_trains(model: nn.Module, loss: Tensor) -> None:
+def _check_trains(model: nn.Module, loss: Tensor, own_gradients: Iterable[str]) -> None:
     if not loss.requires_grad:
+        causes = ", ".join(("detach(), no_grad, frozen parameters, or a model without any", *own_gradients))
         raise CaptureError(f"{type(model).__name__}: the loss has no gradient to any parameter, so that nothing can be "
-                           "trained; look for detach(), no_grad, frozen parameters, or a model without any")
+                           f"trained; look for {causes}")
 
 
 class _Builder:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import torch
 from torch import nn
@@ -69,6 +70,14 @@ def is_users_file(path: str) -> bool:
 
 
 _STDLIB = os.path.dirname(os.__file__)
+
+
+def calling_line() -> str:
+    """"modeling_llama.py:312": the user's innermost line that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users_file(frame.f_code.co_filename):
+        frame = frame.f_back
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else "unknown line"
 
 
 def _place(traceback: TracebackType | None, model: nn.Module, prefix: str) -> str:

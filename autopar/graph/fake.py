@@ -168,6 +168,24 @@ def shapes_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """While inside, torch's transformer modules apply the masks that they are given, and do not ask if one is causal.
+
+    That asks for the mask's values, to take the same result from another kernel.
+    """
+    from torch.nn.modules import transformer
+
+    def told(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    if not hasattr(transformer, "_detect_is_causal_mask"):
+        yield
+        return
+    with _replaced((transformer, "_detect_is_causal_mask", told)):
+        yield
+
+
+@contextlib.contextmanager
 def values_not_needed() -> Iterator[None]:
     """While inside, under a fake mode, building a model does not ask fake tensors for values.
 

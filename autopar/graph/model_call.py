@@ -12,12 +12,16 @@ from torch import nn
 def model_output(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], *, has_loss_fn: bool) -> Any:
     """What the model returns for a batch, a dict of keyword arguments or a sequence of positional ones.
 
-    Where a loss function reads the batch too, a dict may hold more than the model takes: labels, say.
+    Where a loss function reads the batch too, it may hold more than the model takes: labels, say. They come last in a
+    sequence.
     """
+    taken = inspect.signature(model.forward).parameters if has_loss_fn else {}
+    kinds = [param.kind for param in taken.values()]
     if not isinstance(batch, Mapping):
+        if has_loss_fn and inspect.Parameter.VAR_POSITIONAL not in kinds:
+            batch = batch[: len(kinds) - kinds.count(inspect.Parameter.KEYWORD_ONLY)
+                          - kinds.count(inspect.Parameter.VAR_KEYWORD)]
         return model(*batch)
-    if has_loss_fn:
-        taken = inspect.signature(model.forward).parameters
-        if not any(param.kind is inspect.Parameter.VAR_KEYWORD for param in taken.values()):
-            batch = {key: value for key, value in batch.items() if key in taken}
+    if has_loss_fn and inspect.Parameter.VAR_KEYWORD not in kinds:
+        batch = {key: value for key, value in batch.items() if key in taken}
     return model(**batch)

@@ -76,8 +76,12 @@ class _Whole(nn.Module):
 
     def forward(self, *batch: Tensor) -> Tensor:
         self._restart()
-        with _KeepContiguous():
-            return self._loss(*batch)
+        _Hidden.in_forward = True
+        try:
+            with _KeepContiguous():
+                return self._loss(*batch)
+        finally:
+            _Hidden.in_forward = False
 
 
 class _Alone(nn.Module):
@@ -128,17 +132,31 @@ def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tenso
         _active_calls.clear()
 
 
+class _Hidden(dict[str, Any]):
+    """The empty table of a module whose parameters are hidden. The model's forward may not go through it."""
+
+    in_forward = False
+
+    def items(self) -> Any:
+        if _Hidden.in_forward:
+            raise LookupError("the forward goes through the parameters of a block from outside")
+        return super().items()
+
+    values = keys = __iter__ = items
+
+
 @contextlib.contextmanager
 def _without_parameters(candidates: list[Candidate]) -> Iterator[None]:
-    tables = [module._parameters for candidate in candidates for module in candidate.module.modules()]
-    saved = [dict(table) for table in tables]
+    """While inside, the candidates have no parameters. LookupError where the forward asks for all (a penalty does)."""
+    modules = {id(module): module for candidate in candidates for module in candidate.module.modules()}
+    saved = [(module, module._parameters) for module in modules.values() if module._parameters]
     try:
-        for table in tables:
-            table.clear()
+        for module, _ in saved:
+            module.__dict__["_parameters"] = _Hidden()
         yield
     finally:
-        for table, values in zip(tables, saved, strict=True):
-            table.update(values)
+        for module, table in saved:
+            module.__dict__["_parameters"] = table
 
 
 def trace_block(call: BlockCall, mode: FakeTensorMode) -> ExportedProgram:

@@ -86,6 +86,9 @@ class Trainer:
         world = dist.get_world_size() if dist.is_initialized() else 1
         check_runnable(plan, world)
         verify_plan(plan, captured.graph)
+        if captured.own_gradients:
+            raise InputError(f"{captured.graph.name}: a planned step would lose what the model does to gradients: "
+                             f"{'; '.join(captured.own_gradients[:2])}")
         place = place_of(plan, dist.get_rank() if dist.is_initialized() else 0)
         self.rows = plan.rows_of(plan.stages[place.stages[0]])[place.data_rank]
         self.graph = graph = rewritten(at_rows(captured.graph, self.rows), plan.rewrites)

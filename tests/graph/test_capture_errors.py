@@ -88,6 +88,23 @@ def test_no_loss() -> None:
     assert "no scalar loss" in text
 
 
+@pytest.mark.parametrize(("model", "word"), [
+    (torch.compile(nn.Linear(8, 8), backend="eager"), "_orig_mod"),
+    (nn.DataParallel(nn.Linear(8, 8)), "model.module"),
+    (nn.Sequential(nn.LazyLinear(8)), "call it once"),
+    (lambda x: x, "no torch.nn.Module"),
+])
+def test_what_is_no_plain_model(model: nn.Module, word: str) -> None:
+    assert word in message_of(capture, model, (torch.randn(3, 8),))
+
+
+@pytest.mark.parametrize(("loss_fn", "word"), [
+    (nn.MSELoss(), "MSELoss()(output"), (nn.functional.l1_loss, "l1_loss(output"),
+])
+def test_a_loss_function_that_wants_a_target(loss_fn: Callable[..., torch.Tensor], word: str) -> None:
+    assert word in message_of(capture, nn.Linear(8, 8), (torch.randn(3, 8),), loss_fn=loss_fn)
+
+
 class Deaf(nn.Module):
     """Its loss reaches no parameter that trains."""
 
