@@ -2,6 +2,10 @@
 
 Stages differ in what a block costs them (device speed, micro-batches in flight, memory), so each stage has its own
 table of ranges: `table[first, last]` is the cost of blocks[first:last], infinity where the range is not allowed.
+
+No stage is empty, so that a stage never has blocks without which those before or after it would be: of n blocks in p
+stages, stage s begins at s to s + n - p and ends one block later or more. The searches read of each table that square,
+its *window*: `windows[s, first - s, last - s - 1]`. A stage's last index is then the next stage's first.
 """
 
 from __future__ import annotations
@@ -42,65 +46,73 @@ def _only_ranges(table: Table) -> Table:
     return np.where(np.tri(len(table), dtype=bool), np.inf, table)
 
 
-def smallest_sum(tables: Sequence[Table]) -> Cut | None:
+def windows_of(tables: Sequence[Table]) -> Table:
+    """The windows of one table a stage."""
+    size = max(0, len(tables[0]) - len(tables))
+    return np.stack([table[s : s + size, s + 1 : s + 1 + size] for s, table in enumerate(tables)])
+
+
+def smallest_sum(windows: Table) -> Cut | None:
     """The cut with the smallest sum of `tables[s][range of s]`; None where none is allowed."""
-    return least_sums(tables)[1]
+    return least_sums(windows)[1]
 
 
-def least_sums(tables: Sequence[Table]) -> tuple[list[Table], Cut | None]:
+def least_sums(windows: Table) -> tuple[list[Table], Cut | None]:
     """By each stage's first block the smallest sum of what it and the stages after it take; and the smallest_sum."""
-    sums, choices = _backward(tables, np.add)
-    return sums, _cut(float(sums[0][0]), choices, len(tables[0]) - 1)
+    if not windows.size:
+        return [np.zeros(0)] * len(windows), None
+    sums, choices = _backward(windows, np.add)
+    return sums, _cut(float(sums[0][0]), choices[::-1], len(windows[0]))
 
 
-def least_worst(tables: Sequence[Table]) -> tuple[list[Table], list[NDArray[np.intp]]]:
+def least_worst(windows: Table) -> tuple[list[Table], list[NDArray[np.intp]]]:
     """By each stage's first block the smallest bottleneck of it and the stages after it; where the next one begins."""
-    worst, choices = _backward(tables, np.maximum)
+    worst, choices = _backward(windows, np.maximum)
     return worst, choices[::-1]
 
 
 def _backward(
-    tables: Sequence[Table], join: Callable[[Table, Table], Table]
+    windows: Table, join: Callable[[Table, Table], Table]
 ) -> tuple[list[Table], list[NDArray[np.intp]]]:
     """By each stage's first block what all from it on take at least, first stage first; choices from the last one."""
-    num_blocks = len(tables[0]) - 1
-    below = tables[-1][:, num_blocks]
+    rows = np.arange(windows.shape[1])
+    below = windows[-1][:, -1]
     found, choices = [below], list[NDArray[np.intp]]()
-    for table in reversed(tables[:-1]):
-        total = join(table, below[None, :])
+    for window in windows[-2::-1]:
+        total = join(window, below)
         choice = np.argmin(total, axis=1)
         choices.append(choice)
-        below = total[np.arange(num_blocks + 1), choice]
+        below = total[rows, choice]
         found.append(below)
     return found[::-1], choices
 
 
-def smallest_bottleneck(tables: Sequence[Table], first_extra: Table | None = None) -> Cut | None:
+def smallest_bottleneck(windows: Table, first_extra: Table | None = None) -> Cut | None:
     """The cut with the smallest `max_s tables[s][range of s] + first_extra[end of stage 0]`; None if none is allowed.
 
     No stage is empty. Among equals the first stages, which hold the most micro-batches, get the fewest blocks.
     """
-    num_blocks = len(tables[0]) - 1
-    below = tables[-1][:, num_blocks]
-    choices: list[NDArray[np.intp]] = []
-    for table in reversed(tables[:-1]):
-        worst = np.maximum(table, below[None, :])
-        if len(choices) == len(tables) - 2 and first_extra is not None:
-            worst[0] += first_extra
-        choice = np.argmin(worst, axis=1)
-        choices.append(choice)
-        below = worst[np.arange(num_blocks + 1), choice]
-    value = float(below[0])
-    if len(tables) == 1 and first_extra is not None:
-        value += float(first_extra[num_blocks])
-    return _cut(value, choices, num_blocks)
-
-
-def _cut(value: float, choices: Sequence[NDArray[np.intp]], num_blocks: int) -> Cut | None:
-    """The cut that the choices of the next stage's first block lead to, chosen from the last stage to the first."""
-    if math.isinf(value):
+    if not windows.size:
         return None
-    cuts = [0]
-    for choice in reversed(choices):
-        cuts.append(int(choice[cuts[-1]]))
-    return Cut((*cuts, num_blocks), value)
+    size = windows.shape[1]
+    extra = np.zeros(size) if first_extra is None else first_extra[1 : size + 1]
+    if len(windows) == 1:
+        return _cut(float(windows[0, 0, -1] + extra[-1]), [], size)
+    worst, choices = least_worst(windows[1:])
+    first = np.maximum(windows[0, 0], worst[0]) + extra
+    choice = np.argmin(first)
+    return _cut(float(first[choice]), [np.array([choice]), *choices], size)
+
+
+def _cut(value: float, choices: Sequence[NDArray[np.intp]], size: int) -> Cut | None:
+    """The cut of windows of this size that the choices of where stages end lead to, first stage first."""
+    return None if math.isinf(value) else Cut(cut_of(choices, size), value)
+
+
+def cut_of(choices: Sequence[NDArray[np.intp]], size: int) -> tuple[int, ...]:
+    """The borders that the choices lead to: where each stage but the last ends, by where it begins, in windows."""
+    cuts, at = [0], 0
+    for stage, choice in enumerate(choices):
+        at = int(choice[at])
+        cuts.append(at + stage + 1)
+    return (*cuts, size + len(choices))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -31,6 +31,8 @@ class Sorts:
     first_outside: int | None  # the entry of the first block that is no layer
     counts: Table
     ranges: NDArray[np.intp]
+    _windows: dict[int, NDArray[np.intp]] = field(init=False, default_factory=dict)  # of `ranges`, by stages
+    _reached: dict[int, NDArray[np.bool_]] = field(init=False, default_factory=dict)
 
     @cached_property
     def number(self) -> Table:
@@ -53,6 +55,34 @@ class Sorts:
     def table(self, of_sort: Table) -> Table:
         """table[first, last]: the value of the range's sort; infinity where there is none."""
         return np.asarray(np.append(of_sort, np.inf)[self.ranges])
+
+    def windows(self, of_sorts: Sequence[Table]) -> Table:
+        """The windows (see `balance`) of one table a stage, by the values of its sorts of ranges."""
+        p = len(of_sorts)
+        values = np.full((p, len(self.counts) + 1), np.inf)
+        values[:, :-1] = of_sorts
+        return np.asarray(values[np.arange(p)[:, None, None], self._in_windows(p)])
+
+    def _in_windows(self, num_stages: int) -> NDArray[np.intp]:
+        if num_stages not in self._windows:
+            at, inside = np.arange(num_stages)[:, None, None], np.arange(max(0, len(self.sort) + 1 - num_stages))
+            self._windows[num_stages] = self.ranges[at + inside[:, None], at + inside + 1]
+        return self._windows[num_stages]
+
+    def reached(self, num_stages: int) -> NDArray[np.bool_]:
+        """reached[stage, sort]: whether the stage can have such a range; the first begins the chain, the last ends it.
+        """
+        if num_stages not in self._reached:
+            found = np.zeros((num_stages, len(self.counts) + 1), dtype=np.bool_)
+            for stage, ranges in enumerate(self._in_windows(num_stages)):
+                own = ranges if stage else ranges[:1]
+                found[stage, own if stage < num_stages - 1 else own[:, -1:]] = True
+            self._reached[num_stages] = found[:, :-1]
+        return self._reached[num_stages]
+
+    def of_ranges(self, of_sorts: Sequence[Table], cuts: Sequence[int]) -> list[float]:
+        """Of each stage of a cut the value of its range."""
+        return [float(each[self.ranges[span]]) for each, span in zip(of_sorts, pairwise(cuts), strict=True)]
 
     def least(self, table: Table) -> Table:
         """Of each sort of range the least value of its ranges in table[first, last]."""

@@ -20,15 +20,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.cost_models.measured import op_table
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import ModelGraph
-from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum
+from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum, windows_of
 from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageTable, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest, Work
 from autopar.search.elimination import Table
-from autopar.search.loops import PipelineBound
+from autopar.search.loops import PipelineBound, cut_time_s, rounds_between
 from autopar.search.memory_bounds import MemoryBounds
 from autopar.search.overlaps import backward_tables, forward_tables
 from autopar.search.shardings import ShardingChooser
@@ -185,35 +186,32 @@ class Bounds:
         all_loads, sorts = self._loads(c, limit_s), self._sorts[c.pp > 1]
         once = all_loads.once
         if all_loads.chain_s is not None:
-            found = smallest_bottleneck(_tables_of(sorts, all_loads.later_with_first), once)
+            found = smallest_bottleneck(sorts.windows(all_loads.later_with_first), once)
             if found is None:
                 return None
-            least = smallest_bottleneck(_tables_of(sorts, all_loads.own))
+            least = smallest_bottleneck(sorts.windows(all_loads.own))
             assert least is not None, "the same ranges are allowed"
             return max(found.value + all_loads.chain_s, least.value), found.cuts
         loads, works, owns = (
-            _tables_of(sorts, each) for each in (all_loads.later, all_loads.first, all_loads.own)
+            sorts.windows(each) for each in (all_loads.later, all_loads.first, all_loads.own)
         )
         found = smallest_bottleneck(loads, once)
         if found is None:
             return None
         least, alone = smallest_bottleneck(loads), smallest_bottleneck(owns)
         assert least is not None and alone is not None, "the same ranges are allowed"
-        most = max(float(np.max(load, initial=0.0, where=np.isfinite(load))) for load in loads)
+        most = float(np.max(loads, initial=0.0, where=np.isfinite(loads)))
         parts = np.geomspace(max(least.value, 1e-3 * most), most, PARTS)[1:] if most > 0 else [0.0]
         limits = [least.value, *(float(part) for part in parts)]
         own = {cuts: self._of_loads(all_loads, sorts, cuts) for cuts in (found.cuts, least.cuts)}
         bound = np.inf
         for lower, upper in pairwise(limits):
-            within = [
-                np.where(load <= upper * (1 + 1e-12), work, np.inf) for load, work in zip(loads, works, strict=True)
-            ]
-            quickest = smallest_sum(within)
+            quickest = smallest_sum(np.where(loads <= upper * (1 + 1e-12), works, np.inf))
             if quickest is not None:
                 bound = min(bound, lower + quickest.value + float(once[1:].min()))
                 own.setdefault(quickest.cuts, self._of_loads(all_loads, sorts, quickest.cuts))
         cuts = min(own, key=lambda cuts: (own[cuts], cuts))
-        return max(bound, alone.value, found.value + sum(float(np.min(work)) for work in works)), cuts
+        return max(bound, alone.value, found.value + float(works.min(axis=(1, 2)).sum())), cuts
 
     def closer(
         self, c: Candidate, bound: float, cuts: Sequence[Cuts] = (), limit_s: float = np.inf
@@ -234,12 +232,14 @@ class Bounds:
         """The bound of one cut from closer times where stages are alike."""
         if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
             return self.of_cut(c, cuts)
-        return self._pipeline(c, self._make_loads(c, closer=True, cuts=cuts), self._sorts_of(cuts)).time_s(cuts)
+        loads, sorts = self._make_loads(c, closer=True, cuts=cuts), self._sorts_of(cuts)
+        works, laters, owns = (np.array(sorts.of_ranges(each, cuts)) for each in (loads.first, loads.later, loads.own))
+        return cut_time_s(works, laters, owns, float(loads.once[cuts[1]]), rounds_between(c.pp, c.num_micro_batches))
 
     @staticmethod
     def _pipeline(c: Candidate, loads: _Loads, sorts: Sorts) -> PipelineBound:
         assert loads.chain_s is not None, "stages are alike"
-        works, laters, owns = (_tables_of(sorts, each) for each in (loads.first, loads.later, loads.own))
+        works, laters, owns = (sorts.windows(each) for each in (loads.first, loads.later, loads.own))
         return PipelineBound(
             works=works, laters=laters, owns=owns, once=loads.once, once_alone=loads.once_alone,
             chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches,
@@ -255,13 +255,8 @@ class Bounds:
 
     @staticmethod
     def _of_loads(loads: _Loads, sorts: Sorts, cuts: Cuts) -> float:
-        ranges = [sorts.ranges[span] for span in pairwise(cuts)]
-
-        def of_ranges(tables: Sequence[Table]) -> list[float]:
-            return [float(table[at]) for table, at in zip(tables, ranges, strict=True)]
-
-        worst, through = max(of_ranges(loads.later)), sum(of_ranges(loads.first))
-        return max(*of_ranges(loads.own), worst + float(loads.once[cuts[1]]) + through)
+        worst, through = max(sorts.of_ranges(loads.later, cuts)), sum(sorts.of_ranges(loads.first, cuts))
+        return max(*sorts.of_ranges(loads.own, cuts), worst + float(loads.once[cuts[1]]) + through)
 
     def _loads(self, c: Candidate, limit_s: float = np.inf) -> _Loads:
         key = c, limit_s
@@ -293,7 +288,7 @@ class Bounds:
     ) -> _Loads:
         """The tables of a candidate; `closer`: with communication behind compute unit by unit; of one cut if given.
 
-        A range that takes `limit_s` or more may count as if it did not fit.
+        A range that takes `limit_s` or more, or that its stage cannot have, may count as if it did not fit.
         """
         kinds = self._layout.kinds(c)
         tables = {kind: self._tables.times(c, kind) for kind in dict.fromkeys(kinds)}
@@ -305,14 +300,17 @@ class Bounds:
             kind: self._range_times(c, kind, table) if closer else _summed(table) for kind, table in tables.items()
         }
         m = c.num_micro_batches
-        wanted: dict[tuple[StageKind, bool], dict[int, None]] = {}
+        wanted: dict[tuple[StageKind, bool], dict[int, list[int]]] = {}  # the stages, by what they have in flight
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
-            wanted.setdefault((kind, in_flight == 1), {})[in_flight] = None
+            wanted.setdefault((kind, in_flight == 1), {}).setdefault(in_flight, []).append(stage)
         made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
-        for (kind, _), counts in wanted.items():
-            each = self._stage_loads(c, kind, tuple(counts), tables[kind].blocks, times[kind], limit_s)
-            made |= {(kind, in_flight): own for in_flight, own in zip(counts, each, strict=True)}
+        for (kind, _), stages in wanted.items():
+            blocks = tables[kind].blocks
+            reached = None if cuts is not None else blocks.sorts.reached(c.pp)
+            of_any = None if reached is None else np.array([reached[own].any(axis=0) for own in stages.values()])
+            each = self._stage_loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any)
+            made |= {(kind, in_flight): own for in_flight, own in zip(stages, each, strict=True)}
         every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
         of_first = times[kinds[0]]
         return _Loads(
@@ -341,9 +339,12 @@ class Bounds:
 
     def _stage_loads(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
-        limit_s: float = np.inf,
+        limit_s: float = np.inf, wanted: NDArray[np.bool_] | None = None,
     ) -> list[tuple[Table, Table, Table]]:
-        """The loads with each of these many micro-batches in flight, all at once: one each, or none of them one."""
+        """The loads with each of these many micro-batches in flight, all at once: one each, or none of them one.
+
+        Of those ranges that are wanted (of all, if None) and take less than the limit; others may be infinite.
+        """
         m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
         work = table.forward_s + table.backward_s
         load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
@@ -352,6 +353,8 @@ class Bounds:
             return [(own, own, work) for own in load]
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
         below = load + work < limit_s
+        if wanted is not None:
+            below &= wanted
         added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
         added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
         plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
@@ -448,7 +451,7 @@ class Bounds:
             self.least_memory_table(c, kind, min(c.pp - stage, c.num_micro_batches)) / kind.memory_limit_bytes
             for stage, kind in enumerate(self._layout.kinds(c))
         ]
-        found = smallest_bottleneck(needs)
+        found = smallest_bottleneck(windows_of(needs))
         return np.inf if found is None else found.value
 
     def memory_table(self, c: Candidate, kind: StageKind, in_flight: int) -> Table:
@@ -513,12 +516,6 @@ def _summed(table: StageTable) -> RangeTimes:
         plain_forward_s=sums(table.plain_forward_s), plain_backward_s=sums(table.plain_backward_s),
         once_s=sums(table.once_s), once_beside_s=sums(table.once_beside_s),
     )
-
-
-def _tables_of(sorts: Sorts, of_sorts: Sequence[Table]) -> list[Table]:
-    """A table over ranges for each stage; stages with the same values share it."""
-    made: dict[int, Table] = {}
-    return [made[id(each)] if id(each) in made else made.setdefault(id(each), sorts.table(each)) for each in of_sorts]
 
 
 def _is_measured(kind: StageKind) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from autopar.plan.plan import Plan, Stage
-from autopar.search.balance import smallest_bottleneck
+from autopar.search.balance import smallest_bottleneck, windows_of
 from autopar.search.best_first import Engine
 from autopar.search.bounds import Cuts
 from autopar.search.candidates import Candidate
@@ -56,7 +56,7 @@ class ExpertCuts:
                         if not stage:
                             once[end] = alone
             tables.append(table)
-        found = smallest_bottleneck(tables, once)
+        found = smallest_bottleneck(windows_of(tables), once)
         if found is None or found.value + chain >= self._limit_s:
             return self._limit_s, None
         return found.value + chain, found.cuts

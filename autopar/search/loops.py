@@ -17,11 +17,10 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 
-from autopar.search.balance import least_sums, least_worst, smallest_bottleneck
+from autopar.search.balance import cut_of, least_sums, least_worst, smallest_bottleneck
 from autopar.search.elimination import Table
 
 MAX_TABLES = 256  # of one stage and one part, that are made
@@ -39,16 +38,16 @@ class LeastTime:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PipelineBound:
-    """Stages that are alike but for what they hold; tables over ranges of blocks, one for each stage.
+    """Stages that are alike but for what they hold; windows of tables over ranges of blocks (see `balance`).
 
     `works`: what the first micro-batch takes; `laters`: what those after it take beside that; `owns`: all that a stage
     does in a step. `once`, by the end of stage 0: what counts once a step; `once_alone`: the same where what variants
     add to the first micro-batch does not count in `works`, which then sum to `chain_s`.
     """
 
-    works: Sequence[Table]
-    laters: Sequence[Table]
-    owns: Sequence[Table]
+    works: Table
+    laters: Table
+    owns: Table
     once: Table
     once_alone: Table
     chain_s: float
@@ -56,19 +55,13 @@ class PipelineBound:
 
     @cached_property
     def rounds_between(self) -> Table:
-        """rounds[first, last]: how often the loop between two stages is gone round; 0 where last is not behind first.
-
-        As many micro-batches go round together as the first has in flight beside those that the last has.
-        """
-        p, m = len(self.works), self.num_micro_batches
-        in_flight = np.minimum(p - np.arange(p), m)
-        ahead = np.maximum(in_flight[:, None] - in_flight[None, :] + 1, 1)
-        return np.asarray(np.triu(-(-(m - in_flight[:, None]) // ahead), 1), dtype=np.float64)
+        """rounds[first, last]: how often the loop between two stages is gone round; see `rounds_between`."""
+        return rounds_between(len(self.works), self.num_micro_batches)
 
     def least(self, limit_s: float = np.inf) -> LeastTime:
         """The bound over all cuts, infinite where none is below the limit, and the most promising cut."""
         alone, least = smallest_bottleneck(self.owns), smallest_bottleneck(self.laters)
-        most = max(float(np.max(later, initial=0.0, where=np.isfinite(later))) for later in self.laters)
+        most = float(np.max(self.laters, initial=0.0, where=np.isfinite(self.laters)))
         most = min(most, limit_s - self.chain_s)  # of loads; with a larger one no cut is below the limit
         if alone is None or least is None or least.value > most:
             return LeastTime(np.inf, None)
@@ -95,42 +88,37 @@ class PipelineBound:
         known_s: float = 0.0,
     ) -> None:
         """Adds the cuts whose largest load is in a range, if any: their bound first, at least what is known of it."""
-        limit = upper * (1 + 1e-12)
-        loads = [np.where(later <= limit, later, np.inf) for later in self.laters]
-        works = [np.where(later <= limit, work, np.inf) for later, work in zip(self.laters, self.works, strict=True)]
+        fits = self.laters <= upper * (1 + 1e-12)
+        works, size = np.where(fits, self.works, np.inf), self.works.shape[1]
         suffixes, quickest = least_sums(works)
         if quickest is None:
             return
-        loads = [
-            np.maximum(load, (count * suffix)[:, None]) if count else load
-            for load, suffix, count in zip(loads, suffixes, self.rounds_between[:, -1], strict=True)
-        ]
-        worst, nexts = least_worst(loads)
+        loads = np.where(fits, self.laters, np.inf)
+        rounds = self.rounds_between[:, -1]
+        for load, suffix, count in zip(loads, suffixes, rounds, strict=True):
+            if count:
+                np.maximum(load, (count * suffix)[:, None], out=load)
+        worst, nexts = least_worst(loads[1:])
         # By the end of stage 0: the first micro-batch's time, and the largest load or loop.
-        through = works[0][0] + suffixes[1]
-        load = np.maximum(np.maximum(loads[0][0], worst[1]), lower)
-        if self.rounds_between[0, -1]:
-            load = np.maximum(load, self.rounds_between[0, -1] * through)
-        bounds = np.maximum(load + self.once + through, load + self.once_alone + self.chain_s)
-        first = int(np.argmin(bounds))
+        through = works[0, 0] + suffixes[1]
+        load = np.maximum(np.maximum(loads[0, 0], worst[0]), lower)
+        if rounds[0]:
+            load = np.maximum(load, rounds[0] * through)
+        once, alone = self.once[1 : size + 1], self.once_alone[1 : size + 1]
+        bounds = np.maximum(load + once + through, load + alone + self.chain_s)
+        first = np.argmin(bounds)
         if not np.isfinite(bounds[first]):
             return
-        cuts = [0, first]
-        for chosen in nexts[1:]:
-            cuts.append(int(chosen[cuts[-1]]))
-        tried += [(*cuts, len(self.once) - 1), quickest.cuts]
+        tried += [cut_of([np.array([first]), *nexts], size), quickest.cuts]
         heapq.heappush(parts, (max(known_s, float(bounds[first])), lower, upper))
 
     def time_s(self, cuts: Sequence[int]) -> float:
         """The bound of one cut, with the loops between any two of its stages."""
-        spans = tuple(pairwise(cuts))
-        passed = np.concatenate([[0.0], np.cumsum([work[span] for work, span in zip(self.works, spans, strict=True)])])
-        worst = max(later[span] for later, span in zip(self.laters, spans, strict=True))
-        if not np.isfinite(passed[-1] + worst):
-            return np.inf
-        loops = self.rounds_between * (passed[None, 1:] - passed[:-1, None])
-        own = max(own[span] for own, span in zip(self.owns, spans, strict=True))
-        return float(max(own, max(worst, loops.max()) + passed[-1] + self.once[cuts[1]]))
+        at = np.arange(len(self.works))
+        spans = at, np.array(cuts[:-1]) - at, np.array(cuts[1:]) - at - 1
+        return cut_time_s(
+            self.works[spans], self.laters[spans], self.owns[spans], float(self.once[cuts[1]]), self.rounds_between
+        )
 
     def _moved(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
         """The cut with its borders moved one by one while that makes its bound smaller."""
@@ -147,3 +135,24 @@ class PipelineBound:
                     if (found := self.time_s(own)) < best[0] * (1 - 1e-12):
                         best, improved = (found, own), True
         return best[1]
+
+
+def rounds_between(num_stages: int, num_micro_batches: int) -> Table:
+    """rounds[first, last]: how often the loop between two stages is gone round; 0 where last is not behind first.
+
+    As many micro-batches go round together as the first has in flight beside those that the last has.
+    """
+    p, m = num_stages, num_micro_batches
+    in_flight = np.minimum(p - np.arange(p), m)
+    ahead = np.maximum(in_flight[:, None] - in_flight[None, :] + 1, 1)
+    return np.asarray(np.triu(-(-(m - in_flight[:, None]) // ahead), 1), dtype=np.float64)
+
+
+def cut_time_s(works: Table, laters: Table, owns: Table, once_s: float, rounds: Table) -> float:
+    """The bound of one cut by what each of its stages takes, with the loops between any two of them."""
+    passed = np.concatenate([[0.0], np.cumsum(works)])
+    worst = float(laters.max())
+    if not np.isfinite(passed[-1] + worst):
+        return np.inf
+    loops = rounds * (passed[None, 1:] - passed[:-1, None])
+    return float(max(owns.max(), max(worst, loops.max()) + passed[-1] + once_s))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck
+from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, windows_of
 
 COSTS = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=8)
 
@@ -33,7 +33,7 @@ def test_cut_equals_brute_force(block: list[float], num_stages: int, speeds: lis
         sizes = range_sums(np.ones(n))
         tables = [np.where(sizes <= most, table, np.inf) for table, most in zip(tables, capacity, strict=True)]
     best = brute_force(costs, extra, capacity) if num_stages <= n else None
-    found = smallest_bottleneck(tables, np.array(extra))
+    found = smallest_bottleneck(windows_of(tables), np.array(extra))
     if best is None:
         assert found is None
         return
@@ -45,7 +45,7 @@ def test_cut_equals_brute_force(block: list[float], num_stages: int, speeds: lis
 
 
 def test_even_layers_are_cut_evenly() -> None:
-    found = smallest_bottleneck([range_sums(np.ones(12))] * 4)
+    found = smallest_bottleneck(windows_of([range_sums(np.ones(12))] * 4))
     assert found is not None
     assert found.cuts == (0, 3, 6, 9, 12)
 

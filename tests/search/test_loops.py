@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from autopar.plan.plan import Schedule
+from autopar.search.balance import windows_of
 from autopar.search.loops import PipelineBound
 from autopar.simulate.closed_form import closed_form_s
 from autopar.simulate.events import StageTimes
@@ -30,7 +31,8 @@ def pipeline(rng: random.Random, num_blocks: int, p: int, m: int) -> PipelineBou
     once = np.arange(size) * 0.5
     chain_s = sum(float(np.min(np.diag(work, 1))) for work in works)
     return PipelineBound(
-        works=works, laters=laters, owns=owns, once=once, once_alone=once, chain_s=chain_s, num_micro_batches=m,
+        works=windows_of(works), laters=windows_of(laters), owns=windows_of(owns), once=once, once_alone=once,
+        chain_s=chain_s, num_micro_batches=m,
     )
 
 
@@ -58,7 +60,7 @@ def test_the_loop_behind_the_first_stage_is_seen() -> None:
              for s in range(p)]
     work = np.where(np.triu(np.ones((5, 5)), 1) > 0, 3.0, np.inf)
     made = PipelineBound(
-        works=[work] * p, laters=later, owns=[each + work for each in later], once=np.zeros(5), once_alone=np.zeros(5),
-        chain_s=12.0, num_micro_batches=m,
+        works=windows_of([work] * p), laters=windows_of(later), owns=windows_of([each + work for each in later]),
+        once=np.zeros(5), once_alone=np.zeros(5), chain_s=12.0, num_micro_batches=m,
     )
     assert made.least().bound_s == pytest.approx(closed_form_s(Schedule.ONE_F_ONE_B, stages, m)) == 21.0
