@@ -149,7 +149,7 @@ def parallelize(
                 f"cluster {machine.name} has {machine.num_devices} devices, and the job has {world} processes"
             )
         compute = _dtype(dtype, model)
-        captured = _captured(model, example_batch, loss_fn, compute)
+        captured = _captured(model, example_batch, loss_fn, compute, evaluates=True)
         rows = global_batch if global_batch is not None else _rows(example_batch)
         request = PlanRequest(
             global_batch=rows, seq_len=captured.graph.sequence_length, dtype=compute,
@@ -160,7 +160,7 @@ def parallelize(
 
     chosen = plan_from_json(_from_first(decide))
     if captured is None:
-        captured = _captured(model, example_batch, loss_fn, chosen.dtype)
+        captured = _captured(model, example_batch, loss_fn, chosen.dtype, evaluates=True)
     own = plan_to_json(plan if isinstance(plan, Plan) else load_plan(Path(plan))) if plan is not None else None
     _agree(chosen, captured.graph, is_same=own is None or plan_from_json(own) == chosen)
     return Trainer(
@@ -289,7 +289,9 @@ def _parameters_in(model: nn.Module, dtype: str) -> Iterator[None]:
             module._parameters[name] = param
 
 
-def _captured(model: nn.Module, example: Example, loss_fn: LossFn | None, dtype: str) -> Captured:
+def _captured(
+    model: nn.Module, example: Example, loss_fn: LossFn | None, dtype: str, *, evaluates: bool = False
+) -> Captured:
     """The model captured in a compute dtype, with tagged rows."""
     check_model(model)
     wanted: torch.dtype = getattr(torch, dtype)
@@ -303,4 +305,4 @@ def _captured(model: nn.Module, example: Example, loss_fn: LossFn | None, dtype:
     else:
         batch = tuple(cast(value) for value in example)
     with _parameters_in(model, dtype):
-        return capture(model, batch, loss_fn=loss_fn, tag_rows=True)
+        return capture(model, batch, loss_fn=loss_fn, tag_rows=True, evaluates=evaluates)

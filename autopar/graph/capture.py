@@ -24,6 +24,7 @@ from autopar.graph.lift import Leaf, lift
 from autopar.graph.model_call import model_output
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
+from autopar.graph.own_evaluation import lines_of_one_mode
 from autopar.graph.own_gradients import hooked_gradients, noting_own_gradients
 from autopar.graph.python_random import refusing_python_draws
 from autopar.graph.record import BlockCall, Recording, record
@@ -40,16 +41,19 @@ class Captured:
 
     `constants` maps each name of `graph.buffers` to its tensor: the model's own buffers, and the constants that the
     forward made (`_constants.N`). `own_gradients` says, in words, what of the gradients is code of the model's own,
-    which the graph does not hold (`autopar.graph.own_gradients`).
+    which the graph does not hold (`autopar.graph.own_gradients`). `own_evaluation` are the lines of the model's code
+    that compute in training alone, or in evaluation alone, if that was asked for (`autopar.graph.own_evaluation`).
     """
 
     graph: ModelGraph
     constants: dict[str, Tensor]
     own_gradients: tuple[str, ...] = ()
+    own_evaluation: tuple[str, ...] = ()
 
 
 def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...], *, loss_fn: LossFn | None = None,
-            tag_rows: bool = False, name: str = "", dtype: str | None = None, fuse: bool = False) -> Captured:
+            tag_rows: bool = False, name: str = "", dtype: str | None = None, fuse: bool = False,
+            evaluates: bool = False) -> Captured:
     """The ModelGraph of one training forward of `model` on `example_batch`, with its loss.
 
     `example_batch` is a dict of keyword arguments or a tuple of positional ones. The loss is `loss_fn(output, batch)`
@@ -58,7 +62,7 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     size by a prime that divides no other size, so that the graph can be scaled to any number of rows. `dtype`
     ("bfloat16") captures the model as if its floating-point parameters and inputs were of that dtype, as mixed
     precision runs it (buffers keep theirs). `fuse` makes one op of each chain of elementwise ops that one kernel does
-    (`autopar.graph.fuse`).
+    (`autopar.graph.fuse`). `evaluates` finds what of the model's code evaluation would need besides the graph.
     Raises CaptureError with the module and line that cannot be captured.
     """
     if dtype is not None and dtype not in DTYPE_BYTES:
@@ -66,17 +70,18 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     float_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     with outside_other_modes():
         return _capture(
-            model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype, fuse
+            model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype, fuse, evaluates
         )
 
 
 def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: bool, name: str,
-             float_dtype: torch.dtype | None, fuse: bool) -> Captured:
+             float_dtype: torch.dtype | None, fuse: bool, evaluates: bool) -> Captured:
     check_model(model)
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
     build = _Builder(model, mode)
     own_gradients = dict.fromkeys(hooked_gradients(model))
+    own_evaluation: tuple[str, ...] = ()
     with traceable(model, float_dtype) as notes, masks_as_given():
         candidates = find_candidates(model)
         with faked(model, mode, float_dtype):
@@ -90,6 +95,9 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
                   noting_own_gradients(own_gradients)):
                 recording = record(
                     lambda: _check_trains(model, loss(*fakes), own_gradients), model, candidates)
+            if evaluates:
+                with traced_under(mode):
+                    own_evaluation = lines_of_one_mode(model, lambda: record(lambda: loss(*fakes), model, candidates))
             outer = trace_outer(model, loss, fakes, recording)
             programs = {key: build.program(call) for key, call in recording.first.items()}
             lifted = lift(outer, build.leaves(outer, list(batch.names)), mode, calls=recording.calls)
@@ -105,7 +113,8 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
         blocks=chain.blocks, shared=chain.shared,
         loss=chain.loss, settings=batch.settings, notes=tuple(notes),
     )
-    return replace(_finish(graph, build.constant_values), own_gradients=tuple(own_gradients))
+    return replace(_finish(graph, build.constant_values), own_gradients=tuple(own_gradients),
+                   own_evaluation=own_evaluation)
 
 
 def check_model(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from functools import cache
 from types import FrameType, TracebackType
 
 import torch
@@ -61,6 +62,7 @@ def _is_data_dependent(error: BaseException | None) -> bool:
     return False
 
 
+@cache
 def is_users_file(path: str) -> bool:
     """Whether a source file is neither torch's nor autopar's own."""
     path = os.path.abspath(path)
@@ -77,7 +79,12 @@ def calling_line() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_users_file(frame.f_code.co_filename):
         frame = frame.f_back
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else "unknown line"
+    return line_of(frame) if frame is not None else "unknown line"
+
+
+def line_of(frame: FrameType) -> str:
+    """"modeling_llama.py:312": the line that a frame is at."""
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def _place(traceback: TracebackType | None, model: nn.Module, prefix: str) -> str:

@@ -384,6 +384,8 @@ def _functional(target: Any) -> Any:
     namespace, _, name = target._schema.name.partition("::")
     if name == "zero_":
         return torch.ops.aten.zeros_like.default
+    if str(target) == "aten.bernoulli_.float":
+        return torch.ops.aten.bernoulli.p
     if not name.endswith("_"):
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)

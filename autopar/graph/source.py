@@ -146,7 +146,10 @@ def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype:
                 options["experts_implementation"] = "grouped_mm"
             with shapes_alone():
                 model = model_class._from_config(config, **options)
-            batch = _example_batch(spec, model, config, seq_len)
+            batch = {
+                key: value.to(_DTYPES[dtype]) if torch.is_tensor(value) and value.is_floating_point() else value
+                for key, value in _example_batch(spec, model, config, seq_len).items()
+            }  # as a trainer casts what it is given
         except AutoparError:
             raise
         except Exception as error:  # whatever transformers raises for a value that it cannot work with

@@ -106,7 +106,7 @@ class Trainer:
             self.groups = make_groups(plan, self.ties.by_lane, self.ties.whole, self.device, timeout)
         self.terms = loss_terms(graph, tagged, num_parts=plan.num_micro_batches * plan.stages[-1].mesh.dp)
         self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(planned))
-        self.batch = BatchReader(captured.graph, plan)
+        self.batch, self.own_evaluation = BatchReader(captured.graph, plan), captured.own_evaluation
         self.watch = self._meet()
         self._seed()
         persistent = frozenset(model.state_dict(keep_vars=True))
@@ -222,8 +222,15 @@ class Trainer:
     def evaluate(self, batch: Batch) -> Tensor:
         """The loss of a global batch as a model in evaluation has it, without gradients; equal on every rank.
 
-        Nothing is dropped out, batch norms use their running statistics, and no state changes.
+        Nothing is dropped out, batch norms use their running statistics, and no state changes. InputError for a model
+        whose own code computes otherwise in evaluation, by `if self.training`.
         """
+        if self.own_evaluation:
+            lines = ", ".join(self.own_evaluation[:2]) + (", ..." if len(self.own_evaluation) > 2 else "")
+            raise InputError(
+                f"{self.graph.name}: its own code computes otherwise in evaluation ({lines}), and the plan runs what "
+                "it does in training: load trainer.full_state_dict() into the plain model and evaluate that"
+            )
         place = self.groups.place
         devices = [self.device] if self.device.type == "cuda" else []
         recorder, self.executor.recorder = self.executor.recorder, None  # a trace is of training steps alone

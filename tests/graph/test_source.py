@@ -103,3 +103,16 @@ def test_factory(tmp_path: Path) -> None:
     module, batch, loss_fn = source.build()
     assert isinstance(module, nn.Sequential)
     assert loss_fn(module(*batch), batch).item() != 0
+
+
+@pytest.mark.parametrize("values", [
+    {"model_type": "swin", "embed_dim": 16, "depths": [1], "num_heads": [2], "image_size": 16, "window_size": 2},
+    {"model_type": "wav2vec2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+     "intermediate_size": 32, "conv_dim": [16] * 7, "mask_time_prob": 0.0, "layerdrop": 0.0,
+     "architectures": ["Wav2Vec2ForSequenceClassification"]},
+])
+def test_images_and_sounds_have_the_models_dtype(values: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    graph = capture_source(load_source(str(path), dtype="bfloat16"))
+    assert {info.dtype for info in graph.inputs} == {"bfloat16", "int64"}
