@@ -239,7 +239,7 @@ class _Joint:
             relaxed.sweep()
             if math.isinf(relaxed.lower_bound):
                 return
-            self._improve(dict(zip(self.names, relaxed.likely(), strict=True)))
+            self._improve(dict(zip(self.names, relaxed.likely(), strict=True)), relaxed.lower_bound)
             if self.cost - relaxed.lower_bound <= _SAME * self.cost:
                 return
             before = relaxed.count
@@ -251,14 +251,19 @@ class _Joint:
                 return
             gap = still
 
-    def _improve(self, rows: Rows) -> None:
-        """Takes a choice as it is, or with the strategies of each axis found anew while those of the others stay."""
+    def _improve(self, rows: Rows, lower_bound: float) -> None:
+        """Takes a choice as it is, or with the strategies of each axis found anew while those of the others stay.
+
+        One that costs no more than the bound is the best as it is.
+        """
         best = self.cost, self.rows
         found = self._of({name: np.array([row]) for name, row in rows.items()})
         if found is None:
             return
         self.cost, self.rows = found
         for axis in range(self.num_axes):
+            if self.cost - lower_bound <= _SAME * self.cost:
+                break
             others = [other for other in range(self.num_axes) if other != axis]
             self._try({name: self._agreeing(name, self.rows[name], others) for name in self.names})
         if best[0] <= self.cost:

@@ -67,6 +67,7 @@ class Grid:
             )
         self._axes, self._at_once = cache[key]
         self._ways = self._order()
+        self._turned = [_to_front(axis + 1, len(self.shape) + 1) for axis in range(len(self.shape))]
         self.unmade: NDArray[np.bool_] | None = None  # what is never made of another placement
         if any(blocked):
             unmade = np.zeros(self.shape, dtype=np.bool_)
@@ -116,8 +117,9 @@ class Grid:
                 if after is not None:
                     grid = after
                     unchanged.clear()
-                    continue
-                unchanged.add(way)
+                    if way < 0:
+                        continue
+                unchanged.add(way)  # changing an axis twice costs no less than once
                 if len(unchanged) == distinct:
                     break
         return np.ascontiguousarray(grid).reshape(values.shape)
@@ -125,7 +127,8 @@ class Grid:
     def _along_axis(self, grid: Table, axis: int, *, backwards: bool) -> Table | None:
         """The least at each placement where one axis may change once; None where that changes nothing."""
         own = self._axes[axis]
-        leading = np.moveaxis(grid, axis + 1, 0)
+        there, back = self._turned[axis]
+        leading = grid.transpose(there)
         seen = leading.reshape(len(leading), len(grid), -1)
         least = seen
         if len(own.groups) < len(seen):
@@ -135,13 +138,13 @@ class Grid:
                 for other in range(first + 1, last):
                     np.minimum(least[i], seen[other], out=least[i])
         cost = own.back if backwards else own.seconds
-        after: Table = (least[:, None] + cost[:, :, None]).min(axis=0)
+        after: Table = np.minimum.reduce(least[:, None] + cost[:, :, None], axis=0)
         if len(own.groups) < len(seen):
             after = after.take(own.number, axis=0)
         if not (after < seen).any():
             return None
         np.minimum(after, seen, out=after)
-        return np.moveaxis(after.reshape(leading.shape), 0, axis + 1)
+        return after.reshape(leading.shape).transpose(back)
 
     def _summed(self, grid: Table, *, backwards: bool) -> Table | None:
         """The least at each placement where there may be sums over several axes; None where that changes nothing."""
@@ -190,6 +193,8 @@ class Grid:
                 held = np.where(np.tile(splits.reshape(-1), before), np.inf, 0.0)
                 cost[i] += held
                 cost[:, i] += held
+        for middle in range(len(groups)):
+            np.minimum(cost, cost[:, middle, None] + cost[middle], out=cost)
         return _Axis(groups, number, cost, np.ascontiguousarray(cost.swapaxes(0, 1)))
 
     def _sums(self, costs: ClassCosts, name: str) -> Iterator[tuple[_Index, _Index, Table]]:
@@ -213,6 +218,12 @@ class Grid:
                     for time in [costs.step_time(name, step, axis=axis, share=part)]
                 ) for held in shares]
                 yield at(src), at(dst), np.array(seconds)[where].reshape([self.shape[i] for i in others])
+
+
+def _to_front(axis: int, num_axes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The orders of a table's axes that put one to the front, and back."""
+    rest = [other for other in range(num_axes) if other != axis]
+    return (axis, *rest), (*range(1, axis + 1), 0, *range(axis + 1, num_axes))
 
 
 def _rank(state: State) -> tuple[int, int, int, int]:

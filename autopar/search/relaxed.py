@@ -465,8 +465,11 @@ class Relaxed:
 def _codes(states: Sequence[State], ids: Ints, grid: Grid) -> Ints:
     """The number on the grid of each row's placement."""
     result = np.zeros(len(ids), dtype=np.intp)
+    distinct: dict[State, int] = {}
+    kept = np.array([distinct.setdefault(state, len(distinct)) for state in states], dtype=np.intp)
     for axis, (place, size) in enumerate(zip(grid.place, grid.shape, strict=True)):
-        result = result * size + np.array([place.get(state, 0) for state in states], dtype=np.intp)[ids[:, axis]]
+        numbers = np.array([place.get(state, 0) for state in distinct], dtype=np.intp)
+        result = result * size + numbers[kept[ids[:, axis]]]
     return result
 
 

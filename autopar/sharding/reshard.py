@@ -118,7 +118,8 @@ def local_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[int, .
     if state.kind is not Kind.SHARDED:
         return shape
     assert divides(shape, state, size), f"{state} does not divide {shape} by {size}"
-    return tuple(-(-length // size) if dim == state.dim else length for dim, length in enumerate(shape))
+    dim = state.dim
+    return (*shape[:dim], -(-shape[dim] // size), *shape[dim + 1 :])
 
 
 def split_shape(shape: tuple[int, ...], state: State, size: int) -> tuple[tuple[int, ...], int]:

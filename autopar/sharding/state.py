@@ -14,6 +14,8 @@ class Kind(StrEnum):
     PARTIAL = "P"  # the value is a sum over the ranks, the gradient is whole on every rank
     SHARDED = "S"
 
+    __hash__ = str.__hash__  # Enum's own is in Python, and states are keys everywhere
+
 
 @dataclass(frozen=True, slots=True)
 class State:

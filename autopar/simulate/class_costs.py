@@ -178,12 +178,12 @@ class ClassCosts:
     def local(self, name: str, state: State | Placement) -> LocalTensor:
         """What one rank holds of a tensor in a state."""
         whole = self._whole[name]
-        shape = whole.shape
+        shape: list[float] | None = None
         for own, size in zip(_each(state), self.sizes, strict=True):
             if own.kind is Kind.SHARDED and size > 1:
-                part = self._part(own.length, size) if own.length else shape[own.dim] / size
-                shape = tuple(part if i == own.dim else dim for i, dim in enumerate(shape))
-        return whole if shape is whole.shape else LocalTensor(shape, whole.element_bytes, whole.requires_grad)
+                shape = shape or list(whole.shape)
+                shape[own.dim] = self._part(own.length, size) if own.length else shape[own.dim] / size
+        return LocalTensor(tuple(shape), whole.element_bytes, whole.requires_grad) if shape else whole
 
     def _part(self, length: int, size: int) -> int:
         """What a rank has of a dim of a length that the axis does not divide."""
