@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from autopar.errors import CaptureError
+from autopar.graph.collected import can_be_collected
 from autopar.graph.experts import gate_text
 
 
@@ -49,9 +50,10 @@ def traceable(model: nn.Module, float_dtype: torch.dtype | None = None) -> Itera
     with contextlib.ExitStack() as stack:
         for config in {id(module.config): module.config for module in modules}.values():
             _set(stack, config, "use_cache", False)
-            if getattr(config, "output_router_logits", False) is True:
-                raise CaptureError(f"{type(model).__name__}: the router's load-balancing loss cannot be captured (its "
-                                   "logits leave the layers by hooks); set output_router_logits=False in the config")
+            if getattr(config, "output_router_logits", False) is True and not can_be_collected():
+                raise CaptureError(f"{type(model).__name__}: the router's load-balancing loss cannot be captured (in "
+                                   "this release of transformers its logits leave the layers in an unknown way); set "
+                                   "output_router_logits=False in the config")
         checkpointing = [module for module in model.modules() if module.__dict__.get("gradient_checkpointing") is True]
         for module in checkpointing:
             _set(stack, module, "gradient_checkpointing", False)

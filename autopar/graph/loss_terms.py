@@ -3,7 +3,9 @@
 The loss is followed back through sums and constant factors to its *terms*. A cross-entropy that averages over its
 targets becomes a sum divided by the number of valid targets of the whole global batch, so that rows with many ignored
 targets weigh as they do in one process; a sum over rows stays as it is; a mean over rows is averaged over the parts of
-the batch. A loss of any other form is refused where the batch is computed in parts.
+the batch. A mean may be weighed by a histogram of the part, as the loss that balances a mixture's experts is: like
+frameworks for training do, each part is balanced by itself then, which a note says. A loss of any other form is refused
+where the batch is computed in parts.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from typing import NoReturn
 from autopar.errors import InputError
 from autopar.graph.model_graph import Arg, Block, BlockClass, ModelGraph, Op, Ref
 
-_LINEAR = frozenset(
-    {"add", "sub", "neg", "mul", "div", "clone", "view", "reshape", "squeeze", "to", "_to_copy", "alias", "contiguous"}
-)
+_LINEAR = frozenset({
+    "add", "sub", "neg", "mul", "div", "clone", "view", "reshape", "squeeze", "unsqueeze", "to", "_to_copy", "alias",
+    "contiguous",
+})
 # Where each loss has its reduction: the position in ATen's schema. Both reduce over all elements alike.
 _REDUCTION_AT = {
     "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "binary_cross_entropy": 3,
@@ -98,7 +101,7 @@ def loss_terms(graph: ModelGraph, tagged: ModelGraph | None = None, *, num_parts
                     raise
                 terms = {}  # one part: whatever it is, it is the whole loss
             if num_parts > 1:
-                notes = mixed_rows(followed, block.cls, walk.path)
+                notes = (*walk.notes, *mixed_rows(followed, block.cls, walk.path))
             return LossTerms(block=block, cls=cls, terms=tuple(terms.items()), notes=notes)
     raise AssertionError(f"no block of {graph.name} computes the loss {graph.loss}")
 
@@ -114,6 +117,7 @@ class _Walk:
         self.graph, self.cls = graph, graph.block_class[block.cls]
         self.terms: dict[str, Term] = {}
         self.path: set[str] = set()
+        self.notes: dict[str, None] = {}
         batch = {info.name for info in graph.inputs if not graph.depends_on_rows(info.numel)}
         binding = dict(zip(self.cls.inputs, block.inputs, strict=True))
         # Tensors that are the same in every part of the batch.
@@ -173,7 +177,10 @@ class _Walk:
             self._fail(op)
         if kind in ("add", "sub"):
             named = tuple(value for _, value in op.kwargs)
-            parts = [arg for arg in op.args[:2] if not (isinstance(arg, Ref) and arg.name in operands)]
+            parts = [
+                arg for arg in op.args[:2]
+                if not (isinstance(arg, Ref) and (arg.name in operands or self._is_zero(arg.name)))
+            ]
             return self._fail(op) if parts or any(self._rows_in(value) for value in named) else 0
         if kind in ("mul", "div"):
             if len(operands) != 1 or op.operands.count(operands[0]) != 1:
@@ -181,13 +188,40 @@ class _Walk:
             first, second = op.args[:2]
             other = second if first == Ref(operands[0]) else first
             if isinstance(other, Ref):
-                if other.name not in self.fixed or (kind == "div" and first == other):
+                if kind == "mul" and self._histogram(other.name) == 0:
+                    self.notes[f"{op.target}{_place(op)} weighs the loss by a histogram of the batch: that of one "
+                               "micro-batch of one data rank"] = None
+                elif other.name not in self.fixed or (kind == "div" and first == other):
                     self._fail(op)
                 return 0
             if kind == "div" and first != Ref(operands[0]):
                 self._fail(op)
             return self._rows_in(other) * (1 if kind == "mul" else -1)
         return 0
+
+    def _histogram(self, name: str) -> int | None:
+        """The power of the rows in a tensor that is a sum of histograms over them, scaled; None where it is no such."""
+        op = self.cls.producer.get(name)
+        if op is None or self.cls.tensor[name].requires_grad:
+            return None
+        kind = base_name(op)
+        if kind == "histc":
+            return int(self.graph.depends_on_rows(self.cls.tensor[op.operands[0]].numel))
+        if kind == "add":
+            parts = {self._histogram(ref) for ref in op.operands if not self._is_zero(ref)}
+            return parts.pop() if len(parts) == 1 and len(op.operands) == 2 and not op.kwargs else None
+        inside = self._histogram(op.operands[0]) if len(op.operands) == 1 and kind in _LINEAR else None
+        if inside is None or kind not in ("mul", "div"):
+            return inside
+        first, second = op.args[:2]
+        if kind == "div" and first != Ref(op.operands[0]):
+            return None
+        other = second if first == Ref(op.operands[0]) else first
+        return inside + self._rows_in(other) * (1 if kind == "mul" else -1)
+
+    def _is_zero(self, name: str) -> bool:
+        op = self.cls.producer.get(name)
+        return op is not None and base_name(op) == "zeros"
 
     def _rows_in(self, value: Arg) -> int:
         """1 for a number in proportion to the rows, else 0."""
@@ -196,11 +230,14 @@ class _Walk:
         return int(value % self.graph.rows == 0)
 
     def _fail(self, op: Op) -> NoReturn:
-        place = f" at {op.source}" if op.source else ""
         raise InputError(
-            f"the loss{place} takes {op.target} of the batch, and the loss of the whole batch does not follow from "
-            f"those of its parts; {_ADVICE}"
+            f"the loss{_place(op)} takes {op.target} of the batch, and the loss of the whole batch does not follow "
+            f"from those of its parts; {_ADVICE}"
         )
+
+
+def _place(op: Op) -> str:
+    return f" at {op.source}" if op.source else ""
 
 
 def mixed_rows(graph: ModelGraph, loss_class: str, path: Container[str]) -> tuple[str, ...]:
@@ -223,8 +260,7 @@ def mixed_rows(graph: ModelGraph, loss_class: str, path: Container[str]) -> tupl
             crossed = any(info.numel and info.numel % graph.rows**2 == 0 for info in made)
             trained_norm = base_name(op) == "batch_norm" and argument(op, 5, "training", False) is True
             if reduced or crossed or trained_norm:
-                place = f" at {op.source}" if op.source else ""
-                note = f"{op.target}{place} in {cls.name} mixes rows: it sees one micro-batch of one data rank"
+                note = f"{op.target}{_place(op)} in {cls.name} mixes rows: it sees one micro-batch of one data rank"
                 notes[note] = None
     return tuple(notes)
 

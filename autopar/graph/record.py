@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopar.graph.attribute_reads import watch_reads
+from autopar.graph.collected import collected_names, hand_on, taking_collected
 from autopar.graph.explain import explained
 from autopar.graph.module_blocks import AttributeKey, Candidate, comparable
 
@@ -85,7 +86,10 @@ def take_tensors(tree: Any) -> tuple[Template, list[Tensor], list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """One call of a block. Calls with equal `key` run the same ops on tensors of the same shapes."""
+    """One call of a block. Calls with equal `key` run the same ops on tensors of the same shapes.
+
+    `result` is of what the block returns and of what hooks inside collect in lists of the names in `collected`.
+    """
 
     candidate: Candidate
     key: Hashable
@@ -94,7 +98,14 @@ class BlockCall:
     inputs: tuple[TensorMeta, ...]
     outputs: tuple[TensorMeta, ...]
     result: Template
+    collected: tuple[str, ...]
     grad_enabled: bool
+
+    def answer(self, tensors: list[Tensor]) -> Any:
+        """What the block returns, made of its output tensors; what was collected inside goes to the running model."""
+        result, collected = self.result.fill(tensors)
+        hand_on(collected)
+        return result
 
 
 @dataclass
@@ -158,29 +169,27 @@ class _Recorder:
             candidate.structure, tuple(sorted((name, candidate.attributes[name]) for name in read)),
             tuple(leaf if isinstance(leaf, Slot) else comparable(leaf) for leaf in template.leaves),
             str(template.spec), tuple(TensorMeta.of(tensor) for tensor in tensors), torch.is_grad_enabled(),
+            collected_names(),
         )
         known = self.recording.first.get(key)
         if known is None:
-            with watch_reads(candidate.module, candidate.attributes) as seen:
+            with watch_reads(candidate.module, candidate.attributes) as seen, taking_collected() as collected:
                 result = type(candidate.module).forward(candidate.module, *arguments[0], **arguments[1])
             if not seen <= read:
                 read |= seen
                 self.changed = True
-            out_template, out_tensors, _ = take_tensors(result)
+            out_template, out_tensors, _ = take_tensors((result, collected))
             if opaque := [leaf for leaf in out_template.leaves if not _is_plain(leaf)]:
                 return self._leave_unfolded(candidate, arguments, f"it returns a {type(opaque[0]).__name__}")
             known = BlockCall(
                 candidate=candidate, key=key, arguments=template, input_names=_input_names(candidate.module, names),
                 inputs=tuple(TensorMeta.of(tensor) for tensor in tensors),
                 outputs=tuple(TensorMeta.of(tensor) for tensor in out_tensors), result=out_template,
-                grad_enabled=torch.is_grad_enabled(),
+                collected=tuple(collected), grad_enabled=torch.is_grad_enabled(),
             )
             self.recording.first[key] = known
-        call = BlockCall(candidate=candidate, key=key, arguments=known.arguments, input_names=known.input_names,
-                         inputs=known.inputs, outputs=known.outputs, result=known.result,
-                         grad_enabled=known.grad_enabled)
-        self.recording.calls.append(call)
-        return known.result.fill([meta.make().clone() for meta in known.outputs])
+        self.recording.calls.append(replace(known, candidate=candidate))
+        return known.answer([meta.make().clone() for meta in known.outputs])
 
     def _leave_unfolded(self, candidate: Candidate, arguments: Any, reason: str) -> Any:
         self.unfolded[candidate.fqn] = reason

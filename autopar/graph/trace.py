@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from autopar.errors import CaptureError
+from autopar.graph.collected import collecting
 from autopar.graph.explain import explained
 from autopar.graph.module_blocks import Candidate
 from autopar.graph.record import BlockCall, Recording, patched_forwards, take_tensors
@@ -85,7 +86,7 @@ class _Whole(nn.Module):
 
 
 class _Alone(nn.Module):
-    """One block from its tensor inputs to its tensor outputs."""
+    """One block from its tensor inputs to its tensor outputs, those that hooks collect inside among them."""
 
     def __init__(self, call: BlockCall):
         super().__init__()
@@ -94,9 +95,10 @@ class _Alone(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         args, kwargs = self._call.arguments.fill(list(inputs))
-        with contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad(), _KeepContiguous():
+        gradients = contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad()
+        with gradients, _KeepContiguous(), collecting(self._call.collected) as collected:
             result = type(self.model).forward(self.model, *args, **kwargs)
-        return take_tensors(result)[1]
+        return take_tensors((result, collected))[1]
 
 
 def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tensor],
@@ -116,7 +118,7 @@ def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tenso
         if call.candidate.fqn != candidate.fqn or template.leaves != call.arguments.leaves:
             raise CaptureError(f"{candidate.fqn}: it is called with other arguments each time that the model is "
                                "traced; remove what the forward keeps between calls")
-        return call.result.fill(list(torch.ops.autopar.block(tensors, index)))
+        return call.answer(list(torch.ops.autopar.block(tensors, index)))
 
     folded = list({call.candidate.fqn: call.candidate for call in recording.calls}.values())
     _active_calls[:] = recording.calls

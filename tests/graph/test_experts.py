@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import graph_models as models
@@ -79,7 +81,31 @@ def test_layers_whose_gates_differ_are_told_apart() -> None:
     assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-12)
 
 
-def test_the_router_s_loss_is_refused() -> None:
+@pytest.mark.parametrize("config", [
+    lambda **settings: transformers.MixtralConfig(**_SIZES, num_local_experts=4, **settings),
+    lambda **settings: transformers.Qwen3MoeConfig(
+        **_SIZES, head_dim=8, moe_intermediate_size=24, num_experts=8, num_experts_per_tok=3, **settings),
+], ids=["mixtral", "qwen3_moe"])
+def test_the_loss_that_balances_routers_is_the_module_s(config: Callable[..., Any]) -> None:
+    model, batch = _build(config(output_router_logits=True, router_aux_loss_coef=0.5)), models.token_batch(97)
+    with precision("float64"):
+        captured = capture(model, batch)
+        output = model(**batch)
+    assert output.aux_loss.item() > 0.1
+    layers = [block for block in captured.graph.blocks if "layers" in block.name]
+    assert len({block.cls for block in layers}) == 1, "two equal layers have one class"
+    assert len(captured.graph.block_class[layers[0].cls].outputs) == 2, "hidden states, and logits of its router"
+    loss = run(captured.graph, inputs=batch, params=dict(model.named_parameters()), constants=captured.constants)
+    assert loss.item() == pytest.approx(output.loss.item(), rel=1e-7)  # its sums are in float32
+    names = [name for name, param in model.named_parameters() if param.requires_grad]
+    params = [model.get_parameter(name) for name in names]
+    pairs = zip(torch.autograd.grad(loss, params), torch.autograd.grad(output.loss, params), strict=True)
+    for name, (found_grad, grad) in zip(names, pairs, strict=True):
+        torch.testing.assert_close(found_grad, grad, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_the_router_s_loss_is_refused_where_its_logits_leave_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.utils.output_capturing", None)
     with pytest.raises(CaptureError, match="set output_router_logits=False"):
         capture(*models.mixtral(output_router_logits=True))
 

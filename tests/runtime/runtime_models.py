@@ -115,6 +115,19 @@ def mixture() -> tuple[nn.Module, dict[str, Tensor], Any]:
     return transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager"), causal_batch(), None
 
 
+def balanced_mixture() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    """Mixtral with a loss that balances its experts, by the logits of all layers' routers."""
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = transformers.MixtralConfig(
+        num_hidden_layers=2, hidden_size=32, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_local_experts=4, output_router_logits=True,
+        router_aux_loss_coef=1.0,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager"), causal_batch(), None
+
+
 class Perceptron(nn.Module):
     """Layers in a row, some of them without parameters."""
 

@@ -111,13 +111,23 @@ def log_of_sum(out: Tensor, batch: Any) -> Tensor:
     return out.flatten().logsumexp(dim=0)
 
 
+def weighed_by_counts(out: Tensor, batch: Any) -> Tensor:
+    counts = torch.histc(batch["labels"].float(), bins=4, min=0, max=4)
+    return (counts.to(out.dtype) * out.mean()).sum()
+
+
+def weighed_by_a_share(out: Tensor, batch: Any) -> Tensor:
+    return out.mean() * batch["labels"].ne(-100).to(out.dtype).mean()
+
+
 TERMS = {
     mean_entropy: [Term.COUNT], summed_entropy: [Term.SUM], smooth_entropy: [Term.COUNT], mean_square: [Term.SHARE],
     entropy_and_penalty: [Term.COUNT, Term.SHARE, Term.SUM], mean_of_rows: [Term.SHARE],
     square_a_row: [Term.SHARE], square_an_element: [Term.SHARE], mean_times_rows: [Term.SUM], likelihood: [Term.COUNT],
     mean_of_sums: [Term.SUM],
 }
-WHOLE_ONLY = [masked_mean, entropy_over_own_count, contrastive, root_of_mean, log_of_sum]
+WHOLE_ONLY = [masked_mean, entropy_over_own_count, contrastive, root_of_mean, log_of_sum, weighed_by_counts,
+              weighed_by_a_share]
 
 
 def numbers(loss_fn: Callable[[Tensor, Any], Tensor], micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -93,6 +93,11 @@ def topk(pick: Pick, target: str) -> Sample:
     return Sample(target, (pick.x(4, 6), 2, pick.one_of(0, 1, -1)))
 
 
+@sample("histc.default")
+def histc(pick: Pick, target: str) -> Sample:
+    return Sample(target, (pick.x(4, 6), 5, *pick.one_of((), (-1, 2), (0, 5.0))))
+
+
 @sample("linear.default")
 def linear(pick: Pick, target: str) -> Sample:
     n, k = pick.size(), pick.size()

@@ -98,6 +98,16 @@ def _along(call: Call, reason: str, linear: bool = False) -> OpFactors:
     return call.build({"self": dims}, (dims,) * len(call.op.outputs), linear=_FIRST if linear else ())
 
 
+@rule("aten.histc", signature="self bins min max")
+def histogram(call: Call) -> OpFactors:
+    """Counts add up where the bins are given; without bounds they are of the values' range."""
+    given = call.get("min", 0) != call.get("max", 0)
+    shape = call.shape("self")
+    dims = tuple(call.factor(f"i{d}", size, "" if given else "bins of the range") for d, size in enumerate(shape))
+    bins = call.factor("bins", call.output_shape()[0], "a bin counts all values")
+    return call.build({"self": dims}, ((bins,),), reducing=dims if given else ())
+
+
 @rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", signature="self dim")
 def softmax(call: Call) -> OpFactors:
     return _along(call, "a softmax over the dim")
