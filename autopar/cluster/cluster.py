@@ -11,6 +11,7 @@ from functools import cached_property
 from autopar.cluster.measured import CollectiveFit, MeasuredOps
 
 USABLE_MEMORY_FRACTION = 0.92  # assumed
+MANY_GROUPS = 4096  # shapes of groups of ranks, kept at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,19 @@ class Cluster:
     def is_uniform(self) -> bool:
         return all(node == self.nodes[0] for node in self.nodes)
 
+    @cached_property
+    def _groups(self) -> dict[tuple[int, ...], GroupShape]:
+        return {}
+
     def group(self, ranks: tuple[int, ...]) -> GroupShape:
         """The shape of the group of these ranks."""
+        if (found := self._groups.get(ranks)) is None:
+            if len(self._groups) >= MANY_GROUPS:
+                self._groups.clear()
+            found = self._groups[ranks] = self._group(ranks)
+        return found
+
+    def _group(self, ranks: tuple[int, ...]) -> GroupShape:
         counts: dict[int, int] = {}
         for rank in ranks:
             counts[self.node_of[rank]] = counts.get(self.node_of[rank], 0) + 1

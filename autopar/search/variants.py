@@ -118,7 +118,7 @@ def _falls(added: Table) -> NDArray[np.bool_]:
     return np.concatenate([[True], added[1:] < least[:-1] * (1 - ROUNDING)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # stages of a deep pipeline have weights of their own
 def _frontiers(options: Options, weights: Weights) -> list[Frontier]:
     """The frontiers of 0, 1, 2, ... layers; `frontiers` appends to it."""
     return [Frontier(np.zeros(1), np.zeros(1), np.zeros((1, len(options)), dtype=np.int32))]

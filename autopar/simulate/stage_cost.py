@@ -98,6 +98,8 @@ def is_layer(block: Block) -> bool:
 
 
 def slowest_device(cluster: Cluster, ranks: Sequence[int], dtype: str) -> DeviceType:
+    if cluster.is_uniform:
+        return cluster.device(ranks[0])
     nodes = dict.fromkeys(cluster.node_of[rank] for rank in ranks)
     return min((cluster.nodes[i].device for i in nodes), key=lambda device: device.peak(dtype))
 

@@ -50,6 +50,22 @@ def test_even_layers_are_cut_evenly() -> None:
     assert found.cuts == (0, 3, 6, 9, 12)
 
 
+@given(st.integers(1, 9), st.integers(1, 10))
+def test_windows_have_the_ranges_of_all_cuts_and_no_others(num_blocks: int, num_stages: int) -> None:
+    ranges = np.array([[10 * first + last for last in range(num_blocks + 1)] for first in range(num_blocks + 1)])
+    windows = windows_of([ranges] * num_stages)
+    found = [set[int](windows[s].ravel().tolist()) for s in range(num_stages)]
+    cuts = [(0, *inner, num_blocks) for inner in itertools.combinations(range(1, num_blocks), num_stages - 1)]
+    for stage in range(num_stages):
+        own = {10 * cut[stage] + cut[stage + 1] for cut in cuts}
+        # Squares also have empty ranges, beginnings of the first stage and ends of the last that no cut has.
+        allowed = {
+            10 * first + last for first, last in (divmod(at, 10) for at in found[stage]) if first < last
+            and (stage or first == 0) and (stage < num_stages - 1 or last == num_blocks)
+        }
+        assert allowed == own
+
+
 def test_range_tables() -> None:
     costs = np.array([1.0, 3.0, 2.0])
     assert range_sums(costs)[1, 3] == 5.0
