@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import json
 import os
 import sys
@@ -296,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     if arguments is None:  # the process is ours
         _collect_seldom()
+        _replace_unprintable()
     try:
         code = app(words or ["--help"], standalone_mode=False, prog_name="autopar")
     except AutoparError as error:
@@ -316,6 +318,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code
         return _fail("interrupted", INTERRUPTED, words)
     return code if isinstance(code, int) else 0
+
+
+def _replace_unprintable() -> None:
+    """What a terminal's encoding does not have (the lines of a table, in ASCII) is printed as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _collect_seldom() -> None:

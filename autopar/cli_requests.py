@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Degree = Annotated[int, Field(ge=1)]
 Value = TypeVar("Value")
+# What a plan file decides.
+_OF_A_PLAN = ("tp", "pp", "virtual_stages", "cp", "ep", "dp_replicate", "dp_shard", "zero", "micro_batch", "recompute",
+              "schedule", "sequence_parallel", "offload_activations", "offload_optimizer", "compile")
 
 
 class SimulateRequest(BaseModel):
@@ -58,7 +61,7 @@ class SimulateRequest(BaseModel):
     def parse(values: dict[str, Any]) -> SimulateRequest:
         """The request, or InputError that names the option at fault."""
         try:
-            return SimulateRequest.model_validate(values)
+            request = SimulateRequest.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"])
@@ -68,6 +71,11 @@ class SimulateRequest(BaseModel):
             if first["type"] == "missing":
                 raise InputError(f"the option {name!r} is missing") from None
             raise InputError(f"{name} = {first['input']!r}: {first['msg']}") from None
+        fields = SimulateRequest.model_fields
+        both = [name for name in _OF_A_PLAN if getattr(request, name) != fields[name].default]
+        if request.plan is not None and both:
+            raise InputError(f"{request.plan} decides {', '.join(both)}: give a plan or degrees, not both")
+        return request
 
     def data_degrees(self, num_devices: int) -> tuple[int, int]:
         """(dp_replicate, dp_shard): what was asked, and for what was not, all devices that the other degrees leave."""

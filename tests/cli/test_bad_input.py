@@ -152,6 +152,15 @@ def test_plan_for_another_batch(autopar, llama, plan_file: Path) -> None:
     check_one_line(run, 2, "16")
 
 
+def test_a_plan_and_degrees(autopar, llama, plan_file: Path, tmp_path: Path) -> None:
+    words = ("simulate", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--plan", plan_file)
+    check_one_line(autopar(*words, "--tp", 2, "--recompute", "full"), 2, "tp, recompute")
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps(dict(model=str(llama), cluster="4xH100-80GB", global_batch=8, plan=str(plan_file),
+                                        zero=3)) + "\n")
+    assert "zero" in json.loads(autopar("simulate", "--requests", requests, "--json").out)["error"]
+
+
 def test_plan_file_edited_into_nonsense(autopar, plan_file: Path, tmp_path: Path) -> None:
     edited = json.loads(plan_file.read_text())
     edited["stages"][0]["devices"] = [0, 0, 0, 0]

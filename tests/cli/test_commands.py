@@ -146,6 +146,13 @@ def test_json_is_alone_on_standard_output_whatever_the_model_prints(autopar, tmp
     assert "hello from below" in run.err
 
 
+def test_a_table_where_the_terminal_knows_ascii_alone(plan_file: Path) -> None:
+    run = subprocess.run([sys.executable, "-m", "autopar", "show", str(plan_file)], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "stage" in run.stdout
+
+
 def test_help_needs_no_torch() -> None:
     script = "import sys; from autopar.cli import main; main(['--help']); print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
