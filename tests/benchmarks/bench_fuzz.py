@@ -1,11 +1,12 @@
 """Random legal plans of six model families against one process: losses, every gradient, and three optimizer steps.
 
-    python tests/benchmarks/bench_fuzz.py [--plans 300] [--first 0] [--most-ranks 6] [--json]
+    python tests/benchmarks/bench_fuzz.py [--plans 300] [--first 0] [--most-ranks 6] [--compile] [--json]
 
 Every plan is drawn from all that the verifier passes, not from those that the planner would choose: cuts, meshes,
 shares of rows, schedules and lists of actions, splits of ops, what layers keep, offload, rewrites. It runs on 2 to 6
 gloo processes, which are started once. A line a failure, then how many passed, by family and by feature, with the
-largest relative error. A plan is drawn again from its number alone: `--first N --plans 1`.
+largest relative error. A plan is drawn again from its number alone: `--first N --plans 1`. `--compile`: the same plans
+with their blocks compiled (by torch.compile, but for its kernels).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from autopar.errors import InputError
 from autopar.runtime.local import LocalPool
 
 
-def row(of: Case, pool: LocalPool) -> dict[str, Any]:
+def row(of: Case, pool: LocalPool, *, compiled: bool) -> dict[str, Any]:
     """One plan: whether it ran to one process's numbers, was refused by the runtime, or failed."""
     began = time.perf_counter()
     plan = drawn(of)
@@ -37,7 +38,7 @@ def row(of: Case, pool: LocalPool) -> dict[str, Any]:
         "refused": list(plan.refused), "outcome": "failed",
     }
     try:
-        result = check(of, plan, pool)
+        result = check(of, plan, pool, compiled=compiled)
         found |= {"loss_error": result.loss_error, "error": result.worst[1], "worst": result.worst[0],
                   "outcome": "equal" if result.passed else "wrong"}
     except InputError as error:
@@ -70,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=int, default=300, help="how many plans")
     parser.add_argument("--first", type=int, default=0, help="the number of the first")
+    parser.add_argument("--compile", action="store_true", help="plans that compile their blocks")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--most-ranks", type=int, default=max(WORLDS), help="of a plan; other plans than without it")
     options = parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
         for seed in range(options.first, options.first + options.plans):
             if pool.is_closed:
                 pool = LocalPool(max(worlds))
-            rows.append(found := row(case(seed, worlds=worlds), pool))
+            rows.append(found := row(case(seed, worlds=worlds), pool, compiled=options.compile))
             if options.json:
                 continue
             if found["outcome"] != "equal":

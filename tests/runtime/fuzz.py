@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from unittest.mock import patch
 
 import torch
 from fuzz_models import FAMILIES
@@ -14,6 +14,7 @@ from random_plans import Drawn, draw
 from torch import nn
 
 from autopar.graph.capture import Captured
+from autopar.plan.plan import Plan
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import Numbers, ParityReport, capture_for, make_batch, make_model, precision, report
@@ -62,8 +63,18 @@ def make_optimizer(name: str, params: Iterable[nn.Parameter]) -> torch.optim.Opt
     return torch.optim.SGD(params, lr=0.05, momentum=0.9)
 
 
-def rank_numbers(of: Case, plan: Any, captured: Captured) -> Numbers:
-    """Losses, gradients, and at the end the parameters, as this rank has them (tensors on rank 0 alone)."""
+def rank_numbers(of: Case, plan: Plan, captured: Captured) -> Numbers:
+    """Losses, gradients, and at the end the parameters, as this rank has them (tensors on rank 0 alone).
+
+    What a plan compiles is compiled without the compiler's own kernels, which round otherwise.
+    """
+    with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        numbers = _rank_numbers(of, plan, captured)
+    torch.compiler.reset()
+    return numbers
+
+
+def _rank_numbers(of: Case, plan: Plan, captured: Captured) -> Numbers:
     model, example, _ = make_model(FAMILIES[of.family], of.dtype, 0)
     names = [name for name, _ in model.named_parameters()]
     trainer = Trainer(model, plan, captured, lambda params: make_optimizer(of.optimizer, params))
@@ -96,9 +107,11 @@ def one_process(family: str, dtype: str, optimizer: str, global_batch: int) -> N
     return Numbers(losses=tuple(losses), gradients=(*gradients, end))
 
 
-def check(of: Case, found: Drawn, pool: LocalPool, *, timeout_s: float = 600.0) -> ParityReport:
-    """The plan's numbers against one process's."""
-    captured = captured_of(of.family, of.dtype)
-    results = pool.run(rank_numbers, of, found.plan, captured, num_ranks=of.world, timeout_s=timeout_s)
-    expected = one_process(of.family, of.dtype, of.optimizer, found.plan.global_batch)
-    return report(found.plan, of.dtype, results, expected)
+def check(
+    of: Case, found: Drawn, pool: LocalPool, *, compiled: bool = False, timeout_s: float = 600.0
+) -> ParityReport:
+    """The plan's numbers against one process's; `compiled`: the plan compiles its blocks."""
+    captured, plan = captured_of(of.family, of.dtype), replace(found.plan, compile=compiled)
+    results = pool.run(rank_numbers, of, plan, captured, num_ranks=of.world, timeout_s=timeout_s)
+    expected = one_process(of.family, of.dtype, of.optimizer, plan.global_batch)
+    return report(plan, of.dtype, results, expected)

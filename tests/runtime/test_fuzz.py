@@ -23,6 +23,14 @@ def test_a_random_plan_has_the_numbers_of_one_process(pool: LocalPool, seed: int
     assert report.passed, f"{of}: {report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("seed", [13, 18])  # GPT-2 and Llama with a tensor axis, in one stage and in a pipeline
+def test_a_compiled_random_plan_has_the_numbers_of_one_process(pool: LocalPool, seed: int) -> None:
+    of = case(seed, worlds=(2,))
+    report = check(of, drawn(of), pool, compiled=True)
+    assert report.passed, f"{of}: {report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_lists_of_actions_pass_the_check(seed: int) -> None:
     chance = random.Random(seed)
