@@ -144,7 +144,11 @@ class Trainer:
         counts_here = bool(self.terms.counted) and any(stage.loss for stage in self.stages)
         self._count = row_counter(self.terms, graph, builder.run_ops, constants) if counts_here else None
         held: list[Any] = list(self.named_parameters().values())
-        self.optimizer = optimizer(held or [{"params": []}])  # a stage of activations alone has nothing to train
+        # A stage of activations alone trains nothing: its optimizer is made with a parameter that is then taken out.
+        self.optimizer = optimizer(held or [nn.Parameter(torch.zeros(1, device=self.device))])
+        if not held:
+            for group in self.optimizer.param_groups:
+                group["params"] = []
         if self.device.type == "cuda":  # as the memory of a plan is counted
             prefer_fused(self.optimizer)
         own = {id(param) for param in self.named_parameters().values()}
