@@ -14,8 +14,8 @@ from autopar.search.best_first import Engine, lean_first
 from autopar.search.candidates import Candidate, PlanRequest, candidates, divisors
 
 EACH_TO_TIMES = 4  # every number of nodes is tried to so many times those of the cluster,
-MAX_TIMES = 1024  # then doubled ones to so many
-MAX_SECONDS = 10.0  # for trying all of them
+MAX_TIMES = 1024  # then doubled ones to so many, and those between the last that is too few and the first that is not
+MAX_SECONDS = 20.0  # for trying all of them
 
 
 def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | None = None) -> str:
@@ -24,7 +24,7 @@ def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | 
     times = min(engine.bounds.smallest_need(candidate) for candidate in lean_first(space))
     smallest = min((node.device for node in cluster.nodes), key=lambda device: device.usable_memory_bytes)
     latest = time.monotonic() + MAX_SECONDS
-    nodes = some_nodes(engine, latest if deadline is None else min(latest, deadline))
+    nodes = some_nodes(engine, times, latest if deadline is None else min(latest, deadline))
     less = "" if engine.out_of_time(deadline) else next(
         (words for words, own in lighter(engine) if fits(engine.graph, cluster, own)), ""
     )
@@ -53,29 +53,53 @@ def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.1f}" if size_bytes >= 2**30 else f"{size_bytes / 2**30:.2g}"
 
 
-def some_nodes(engine: Engine, deadline: float) -> int | None:
-    """The first number of nodes, all like the cluster's last, that is tried and that something fits on.
+def some_nodes(engine: Engine, times: float, deadline: float) -> int | None:
+    """A number of nodes, all like the cluster's last, that something fits on: the fewest of those that are tried.
 
-    More nodes are not always better, as the batch must divide over the replicas; so the numbers are tried one by one.
+    `times`: how much more memory the cluster's own devices would need. More nodes are not always better, as the batch
+    must divide over the replicas.
     """
-    for count in counts_to_try(engine.cluster):
+    def fit(count: int) -> bool:
+        cluster = Cluster(name=f"{count} nodes", nodes=(engine.cluster.nodes[-1],) * count)
+        return fits(engine.graph, cluster, engine.request)
+
+    few = fewest(engine.cluster, times) - 1
+    for count in counts_to_try(engine.cluster, times):
         if time.monotonic() > deadline:
             return None
-        cluster = Cluster(name=f"{count} nodes", nodes=(engine.cluster.nodes[-1],) * count)
-        if fits(engine.graph, cluster, engine.request):
-            return count
-    return None
+        if fit(count):
+            break
+        few = count
+    else:
+        return None
+    while count - few > 1 and time.monotonic() <= deadline:
+        between = (few + count) // 2
+        if fit(between):
+            count = between
+        else:
+            few = between
+    return count
 
 
-def counts_to_try(cluster: Cluster) -> Iterator[int]:
-    """Numbers of nodes, ascending; that of the cluster itself only if its nodes differ."""
+def fewest(cluster: Cluster, times: float) -> int:
+    """The fewest nodes that may be enough: the cluster's own number only if its nodes differ.
+
+    Where each device needs `times` its memory, so many times the nodes share out all of it, at best.
+    """
     now = len(cluster.nodes)
-    alike = all(node == cluster.nodes[-1] for node in cluster.nodes)
-    yield from range(now + 1 if alike else now, EACH_TO_TIMES * now + 1)
-    times = 2 * EACH_TO_TIMES
-    while times <= MAX_TIMES:
-        yield times * now
-        times *= 2
+    if any(node != cluster.nodes[-1] for node in cluster.nodes):
+        return now
+    return max(now + 1, math.ceil(now * times * (1 - 1e-9)) if math.isfinite(times) else 0)
+
+
+def counts_to_try(cluster: Cluster, times: float = 1.0) -> Iterator[int]:
+    """Numbers of nodes, ascending, from the fewest on."""
+    now, first = len(cluster.nodes), fewest(cluster, times)
+    yield from range(first, EACH_TO_TIMES * now + 1)
+    count = max(first, 2 * EACH_TO_TIMES * now)
+    while count <= MAX_TIMES * now:
+        yield count
+        count *= 2
 
 
 def lighter(engine: Engine) -> Iterator[tuple[str, PlanRequest]]:

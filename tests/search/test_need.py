@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy_graphs import cluster, mlp_chain
 
+from autopar.cluster.cluster import Cluster
 from autopar.errors import InfeasibleError
 from autopar.search import need
 from autopar.search.need import counts_to_try, gib_up
@@ -88,3 +91,20 @@ def test_where_no_number_helps_only_what_was_tried_is_said(monkeypatch: pytest.M
 def test_the_clusters_own_number_is_tried_only_where_its_nodes_differ() -> None:
     assert list(counts_to_try(cluster(2)))[:7] == [3, 4, 5, 6, 7, 8, 16]
     assert next(counts_to_try(cluster(speeds=(1.0, 0.5)))) == 2
+    assert list(counts_to_try(cluster(2), 3.2))[:4] == [7, 8, 16, 32], "fewer nodes cannot have the memory"
+    assert list(counts_to_try(cluster(2), 11.0))[:3] == [22, 44, 88]
+    assert next(counts_to_try(cluster(2), math.inf)) == 3
+
+
+@pytest.mark.parametrize("enough", [1, 3, 7, 9, 12, 13, 16, 700])
+def test_numbers_between_those_that_are_tried_are_searched(monkeypatch: pytest.MonkeyPatch, enough: int) -> None:
+    tried = []
+
+    def fits(graph: Any, nodes: Cluster, request: Any) -> bool:
+        tried.append(len(nodes.nodes))
+        return len(nodes.nodes) >= enough
+
+    monkeypatch.setattr(need, "fits", fits)
+    engine: Any = SimpleNamespace(cluster=cluster(1), graph=None, request=None)
+    assert need.some_nodes(engine, 1.5, math.inf) == max(2, enough)
+    assert len(tried) < 25
