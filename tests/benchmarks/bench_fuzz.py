@@ -82,7 +82,8 @@ def main() -> None:
     began = time.perf_counter()
     try:
         for seed in range(options.first, options.first + options.plans):
-            if pool.is_closed:
+            if pool.is_closed or len(rows) % 20 == 19:  # gloo's threads of earlier plans slow the workers down
+                pool.close()
                 pool = LocalPool(max(worlds))
             rows.append(found := row(case(seed, worlds=worlds), pool, compiled=options.compile))
             if options.json:
