@@ -24,11 +24,11 @@ from autopar.graph.experts import gate_text
 
 
 def _pretrained(model: nn.Module) -> list[Any]:
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
+    if "transformers.modeling_utils" not in sys.modules:
         return []
-    base = transformers.PreTrainedModel
-    return [module for module in model.modules() if isinstance(module, base)]
+    from transformers.modeling_utils import PreTrainedModel
+
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def attention_of(model_class: Any, wanted: str) -> str:

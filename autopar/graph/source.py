@@ -25,6 +25,7 @@ from autopar.errors import AutoparError, InputError
 from autopar.graph.capture import LossFn, capture
 from autopar.graph.fake import shapes_alone, values_not_needed
 from autopar.graph.hugging_face import attention_of
+from autopar.graph.lean_transformers import lean_transformers
 from autopar.graph.model_graph import ModelGraph
 
 Built = tuple[nn.Module, dict[str, Any] | tuple[Any, ...], LossFn | None]
@@ -126,20 +127,23 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype: str, attention: str) -> Built:
     try:
+        lean_transformers()
         import transformers
     except ImportError as error:
         raise InputError(f"{spec}: Hugging Face configs need transformers (pip install transformers)") from error
     with _quiet_transformers():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
         values = dict(values)
         model_type = values.pop("model_type")
-        if model_type not in transformers.CONFIG_MAPPING:
-            near = difflib.get_close_matches(model_type, list(transformers.CONFIG_MAPPING), n=3, cutoff=0.4)
+        if model_type not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3, cutoff=0.4)
             raise InputError(f"{spec}: transformers {transformers.__version__} does not know the model_type "
                              f"{model_type!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
         try:
-            config = transformers.AutoConfig.for_model(model_type, **values)
+            config = AutoConfig.for_model(model_type, **values)
             config.use_cache = False
-            model_class = _model_class(transformers, config)
+            model_class = _model_class(config)
             options: dict[str, Any] = {"dtype": _DTYPES[dtype],
                                        "attn_implementation": attention_of(model_class, attention)}
             if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
@@ -165,10 +169,12 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _model_class(transformers: Any, config: Any) -> Any:
+def _model_class(config: Any) -> Any:
     """The class that computes a training loss for this config: its architecture's, or the usual one of its kind."""
+    from transformers.models.auto import modeling_auto
+
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, str(name), None)
+        found = _class_named(str(name), config)
         if found is not None and not {"labels", "return_loss"}.isdisjoint(_arguments(found)):
             return found
     if getattr(config, "is_encoder_decoder", False):
@@ -180,11 +186,19 @@ def _model_class(transformers: Any, config: Any) -> Any:
     else:
         kinds = ["CausalLM", "ImageClassification", "MaskedLM", "AudioClassification", "ZeroShotImageClassification"]
     for kind in kinds:
-        auto = getattr(transformers, f"AutoModelFor{kind}")
+        auto = getattr(modeling_auto, f"AutoModelFor{kind}")
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
     raise InputError(f"no model with a training loss is known for model_type {config.model_type!r}; "
                      "write a factory and pass file.py:factory")
+
+
+def _class_named(name: str, config: Any) -> Any:
+    """The class of transformers with this name, None where there is none."""
+    import transformers
+
+    beside = sys.modules[type(config).__module__.rpartition(".")[0]]  # what is there is found without its index of all
+    return getattr(beside, name, None) or getattr(transformers, name, None)
 
 
 def _arguments(model_class: Any) -> frozenset[str]:
