@@ -295,9 +295,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 no feasible plan, 2 bad input, 130 interrupted."""
     words = _with_explain(list(sys.argv[1:] if arguments is None else arguments))
     _quiet_libraries()
-    if arguments is None:  # the process is ours
-        _collect_seldom()
-        _replace_unprintable()
+    if arguments is not None:
+        return _run(words)
+    # The process is ours.
+    ending = _Ending()
+    _collect_seldom()
+    _replace_unprintable()
+    code = _run(words)
+    if words[:1] in (["plan"], ["simulate"]):  # which leave no other process
+        ending.code = code
+    return code
+
+
+def _run(words: list[str]) -> int:
     try:
         code = app(words or ["--help"], standalone_mode=False, prog_name="autopar")
     except AutoparError as error:
@@ -328,12 +338,33 @@ def _replace_unprintable() -> None:
 
 
 def _collect_seldom() -> None:
-    """Python seldom looks for cyclic garbage in this process from here on, and not at all as it ends.
+    """Python seldom looks for cyclic garbage in this process from here on.
 
     A tenth of a plan's time went there, for a few MiB: nearly all that it looked at is libraries, which stay.
     """
     gc.set_threshold(1_000_000, 10, 10)
-    atexit.register(gc.freeze)
+
+
+class _Ending:
+    """Ends the process with `code`, where one is set, after all else that is to be done as it ends.
+
+    Python itself would then take its modules down one by one, which takes a quarter of a second with torch.
+    """
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        atexit.register(self._end)  # the first to be registered is the last to run
+
+    def _end(self) -> None:
+        gc.freeze()
+        if self.code is None:
+            return
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # the reader went away: Python says so
+            return
+        os._exit(self.code)
 
 
 def _with_explain(words: list[str]) -> list[str]:

@@ -71,7 +71,11 @@ def only_answers() -> Iterator[IO[str]]:
 
 def print_json(value: dict[str, Any], stream: IO[str]) -> None:
     """One object on one line; numbers that JSON cannot say (infinity) become null."""
-    print(json.dumps(_finite(value)), file=stream, flush=True)
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value))
+    print(text, file=stream, flush=True)
 
 
 def _finite(value: Any) -> Any:

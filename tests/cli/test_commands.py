@@ -1,12 +1,16 @@
 """The commands' answers: tables for people, the promised keys in one JSON object for programs."""
 
+import io
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from autopar.cli_output import print_json
 
 SIMULATE_KEYS = {"step_time_s", "tokens_per_s_per_device", "mfu", "bubble_fraction", "feasible", "infeasible_reason",
                  "breakdown_s", "devices"}
@@ -42,6 +46,38 @@ def test_plan_is_the_same_whatever_the_hash_seed(llama: Path, tmp_path: Path) ->
         plan["certificate"].pop("search_seconds")
         texts.append(json.dumps(plan))
     assert texts[0] == texts[1]
+
+
+MODEL_THAT_LEAVES = """
+import atexit, tempfile
+from torch import nn, ones
+folder = tempfile.TemporaryDirectory(dir={folder!r})
+def make():
+    atexit.register(print, "left")
+    print(end="made ")
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), (ones(2, 8),), lambda output, batch: output.mean()
+"""
+
+
+@pytest.mark.parametrize("cluster", ["2xH100-80GB", "2xNoSuchGPU"])
+def test_a_process_ends_quickly_but_whole(tmp_path: Path, cluster: str) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(MODEL_THAT_LEAVES.format(folder=str(tmp_path)))
+    for command in (["plan"], ["simulate", "--dp-shard", "2"]):
+        words = [*command, f"{file}:make", "--cluster", cluster, "--global-batch", "8"]
+        run = subprocess.run([sys.executable, "-m", "autopar", *words], capture_output=True, text=True, check=False)
+        known = cluster == "2xH100-80GB"
+        assert run.returncode == (0 if known else 2), run.stderr
+        assert run.stderr.count("autopar: ") == (0 if known else 1)
+        assert run.stdout.startswith("made ") == run.stdout.endswith("left\n") == known
+        assert not list(tmp_path.glob("tmp*"))
+
+
+def test_numbers_that_json_cannot_say_are_null() -> None:
+    stream = io.StringIO()
+    print_json({"a": [1.5, math.inf], "b": {"c": math.nan, "d": (2, "x", True, None)}}, stream)
+    print_json({"a": (1, 2.5)}, stream)
+    assert stream.getvalue() == '{"a": [1.5, null], "b": {"c": null, "d": [2, "x", true, null]}}\n{"a": [1, 2.5]}\n'
 
 
 def test_plan_prints_a_table(autopar, llama: Path, tmp_path: Path) -> None:
