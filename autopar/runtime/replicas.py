@@ -5,7 +5,8 @@ FSDP2 would gather and cut up parameters that are whole anyway, and make each a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -34,8 +35,9 @@ class Replicas:
         self._ready: list[set[nn.Parameter]] = [set() for _ in self.buckets]
         self._next = 0
         self._works: list[dist.Work] = []
+        hook = _weakly(self.accumulated)
         for param in self._bucket_of:
-            param.register_post_accumulate_grad_hook(self.accumulated)  # type: ignore[no-untyped-call]
+            param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def launch(self) -> None:
         """Send what has not gone yet."""
@@ -80,6 +82,19 @@ class Replicas:
         work = dist.all_reduce(flat, group=self._group_of[bucket[0]], async_op=True)
         assert work is not None
         self._works.append(work)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook of parameters that does not keep the method's owner, which holds the parameters: no collector sees through
+    a tensor's hooks, so that the two, and the process group, would stay for ever."""
+    kept = weakref.WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        alive = kept()
+        if alive is not None:
+            alive(param)
+
+    return hook
 
 
 def _buckets(group_of: Mapping[nn.Parameter, dist.ProcessGroup]) -> list[list[nn.Parameter]]:

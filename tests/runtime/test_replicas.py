@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -65,3 +68,20 @@ def test_sums_over_the_copies(pool: LocalPool, unused_last: bool) -> None:
             assert param.grad is not None
             torch.testing.assert_close(overlapped[name], param.grad)
             assert torch.equal(overlapped[name], after[name])
+
+
+def released() -> bool:
+    """Whether parameters go once nobody but their hooks holds what sums their gradients."""
+    layers = make_layers()
+    copies = Replicas(layers.parameters(), dist.group.WORLD)  # type: ignore[arg-type]
+    layers(torch.ones(2, 4)).sum().backward()
+    copies.finish()
+    gone = weakref.ref(layers[0].weight)
+    del layers, copies
+    gc.collect()
+    return gone() is None
+
+
+@pytest.mark.processes
+def test_hooks_do_not_keep_the_parameters(pool: LocalPool) -> None:
+    assert pool.run(released, num_ranks=2) == [True, True]
