@@ -203,15 +203,17 @@ def load(trainer: Trainer, directory: Path) -> None:
 
 
 def _check_model(
-    trainer: Trainer, directory: Path, metadata: Mapping[str, Any], params: Sequence[str], buffers: Iterable[str]
+    trainer: Trainer, directory: Path, metadata: Mapping[str, Any], params: Sequence[str], buffers: Mapping[str, Tensor]
 ) -> None:
-    """InputError unless the checkpoint has these parameters, each of its shape, and these buffers."""
-    for name in sorted({*params, *buffers}):
-        if f"model.{name}" not in metadata:
-            raise InputError(f"checkpoint {directory} has no {name}; it is of another model")
-    for name in params:
-        shape = trainer.graph.param[name].shape
-        if tuple(metadata[f"model.{name}"].size) != shape:
+    """InputError unless the checkpoint has these parameters and these buffers, each a tensor of its shape."""
+    shapes = {name: tuple(value.shape) for name, value in buffers.items()}
+    shapes |= {name: trainer.graph.param[name].shape for name in params}
+    for name, shape in sorted(shapes.items()):
+        found = metadata.get(f"model.{name}")
+        if not isinstance(found, TensorStorageMetadata):
+            kind = "no" if found is None else "no tensor"
+            raise InputError(f"checkpoint {directory} has {kind} {name}; it is of another model")
+        if tuple(found.size) != tuple(shape):
             raise InputError(f"{name} in checkpoint {directory} is not of shape {list(shape)}; it is of another model")
 
 

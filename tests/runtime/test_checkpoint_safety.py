@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from local_machines import slow_cluster
 from test_checkpoint import train
 from test_parity import captured_of, graph_of, plan_of
 from torch import Tensor
+from torch.distributed.checkpoint import save as save_foreign
 
 from autopar.errors import InputError
 from autopar.plan.plan import Plan
@@ -175,6 +177,31 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(tmp_path: Path, dam
         os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(InputError, match="is damaged") as caught:
         trainer.load(tmp_path / "state")
+    assert "\n" not in str(caught.value)
+    assert is_state(trainer, before)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [(lambda value: ["a list"], "has no tensor"), (lambda value: None, "has no"),
+     (lambda value: value[:1], "not of shape")],
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_something_else_is_refused(
+    tmp_path: Path, other: Callable[[Tensor], object], message: str
+) -> None:
+    """Files of torch.distributed.checkpoint that others wrote may hold anything under a parameter's name."""
+    trainer, _ = saved_and_trained(tmp_path / "state")
+    before = {name: value.clone() for name, value in trainer.full_state_dict().items()}
+    foreign: dict[str, object] = {f"model.{name}": value for name, value in before.items()}
+    param = min(trainer.graph.param)
+    name = f"model.{param}"
+    foreign[name] = other(before[param])
+    if foreign[name] is None:
+        del foreign[name]
+    save_foreign(foreign, checkpoint_id=tmp_path / "foreign", no_dist=True)
+    with pytest.raises(InputError, match=f"{message}.*of another model") as caught:
+        trainer.load(tmp_path / "foreign")
     assert "\n" not in str(caught.value)
     assert is_state(trainer, before)
 
