@@ -105,7 +105,9 @@ class Trainer:
         with one_worker_thread():
             self.groups = make_groups(plan, self.ties.by_lane, self.ties.whole, self.device, timeout)
         self.terms = loss_terms(graph, tagged, num_parts=plan.num_micro_batches * plan.stages[-1].mesh.dp)
-        self.notes = (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(planned))
+        self.notes = tuple(dict.fromkeys(
+            (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(planned))
+        ))
         self.batch, self.own_evaluation = BatchReader(captured.graph, plan), captured.own_evaluation
         self.watch = self._meet()
         self._seed()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from autopar.cluster.cluster import Cluster
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.graph.expert_params import unsplit_experts
+from autopar.graph.loss_terms import loss_terms
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Baseline, Certificate, Plan
 from autopar.plan.verify import verify_plan
@@ -304,9 +305,11 @@ class _Searches:
     def notes(self) -> tuple[str, ...]:
         """What to tell beside the plan's own notes."""
         assert self.best is not None, "there is a plan"
-        notes = self.mixed.idle_notes(self.best_s)
+        notes, plan = self.mixed.idle_notes(self.best_s), self.best.plan
         if one_part := self.engine.chooser.needs_whole_batch:
             notes = (*notes, f"searched without data axes and micro-batches: {one_part}")
-        if any(stage.num_offloaded or stage.offload_optimizer for stage in self.best.plan.stages):
+        elif (num_parts := plan.num_micro_batches * plan.stages[-1].mesh.dp) > 1:
+            notes = (*notes, *loss_terms(self.engine.graph, num_parts=num_parts).notes)
+        if any(stage.num_offloaded or stage.offload_optimizer for stage in plan.stages):
             notes = (*notes, OFFLOAD_NOTE)
         return notes

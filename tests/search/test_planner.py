@@ -220,3 +220,24 @@ def test_what_is_not_searched_is_said() -> None:
     assert "a tensor axis that repeats all work" in text
     assert "across nodes" in text
     assert "leaving devices unused" in text
+
+
+class _Normalized(nn.Module):
+    """Layers between which a norm takes the mean over the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.layers(x).square().mean()
+        return loss
+
+
+def test_what_parts_of_the_batch_change_is_said_beside_the_plan() -> None:
+    graph = capture(_Normalized(), {"x": torch.randn(8, 16)}, tag_rows=True).graph
+    one = find_plan(graph, cluster(per_node=1, speeds=(1.0,)), PlanRequest(global_batch=8, seq_len=1, micro_batch=8))
+    assert not [note for note in one.notes if "mixes rows" in note]
+    parts = find_plan(graph, cluster(per_node=1, speeds=(1.0,)), PlanRequest(global_batch=8, seq_len=1, micro_batch=2))
+    assert parts.num_micro_batches == 4
+    assert [note for note in parts.notes if "mixes rows: it sees one micro-batch" in note]
