@@ -79,6 +79,7 @@ def _device(device: DeviceType) -> dict[str, Any]:
         ("kernel launch", device.kernel_launch_s * 1e6, "us", "kernel_launch_s"),
         ("host link", _per(device.host_bandwidth_bytes_per_s, 1e9), "GB/s", "host_bandwidth_bytes_per_s"),
         ("host memory", _per(device.host_memory_bytes, GIB), "GiB", "host_memory_bytes"),
+        ("speeds differ", device.speed_spread * 100 or None, "% (standard deviation)", "speed_spread"),
         ("price", device.price_per_hour, "an hour", "price_per_hour"),
     ]
     return {

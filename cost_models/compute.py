@@ -110,10 +110,12 @@ def matmul_efficiency(
 
 
 def best_matmul_efficiency(device: DeviceType, dtype: str) -> float:
-    """The share of `device.peak` that the best-shaped products reach; 1 where the peak was measured."""
-    if _is_measured(device, f"peak_flops.{dtype}"):
-        return 1.0
-    return efficiency_of(device.name).matmul
+    """The share of `device.peak` that the best-shaped products reach on the slowest of the job's devices.
+
+    It is 1 on a usual device where the peak was measured.
+    """
+    share = 1.0 if _is_measured(device, f"peak_flops.{dtype}") else efficiency_of(device.name).matmul
+    return share * device.slowest_share
 
 
 _bandwidths: dict[int, tuple[DeviceType, float]] = {}
@@ -371,6 +373,7 @@ def attention_efficiency(
     """
     found = efficiency_of(device.name)
     share = min(1.0, 0.6 + 0.4 * head_dim / 128)  # 0.8 at head dim 64, as in FlashAttention-2's figures
+    share *= device.slowest_share
     fewer = 1.0 if causal else 0.5
     tiles = queries / found.attention_tile_rows / found.multiprocessors * (0.5 if causal else 1.0)
 

@@ -27,6 +27,8 @@ class DeviceType:
     price_per_hour: float | None = None
     host_bandwidth_bytes_per_s: float | None = None  # to and from host memory, each way; None: unknown, or one memory
     host_memory_bytes: float | None = None  # this device's share of it; None: unknown
+    speed_spread: float = 0.0  # standard deviation of the speed of products among devices of the kind, over its mean
+    slowest_share: float = 1.0  # of the rate of products, what the slowest device of the job reaches: pace.py
     sources: tuple[tuple[str, str], ...] = ()
     measured: MeasuredOps | None = None  # times of single ops, from a profile
 

@@ -19,6 +19,8 @@ The YAML schema (a full example, every optional key shown):
           host_gb_per_s: 31.5       # copies to and from host memory, each way; without it nothing is offloaded
           host_memory_gib: 128      # each device's share of its host's memory, for what is offloaded
           usable_memory_fraction: 0.92
+          speed_spread: 0.015       # how much devices of the kind differ in speed (standard deviation over the mean):
+                                    # all wait for the slowest; 0 where they are alike
           price_per_hour: 1.80      # of one device
         link: PCIe4                 # a link's name, or {name, bandwidth_gb_per_s, latency_us}; bandwidth of one
                                     # device in one direction
@@ -40,6 +42,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from autopar.cluster.cluster import Cluster, DeviceType, Link, Node
+from autopar.cluster.pace import at_the_slowest
 from autopar.cluster.parse import check_num_devices, parse_rate_gbps
 from autopar.cluster.tables import GIB, Preset, default_network, link_preset, network_link, preset
 from autopar.errors import InputError
@@ -74,6 +77,7 @@ class _DeviceEntry(_Entry):
     host_gb_per_s: _Positive | None = None
     host_memory_gib: _Positive | None = None
     usable_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    speed_spread: Annotated[float, Field(ge=0, le=0.25)] | None = None
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
@@ -173,7 +177,7 @@ def cluster_from_json(text: str, *, where: str = "cluster JSON") -> Cluster:
 
 
 def cluster_from_yaml(text: str, *, where: str = "cluster YAML") -> Cluster:
-    """The Cluster of a YAML text in the schema above; InputError with `where` and the line."""
+    """The Cluster of a YAML text in the schema above, at its slowest's pace; InputError with `where` and the line."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         _check_keys(tree, where)
@@ -205,7 +209,7 @@ def cluster_from_yaml(text: str, *, where: str = "cluster YAML") -> Cluster:
         except InputError as error:
             raise InputError(f"{where}, line {_line(tree, ('nodes', i, key))}: nodes.{i}.{key}: {error}") from None
         nodes += [node] * row.count
-    return Cluster(name=entry.name or where, nodes=tuple(nodes))
+    return at_the_slowest(Cluster(name=entry.name or where, nodes=tuple(nodes)))
 
 
 def _check_keys(tree: yaml.Node | None, where: str) -> None:
@@ -287,6 +291,8 @@ def _device(entry: str | _DeviceEntry, where: str) -> tuple[DeviceType, Preset |
         values["host_memory_bytes"] = entry.host_memory_gib * GIB
     if entry.usable_memory_fraction is not None:
         values["usable_memory_fraction"] = entry.usable_memory_fraction
+    if entry.speed_spread is not None:
+        values["speed_spread"] = entry.speed_spread
     if entry.price_per_hour is not None:
         values["price_per_hour"] = entry.price_per_hour
     said.update(dict.fromkeys(values, f"given in {where}"))
@@ -320,7 +326,7 @@ def _check_node(node: Node, where: str) -> None:
         "memory_bandwidth_bytes_per_s": device.memory_bandwidth_bytes_per_s,
         "kernel_launch_s": device.kernel_launch_s, "usable_memory_fraction": device.usable_memory_fraction,
         "link.bandwidth_bytes_per_s": node.link.bandwidth_bytes_per_s,
-        "network.bandwidth_bytes_per_s": node.network.bandwidth_bytes_per_s,
+        "network.bandwidth_bytes_per_s": node.network.bandwidth_bytes_per_s, "slowest_share": device.slowest_share,
         **{f"peak_flops.{dtype}": rate for dtype, rate in device.peak_flops},
         **{
             field: value for field in ("host_bandwidth_bytes_per_s", "host_memory_bytes")
@@ -330,6 +336,8 @@ def _check_node(node: Node, where: str) -> None:
     for field, value in positive.items():
         if not 0 < value < float("inf"):
             raise InputError(f"{where}: {field} of {device.name} is {value}: it must be positive and finite")
+    if not 0 <= device.speed_spread < 1:
+        raise InputError(f"{where}: speed_spread of {device.name} is {device.speed_spread}: it must be from 0 to 1")
     for link in (node.link, node.network):
         if not 0 <= link.latency_s < float("inf"):
             raise InputError(f"{where}: latency_s of {link.name} is {link.latency_s}: it must be finite, at least 0")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from autopar.cluster.cluster import Cluster, Node
 from autopar.cluster.hostfile import hosts_of
+from autopar.cluster.pace import at_the_slowest
 from autopar.cluster.tables import Preset, default_network, preset, racks_of
 from autopar.errors import InputError
 
@@ -63,7 +64,11 @@ def auto_cluster(
 
 
 def cluster_of(job: Job, device: str | None = None, *, device_type: str | None = None) -> Cluster:
-    """A node for each of the job's, with a device for each of its processes."""
+    """A node for each of the job's, with a device for each of its processes; each at the pace of the slowest."""
+    return at_the_slowest(_cluster_of(job, device, device_type))
+
+
+def _cluster_of(job: Job, device: str | None, device_type: str | None) -> Cluster:
     from autopar.cluster.parse import check_num_devices
 
     name = device if device is not None or device_type == "cpu" else _preset_name(job.device)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from autopar.cluster.cluster import Cluster, Node
+from autopar.cluster.pace import at_the_slowest
 from autopar.cluster.part import part_of, split_part
 from autopar.cluster.tables import Preset, default_network, network_link, preset, racks_of
 from autopar.errors import InputError
@@ -42,6 +43,7 @@ def parse_cluster(text_or_path: str) -> Cluster:
     .json, or is an existing file, is read as a file, by its content: a cluster file, the matrix of `nvidia-smi topo
     -m`, NCCL's topology in XML, or a hostfile; behind a colon the device may be named (`topo.txt:A100-80GB`).
     Behind a # some of its devices may be named by their numbers (`lab.yaml#0-15`); they are a cluster of their own.
+    Devices compute at the pace of the slowest of their kind (`pace.py`), those of a part as in the whole.
 
     Raises InputError, in one line.
     """
@@ -51,6 +53,10 @@ def parse_cluster(text_or_path: str) -> Cluster:
     part = split_part(text)
     if part is not None:
         return part_of(parse_cluster(part[0]), part[1])
+    return at_the_slowest(_whole(text))
+
+
+def _whole(text: str) -> Cluster:
     local = _LOCAL.fullmatch(text)
     if local is not None:
         from autopar.cluster.local import local_cluster  # imports torch

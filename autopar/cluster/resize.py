@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.pace import at_the_slowest
 from autopar.cluster.parse import check_num_devices, shorthand_group
 from autopar.errors import InputError
 
@@ -31,4 +32,4 @@ def with_nodes(cluster: Cluster, num_nodes: int) -> Cluster:
     if group is not None:
         device, rate = group
         name = f"{num_nodes}x{node.num_devices}x{device}" + (f"@{rate}" if rate else "")
-    return replace(cluster, name=name, nodes=(node,) * num_nodes)
+    return at_the_slowest(replace(cluster, name=name, nodes=(node,) * num_nodes))

@@ -67,6 +67,7 @@ class _DeviceRow(_Row):
     kernel_launch_us: Constant
     host_gb_per_s: Constant | None = None
     host_memory_gib: Constant | None = None
+    speed_spread: Constant | None = None
     link: str
     devices_per_node: PositiveInt
     devices_per_tray: PositiveInt | None = None
@@ -163,6 +164,7 @@ def preset(name: str) -> Preset:
         ("kernel_launch_s", row.kernel_launch_us),
         *([("host_bandwidth_bytes_per_s", row.host_gb_per_s)] if row.host_gb_per_s else []),
         *([("host_memory_bytes", row.host_memory_gib)] if row.host_memory_gib else []),
+        *([("speed_spread", row.speed_spread)] if row.speed_spread else []),
         *((f"peak_flops.{dtype}", constant) for dtype, constant in row.peak_tflops.items()),
     ]
     rate = row.network.gbps_per_device or row.network.gbps
@@ -176,6 +178,7 @@ def preset(name: str) -> Preset:
             kernel_launch_s=row.kernel_launch_us.value / 1e6,
             host_bandwidth_bytes_per_s=row.host_gb_per_s.value * 1e9 if row.host_gb_per_s else None,
             host_memory_bytes=row.host_memory_gib.value * GIB if row.host_memory_gib else None,
+            speed_spread=row.speed_spread.value if row.speed_spread else 0.0,
             sources=tuple((field, _said(constant, table.sources)) for field, constant in sources)
             + (("usable_memory_fraction", "assumed: the driver's context, communication buffers and fragmentation"),),
         ),

@@ -38,7 +38,7 @@ def test_yaml(tmp_path: Path) -> None:
     cluster = parse_cluster(str(path))
     assert cluster.name == "lab"
     assert cluster.num_devices == 22
-    assert cluster.nodes[0] == cluster.nodes[1] == parse_cluster("8xH100-80GB").nodes[0]
+    assert cluster.nodes[0] == cluster.nodes[1] == parse_cluster("2x8xH100-80GB").nodes[0]
     mine = cluster.nodes[2].device
     assert mine.name.startswith("A100-80GB+")
     assert (mine.memory_bytes, mine.peak("bfloat16"), mine.peak("float32")) == (76 * 1024**3, 280e12, 19.5e12)
