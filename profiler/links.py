@@ -179,6 +179,11 @@ def _once_s(operation: Callable[[], object], device: torch.device, begin: float 
     return time.perf_counter() - begin
 
 
+# torch 2.13 has new names for these and warns at the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def _operation(
     item: LinkWork, group: dist.ProcessGroup | None, size_bytes: int, device: torch.device
 ) -> Callable[[], object]:
@@ -195,10 +200,10 @@ def _operation(
             return lambda: dist.all_reduce(whole, group=group)
         case "all_gather":
             part = torch.zeros(numel // ranks, device=device)
-            return lambda: dist.all_gather_into_tensor(whole, part, group=group)
+            return lambda: _all_gather(whole, part, group=group)
         case "reduce_scatter":
             part = torch.zeros(numel // ranks, device=device)
-            return lambda: dist.reduce_scatter_tensor(part, whole, group=group)
+            return lambda: _reduce_scatter(part, whole, group=group)
         case "all_to_all":
             other = torch.zeros(numel, device=device)
             return lambda: dist.all_to_all_single(other, whole, group=group)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,8 +15,10 @@ from autopar.cluster.cluster import GroupShape
 from autopar.cluster.measured import CollectiveFit, Piece
 from autopar.cluster.parse import parse_cluster
 from autopar.cost_models.collectives import collective_time_s
+from autopar.profiler import links
 from autopar.profiler.link_groups import group_kinds, pair_kinds
 from autopar.profiler.links import link_work, measure_links
+from autopar.runtime.local import LocalPool
 from autopar.sharding.reshard import Collective
 
 
@@ -70,3 +74,18 @@ def test_a_group_of_the_measured_shape_takes_the_measured_time() -> None:
 
 def test_a_process_alone_measures_no_link_and_needs_no_group() -> None:
     assert list(measure_links((), torch.device("cpu"), budget_s=0.0)) == []
+
+
+def collectives_that_warn() -> list[str]:
+    """What torch says against the collectives that are measured, on this rank of two."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for item in link_work(2, 2):
+            links._operation(item, dist.group.WORLD, 64, torch.device("cpu"))()
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.processes
+def test_collectives_are_called_by_names_that_torch_keeps() -> None:
+    with LocalPool(2) as pool:
+        assert pool.run(collectives_that_warn, num_ranks=2) == [[], []]
