@@ -61,6 +61,16 @@ def lean_transformers() -> None:
     if spec is None:
         import_module("transformers")
         return
+    try:
+        _place(spec, found)
+    except Exception:  # a release that is laid out in another way
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+            del sys.modules[name]
+        import_module("transformers")
+
+
+def _place(spec: ModuleSpec, found: str) -> None:
+    """Puts the two packages there, and imports what all models use."""
     package = sys.modules["transformers"] = _Package(spec)
     package.__dict__["__version__"] = found
     models = importlib.util.find_spec("transformers.models")

@@ -59,3 +59,28 @@ def test_an_imported_package_stays_as_it_is() -> None:
         "lean(); print(sys.modules['transformers'] is t)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("name", ["transformers.processing_utils", "transformers.models", "transformers.utils"])
+def test_a_release_that_is_laid_out_in_another_way_is_imported_by_its_own_code(name: str) -> None:
+    script = f"""
+import importlib.util, sys
+from importlib import import_module
+from autopar.graph import lean_transformers as lean
+class Other(lean._Package):
+    def __init__(self, spec):
+        if spec.name == {name!r}:
+            raise RuntimeError
+        super().__init__(spec)
+def other(wanted, package=None):
+    if wanted == {name!r}:
+        raise ImportError(wanted)
+    return import_module(wanted, package)
+lean._Package, lean.import_module = Other, other
+lean.lean_transformers()
+import transformers
+print(type(transformers) is not Other, transformers.GPT2Config(n_embd=8).n_embd, transformers.ProcessorMixin.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True 8 ProcessorMixin"
