@@ -100,7 +100,8 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
                     own_evaluation = lines_of_one_mode(model, lambda: record(lambda: loss(*fakes), model, candidates))
             outer = trace_outer(model, loss, fakes, recording)
             programs = {key: build.program(call) for key, call in recording.first.items()}
-            lifted = lift(outer, build.leaves(outer, list(batch.names)), mode, calls=recording.calls)
+            lifted = lift(outer.program, build.leaves(outer.program, list(batch.names)), mode, calls=recording.calls,
+                          stretches=outer.stretches)
     programs = build.merged(programs)
     chain = assemble(lifted, build.bind(recording, programs))
     notes = [*notes, *recording.notes, *_fold_notes(recording, programs), *batch.notes(rows)]

@@ -71,6 +71,12 @@ def fake_like(mode: FakeTensorMode, tensor: Tensor, shape: tuple[int, ...] | Non
     return fake.requires_grad_(tensor.requires_grad)
 
 
+def untraced_like(fake: Tensor) -> Tensor:
+    """Another fake tensor like this one, of which a tracer that is on learns nothing."""
+    assert isinstance(fake, FakeTensor)
+    return fake_like(fake.fake_mode, fake)
+
+
 class FakedModel:
     """Puts fake tensors in the place of a model's parameters and buffers, and everything back on `restore`.
 

@@ -9,7 +9,7 @@ read later; a write into a slice becomes a scatter into its base).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from autopar.graph.explain import short_source
 from autopar.graph.measure import Measured, measure, storage_key
 from autopar.graph.model_graph import Arg, Literal, Op, Ref, TensorInfo
 from autopar.graph.record import BlockCall
+from autopar.graph.stretches import Stretch
 
 _ASSERTIONS = ("aten._assert_tensor_metadata.default", "aten._assert_async.msg", "aten._assert_scalar.default",
                "aten.sym_constrain_range_for_size.default", "aten.sym_constrain_range.default")
@@ -83,18 +84,19 @@ class _Step:
 
 
 def lift(program: ExportedProgram, leaves: list[Leaf], mode: FakeTensorMode, *, calls: list[BlockCall] | None = None,
-         prefix: str = "model", where: str = "") -> Lifted:
+         stretches: Mapping[int, Stretch] | None = None, prefix: str = "model", where: str = "") -> Lifted:
     """The program's ops. `leaves` describes its placeholders in order; `prefix` is stripped from module paths.
 
-    `where` is the FQN of the block that the program is, for messages.
+    `calls` are the model's block calls; those inside of `stretches` are put in before the last one of each. `where` is
+    the FQN of the block that the program is, for messages.
     """
-    return _Lifter(program, leaves, mode, calls or [], prefix, where).run()
+    return _Lifter(program, leaves, mode, calls or [], stretches or {}, prefix, where).run()
 
 
 class _Lifter:
     def __init__(self, program: ExportedProgram, leaves: list[Leaf], mode: FakeTensorMode, calls: list[BlockCall],
-                 prefix: str, where: str):
-        self.program, self.given, self.mode, self.calls = program, leaves, mode, calls
+                 stretches: Mapping[int, Stretch], prefix: str, where: str):
+        self.program, self.given, self.mode, self.calls, self.stretches = program, leaves, mode, calls, stretches
         self.prefix, self.where = prefix, where
         self.env: dict[fx.Node, Any] = {}
         self.items: list[Op | Call] = []
@@ -284,10 +286,14 @@ class _Lifter:
     # -- blocks and in-place ops -----------------------------------------------------------------------------------
 
     def _call(self, node: fx.Node) -> None:
-        operands, index = self._resolve(node.args)
-        values = [self._value(meta.make()) for meta in self.calls[index].outputs]
-        self.items.append(Call(index=index, operands=tuple(value.name for value in operands),
-                               outputs=tuple(value.name for value in values)))
+        operands, last = self._resolve(node.args)
+        stretch = self.stretches.get(last)
+        taken = operands
+        for index in range(stretch.first + 1 if stretch is not None else last, last + 1):
+            values = [self._value(meta.make()) for meta in self.calls[index].outputs]
+            self.items.append(Call(index=index, operands=tuple(value.name for value in taken),
+                                   outputs=tuple(value.name for value in values)))
+            taken = stretch.inputs(operands, values) if stretch is not None else ()
         self.env[node] = values
 
     def _in_place(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from autopar.graph.collected import collecting
 from autopar.graph.explain import explained
 from autopar.graph.module_blocks import Candidate
 from autopar.graph.record import BlockCall, Recording, patched_forwards, take_tensors
+from autopar.graph.stretches import Shortcut, Stretch
 
 BLOCK_OP = "autopar.block.default"
 _active_calls: list[BlockCall] = []
@@ -28,6 +30,9 @@ _active_calls: list[BlockCall] = []
 def _block(inputs: list[Tensor], call: int) -> list[Tensor]:
     """The stand-in of a block's call while the rest of the model is traced. It never runs."""
     raise AssertionError("autopar::block runs only under fake tensors")
+
+
+_BLOCK = torch.ops.autopar.block.default
 
 
 @_block.register_fake
@@ -101,10 +106,21 @@ class _Alone(nn.Module):
         return take_tensors((result, collected))[1]
 
 
-def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tensor],
-                recording: Recording) -> ExportedProgram:
-    """The model with every recorded block call as one `autopar::block` op whose `call` indexes `recording.calls`."""
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """A model with its recorded block calls as `autopar::block` ops, whose `call` indexes the recording.
+
+    Of a stretch of calls, `program` has the two ends alone.
+    """
+
+    program: ExportedProgram
+    stretches: dict[int, Stretch]  # by the last call
+
+
+def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tensor], recording: Recording) -> Outer:
+    """What a model does outside its blocks."""
     position = 0
+    shortcut = Shortcut(())
 
     def restart() -> None:
         nonlocal position
@@ -118,47 +134,78 @@ def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tenso
         if call.candidate.fqn != candidate.fqn or template.leaves != call.arguments.leaves:
             raise CaptureError(f"{candidate.fqn}: it is called with other arguments each time that the model is "
                                "traced; remove what the forward keeps between calls")
-        return call.answer(list(torch.ops.autopar.block(tensors, index)))
+        return call.answer(shortcut.answer(
+            index, tensors, lambda inputs: list(_BLOCK(inputs, index))))
 
     folded = list({call.candidate.fqn: call.candidate for call in recording.calls}.values())
     _active_calls[:] = recording.calls
     try:
         with patched_forwards(folded, replace):
             if len({(param.dtype, param.device, param.requires_grad) for param in model.parameters()}) == 1:
-                # Without the blocks' parameters, which the rest does not read, this is several times faster.
-                with contextlib.suppress(Exception), _without_parameters(folded):
-                    return _export(_Whole(model, loss, restart), batch)
+                # Without what is inside the blocks, which the rest does not read, and without the middles of
+                # stretches, this is several times faster.
+                for shortcut in _shortcuts(recording):
+                    with contextlib.suppress(Exception), _without_contents(folded):
+                        program = _export(_Whole(model, loss, restart), batch)
+                        if shortcut.holds(program, _BLOCK):
+                            return Outer(program=program, stretches=shortcut.stretches)
+            shortcut = Shortcut(())
             with explained(model):
-                return _export(_Whole(model, loss, restart), batch)
+                return Outer(program=_export(_Whole(model, loss, restart), batch), stretches={})
     finally:
         _active_calls.clear()
 
 
+def _shortcuts(recording: Recording) -> list[Shortcut]:
+    """What to try in turn: the middles of stretches left out, where there are any, and nothing left out."""
+    found = Shortcut(recording.calls)
+    return [found, Shortcut(())] if found else [Shortcut(())]
+
+
 class _Hidden(dict[str, Any]):
-    """The empty table of a module whose parameters are hidden. The model's forward may not go through it."""
+    """An empty table in the place of a module's parameters or submodules. The model's forward may not ask for those."""
 
     in_forward = False
 
-    def items(self) -> Any:
+    def __init__(self, table: Mapping[str, Any]):
+        super().__init__()
+        self._names = frozenset(table)
+
+    def _asked(self) -> None:
         if _Hidden.in_forward:
-            raise LookupError("the forward goes through the parameters of a block from outside")
+            raise LookupError("the forward looks into a block from outside")
+
+    def items(self) -> Any:
+        self._asked()
         return super().items()
 
     values = keys = __iter__ = items
 
+    def __len__(self) -> int:
+        self._asked()
+        return 0
+
+    def __contains__(self, name: object) -> bool:
+        if name in self._names:
+            self._asked()
+        return False
+
 
 @contextlib.contextmanager
-def _without_parameters(candidates: list[Candidate]) -> Iterator[None]:
-    """While inside, the candidates have no parameters. LookupError where the forward asks for all (a penalty does)."""
-    modules = {id(module): module for candidate in candidates for module in candidate.module.modules()}
-    saved = [(module, module._parameters) for module in modules.values() if module._parameters]
+def _without_contents(candidates: list[Candidate]) -> Iterator[None]:
+    """While inside, the candidates have no parameters and no submodules.
+
+    LookupError where the forward asks for them (as for all weights, where they are penalized).
+    """
+    saved = [(candidate.module.__dict__, name, candidate.module.__dict__[name])
+             for candidate in candidates for name in ("_parameters", "_modules")]
     try:
-        for module, _ in saved:
-            module.__dict__["_parameters"] = _Hidden()
+        for attributes, name, table in saved:
+            attributes[name] = _Hidden(table)
         yield
     finally:
-        for module, table in saved:
-            module.__dict__["_parameters"] = table
+        for attributes, name, table in saved:
+            attributes[name] = table
 
 
 def trace_block(call: BlockCall, mode: FakeTensorMode) -> ExportedProgram:
