@@ -212,7 +212,8 @@ class StageTable:
 
     A second that recomputation or offload adds to a micro-batch adds at least `hidden_share` of it to `forward_s` or
     `backward_s`, and all of it to the plain ones, which count only the slow-down by hidden communication. `once_s`, of
-    a step, holds where nothing is added, `once_beside_s` whatever is.
+    a step, holds where nothing is added, `once_beside_s` whatever is; of this `start_beside_s` comes before the first
+    forward, and the rest, too, is not above what comes after the last backward.
     """
 
     forward_s: Table
@@ -223,6 +224,7 @@ class StageTable:
     once_s: Table
     once_beside_s: Table
     blocks: BlockTable
+    start_beside_s: Table
     behind: Behind | None = None  # None: there is no communication, or nothing hides it
 
 
@@ -230,7 +232,8 @@ class StageTable:
 class Behind:
     """By entry, what a stage's ranges need to be timed with communication behind compute.
 
-    `gathers` and `reductions` of layers alone; `forward_s`, `backward_s` and `once_s` are without what they add.
+    `gathers` and `reductions` of layers alone; `forward_s`, `backward_s` and `once_s`, of which `start_s` comes before
+    the first forward, are without what they add.
     """
 
     gathers: Table
@@ -238,6 +241,7 @@ class Behind:
     forward_s: Table
     backward_s: Table
     once_s: Table
+    start_s: Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -251,6 +255,23 @@ class RangeTimes:
     hidden_share: float
     once_s: Table
     once_beside_s: Table
+    start_beside_s: Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageRanges:
+    """Of a stage of blocks[first:last], not above the simulator's: a forward, that and its backward, and once a step.
+
+    `later_s`: what is left to do after the first backward. `once_beside_s` and `start_beside_s` as in `StageTable`.
+    `keeps_all`: every range keeps all activations.
+    """
+
+    forward_s: Table
+    through_s: Table
+    later_s: Table
+    once_beside_s: Table
+    start_beside_s: Table
+    keeps_all: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -260,3 +281,4 @@ class StageTimes:
     forward_s: Table
     backward_s: Table
     once_beside_s: Table
+    start_beside_s: Table

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -26,7 +27,7 @@ from autopar.cost_models.measured import op_table
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import ModelGraph
 from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum, windows_of
-from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageTable, StageTimes
+from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageRanges, StageTable, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest, Work
 from autopar.search.elimination import Table
 from autopar.search.loops import PipelineBound, cut_time_s, rounds_between
@@ -327,15 +328,40 @@ class Bounds:
             ),
         )
 
-    def stage_loads(self, c: Candidate, kind: StageKind, in_flight: int) -> tuple[Table, Table, Table]:
-        """For all ranges: what micro-batches after the first take, that with what variants add to the first, the first.
+    def stage_ranges(
+        self, c: Candidate, kind: StageKind, in_flight: int, *, closer: bool, limit_s: float = np.inf
+    ) -> StageRanges:
+        """For all ranges what a stage takes with at least so many micro-batches in flight.
 
-        Infinite where a range does not fit into memory with so many micro-batches in flight.
+        Infinite where a range does not fit into memory, and maybe where all micro-batches take `limit_s` or more. Not
+        `closer`: as if all activations could be kept and all that can hide behind compute did.
         """
-        table = self._tables.times(c, kind)
-        later, both, first = self._stage_loads(c, kind, (in_flight,), table.blocks, _summed(table))[0]
-        sorts = self._sorts[c.pp > 1]
-        return sorts.table(later), sorts.table(both), sorts.table(first)
+        table, sorts = self._tables.times(c, kind), self._sorts[c.pp > 1]
+        times = self._range_times(c, kind, table) if closer else _summed(table)
+        through = times.forward_s + times.backward_s
+        if closer:
+            _, _, through = self._stage_loads(c, kind, (in_flight,), table.blocks, times, limit_s)[0]
+        return StageRanges(
+            forward_s=sorts.table(times.forward_s), through_s=sorts.table(through),
+            later_s=sorts.table(self._later(c, kind, in_flight, table.blocks, times)),
+            once_beside_s=sorts.table(times.once_beside_s), start_beside_s=sorts.table(times.start_beside_s),
+            keeps_all=bool(np.array_equal(through, times.forward_s + times.backward_s)),
+        )
+
+    def _later(
+        self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable, times: RangeTimes
+    ) -> Table:
+        """By sort of range: what a stage has to do after its first backward, after warm-ups as deep as memory lets.
+
+        The deeper they are the fewer forwards are left, and the more variants add.
+        """
+        m = c.num_micro_batches
+        if m == 1:
+            return np.zeros_like(times.forward_s)
+        least, most = depths_between(in_flight, m)
+        added = self._memory.added_by_depth(c, kind, least, blocks)
+        backward = times.backward_s + times.hidden_share * added
+        return np.asarray(((m - 1) * backward + (m - most[:, None]) * times.forward_s).min(axis=0))
 
     def _stage_loads(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
@@ -413,6 +439,7 @@ class Bounds:
             backward_s=sorts.sums(behind.backward_s) + backward,
             hidden_share=OVERLAP_SLOWDOWN if c.zero == 3 else 1.0, once_s=sorts.sums(behind.once_s) + start + after,
             once_beside_s=sorts.sums(behind.once_s) + start_beside + after_beside,
+            start_beside_s=sorts.sums(behind.start_s) + start_beside,
         )
 
     def _overlap(self, c: Candidate, kind: StageKind, blocks: BlockTable, behind: Behind) -> list[Table]:
@@ -473,6 +500,7 @@ class Bounds:
         found, sort = self._tables.times(c, kind), self._sorts[c.pp > 1].sort
         return StageTimes(
             forward_s=found.forward_s[sort], backward_s=found.backward_s[sort], once_beside_s=found.once_beside_s[sort],
+            start_beside_s=found.start_beside_s[sort],
         )
 
     def _least_sent(self, c: Candidate) -> tuple[float, float]:
@@ -501,6 +529,17 @@ class Bounds:
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
 
 
+@lru_cache(maxsize=256)
+def depths_between(least: int, most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Numbers of micro-batches in flight from `least` to `most` in parts: the first and the last number of each."""
+    firsts, lasts = [], []
+    while least <= most:
+        firsts.append(least)
+        lasts.append(min(most, least * 9 // 8))
+        least = lasts[-1] + 1
+    return np.array(firsts), np.array(lasts)
+
+
 def shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
     """What a step takes at least, where a micro-batch takes so long through all blocks and stages share that evenly."""
     m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
@@ -514,7 +553,7 @@ def _summed(table: StageTable) -> RangeTimes:
     return RangeTimes(
         forward_s=sums(table.forward_s), backward_s=sums(table.backward_s), hidden_share=table.hidden_share,
         plain_forward_s=sums(table.plain_forward_s), plain_backward_s=sums(table.plain_backward_s),
-        once_s=sums(table.once_s), once_beside_s=sums(table.once_beside_s),
+        once_s=sums(table.once_s), once_beside_s=sums(table.once_beside_s), start_beside_s=sums(table.start_beside_s),
     )
 
 

@@ -23,7 +23,7 @@ from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.single_bounds import SingleTables
 from autopar.search.stage_kinds import StageKind
-from autopar.search.variants import Weights, least_added
+from autopar.search.variants import Weights, least_added, least_of_parts
 
 Number = TypeVar("Number", np.float64, np.intp)
 Room = tuple[Table, NDArray[np.bool_]]  # bytes left for activations, and whether all of them can be kept
@@ -111,6 +111,20 @@ class MemoryBounds:
             least = np.minimum(least, least_added(level, numbers, held - entry if level.offload else held, weights))
         added[open_] = least
         return added
+
+    def added_by_depth(self, c: Candidate, kind: StageKind, depths: NDArray[np.intp], blocks: BlockTable) -> Table:
+        """[depth, sort of range]: seconds that variants add at least to a backward with so many in flight.
+
+        Infinite where they do not fit. For steps of several micro-batches.
+        """
+        static, step = self._static_tables(c, blocks)
+        left = np.where(static + step <= kind.memory_limit_bytes, kind.memory_limit_bytes - static, -np.inf)
+        beside = min((option.extra_bytes for options in blocks.kinds for option in options), default=0.0)
+        rest, of_rest, _ = blocks.beside_layers
+        has_layers = np.sum(blocks.numbers, axis=0) > 0
+        beside_least = np.maximum(of_rest, np.where(has_layers, beside, 0.0))
+        budget = (left * (1 + GENEROUS) - beside_least) / depths[:, None] - rest
+        return least_of_parts(blocks.kinds, blocks.numbers, budget, (0.0, 1.0))
 
     def _single(self, c: Candidate, blocks: BlockTable) -> SingleTables:
         last = self._last_single

@@ -87,8 +87,8 @@ class _Problem:
     runs: Runs
     lower_s: float
     parts: tuple[Part, ...] = ()  # of the best plan so far
-    others: tuple[tuple[float, tuple[RunStage, ...]], ...] = ()  # of other numbers and orders of stages, with bounds
-    partly: dict[int, tuple[RunStage, ...]] = field(default_factory=dict)  # stages on some of the pools
+    others: tuple[tuple[float, tuple[Part, ...]], ...] = ()  # of other numbers and orders of stages, with bounds
+    partly: dict[int, tuple[Part, ...]] = field(default_factory=dict)  # on some of the pools
     partly_s: dict[int, float] = field(default_factory=dict)
 
 
@@ -160,12 +160,15 @@ class _Search:
         every = problem.runs.all_pools
         if every not in passed.bounds_s:
             problem.lower_s = goal_s
-            return False
-        problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
-        parts = self._parts(problem.costs, passed.stages[every])
-        self._try(problem, parts)
-        problem.others = passed.others
-        return problem.lower_s < self.goal_s
+        else:
+            problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
+            self._try(problem, self._parts(problem.costs, passed.stages[every]))
+            problem.others = tuple((bound, self._parts(problem.costs, stages)) for bound, stages in passed.others)
+        if problem.lower_s < self.goal_s:
+            return True
+        problem.runs.forget()
+        problem.costs.forget()
+        return False
 
     def _try(self, problem: _Problem, parts: tuple[Part, ...]) -> None:
         """Simulates the parts, which are the problem's where none of it were better."""
@@ -189,12 +192,13 @@ class _Search:
             if bound >= self.goal_s:
                 break
             problem = by_index[index]
-            self._try(problem, self._parts(problem.costs, problem.others[at][1]))
+            self._try(problem, problem.others[at][1])
 
     def _keep_partly(self, problem: _Problem, passed: Passed) -> None:
         for mask, bound in passed.bounds_s.items():
             if mask != problem.runs.all_pools:
-                problem.partly[mask], problem.partly_s[mask] = passed.stages[mask], bound
+                problem.partly[mask] = self._parts(problem.costs, passed.stages[mask])
+                problem.partly_s[mask] = bound
 
     def _try_idle(self) -> None:
         """Whether what leaves whole pools unused is faster: the stages of least bound are simulated."""
@@ -206,7 +210,7 @@ class _Search:
         for _, index, mask in every[:4]:
             self._check_time()
             problem = self.problems[index]
-            found = self._make(problem.costs, self._parts(problem.costs, problem.partly[mask]), whole=False)
+            found = self._make(problem.costs, problem.partly[mask], whole=False)
             if found is not None and found.step_time_s < min(least, self.goal_s):
                 least = found.step_time_s
                 pools = range(len(self.pools.pools))

@@ -7,7 +7,7 @@ stage. No time here is above the simulator's under 1F1B (`bounds`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -16,8 +16,8 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
 from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.cost_models.op_kinds import element_bytes
-from autopar.search.balance import range_sums
 from autopar.search.best_first import Engine
+from autopar.search.block_table import StageRanges
 from autopar.search.block_table import StageTimes as BlockTimes
 from autopar.search.candidates import Candidate, axis_variants, divisors
 from autopar.search.elimination import Table
@@ -36,6 +36,19 @@ class Setting:
 
     candidate: Candidate
     kind: StageKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Made:
+    """What a group takes with so many micro-batches in flight, and the settings that are useful with all their time.
+
+    `keeps_all`: all of those keep all activations. Stages that take `limit_s` or more may be left out.
+    """
+
+    times: StageTimes
+    useful: tuple[tuple[Setting, Table], ...]
+    keeps_all: bool
+    limit_s: float
 
 
 class ClusterPools:
@@ -94,7 +107,7 @@ class MixedCosts:
                 if found:
                     self.groups.append((pool, size))
                     self.settings.append(found)
-        self._times: dict[tuple[int, int], tuple[StageTimes, list[tuple[Setting, Table]], bool]] = {}
+        self._times: dict[tuple[int, int], _Made] = {}
 
     def _settings(self, pool: int, size: int) -> list[Setting]:
         engine, found = self.engine, []
@@ -117,37 +130,53 @@ class MixedCosts:
                     found.append(Setting(candidate, engine.layout.kind_of(candidate, ranks)))
         return found
 
-    def stage_times(self, group: int, in_flight: int) -> StageTimes:
-        """Times over all ranges of blocks, each the least of any setting.
+    def stage_times(self, group: int, in_flight: int, limit_s: float) -> StageTimes:
+        """Times over all ranges of blocks, each the least of any setting; maybe infinite where a stage takes the limit.
 
         Settings that are nowhere the best even with all activations kept are left out.
         """
         for more in range(in_flight, self.max_stages + 1):
-            if (found := self._times.get((group, more))) is not None and (more == in_flight or found[2]):
-                return found[0]
-        self._times[group, in_flight] = self._make(group, in_flight)
-        return self._times[group, in_flight][0]
+            found = self._times.get((group, more))
+            if found is not None and found.limit_s >= limit_s and (more == in_flight or found.keeps_all):
+                return found.times
+        self._times[group, in_flight] = self._make(group, in_flight, limit_s)
+        return self._times[group, in_flight].times
 
-    def _make(self, group: int, in_flight: int) -> tuple[StageTimes, list[tuple[Setting, Table]], bool]:
-        """The times, the settings with all that a stage takes, and whether all of those keep all activations."""
-        n, m = self.num_layers + 1, self.num_micro_batches
-        first_s, own_s, alone_s = (np.full((n, n), np.inf) for _ in range(3))
-        useful, all_kept = [], True
-        for setting, table in self._tables[group]:
-            once, tied = range_sums(table.once_beside_s), self._tied_s(group, setting)
-            work = range_sums(table.forward_s + table.backward_s)
-            if not any((
-                _improves(_with_once(work, once, tied), first_s), _improves(_with_once(m * work, once, tied), own_s),
-                _improves(m * work + once, alone_s),
-            )):
+    def _make(self, group: int, in_flight: int, limit_s: float) -> _Made:
+        n = self.num_layers + 1
+        least = StageTimes(*(np.full((n, n), np.inf) for _ in fields(StageTimes)))
+        useful, keeps_all = [], True
+        for setting, _ in self._tables[group]:
+            rough = self.engine.bounds.stage_ranges(setting.candidate, setting.kind, in_flight, closer=False)
+            if not _is_less(self._times_of(group, setting, rough), least):
                 continue
-            _, _, first = self.engine.bounds.stage_loads(setting.candidate, setting.kind, in_flight)
-            all_kept = all_kept and np.allclose(first, work, rtol=1e-12, atol=0.0)
-            alone = m * first + once
-            first_s = np.minimum(first_s, _with_once(first, once, tied))
-            own_s, alone_s = np.minimum(own_s, _with_once(m * first, once, tied)), np.minimum(alone_s, alone)
-            useful.append((setting, alone))
-        return StageTimes(first_s=first_s, own_s=own_s, alone_s=alone_s), useful, all_kept
+            found = self.engine.bounds.stage_ranges(
+                setting.candidate, setting.kind, in_flight, closer=True, limit_s=limit_s
+            )
+            own = self._times_of(group, setting, found)
+            keeps_all = keeps_all and found.keeps_all
+            least = StageTimes(*map(np.minimum, _values(least), _values(own)))
+            useful.append((setting, own.alone_s))
+        return _Made(times=least, useful=tuple(useful), keeps_all=keeps_all, limit_s=limit_s)
+
+    def _times_of(self, group: int, setting: Setting, found: StageRanges) -> StageTimes:
+        """The times of one setting, from what its ranges take."""
+        m, once, tied_s = self.num_micro_batches, found.once_beside_s, self._tied_s(group, setting)
+        empty = np.isinf(once)
+        end = np.maximum(np.where(empty, 0.0, once) - np.where(empty, 0.0, found.start_beside_s), 0.0)
+        all_s = m * found.through_s
+        first, own = _with_once(found.through_s, once, tied_s), _with_once(all_s, once, tied_s)
+        first_end, own_end = found.through_s + end, all_s + end
+        first_end[0], own_end[0] = first[0], own[0]
+        forward = np.where(np.isfinite(found.through_s), found.forward_s, np.inf)
+        return StageTimes(
+            first_s=first, own_s=own, first_end_s=first_end, own_end_s=own_end, later_s=found.later_s,
+            forward_s=_with_once(forward, np.maximum(found.start_beside_s, 0.0), 0.0), alone_s=all_s + once,
+        )
+
+    def forget(self) -> None:
+        """Drops tables that can be made again."""
+        self._times.clear()
 
     @cached_property
     def _tables(self) -> list[list[tuple[Setting, BlockTimes]]]:
@@ -184,8 +213,8 @@ class MixedCosts:
     def best_settings(self, group: int, in_flight: int, first: int, last: int) -> list[Setting]:
         """The settings that fit a range, the best first."""
         if (group, in_flight) not in self._times:
-            self._times[group, in_flight] = self._make(group, in_flight)
-        times = [(float(alone[first, last]), own) for own, alone in self._times[group, in_flight][1]]
+            self._times[group, in_flight] = self._make(group, in_flight, np.inf)
+        times = [(float(alone[first, last]), own) for own, alone in self._times[group, in_flight].useful]
         return [own for time, own in sorted(times, key=lambda each: each[0]) if np.isfinite(time)]
 
     def fluid_bound(self) -> float:
@@ -251,5 +280,10 @@ def _with_once(times: Table, once: Table, tied_s: float) -> Table:
     return found
 
 
-def _improves(one: Table, other: Table) -> bool:
-    return bool((one < other).any())
+def _values(times: StageTimes) -> tuple[Table, ...]:
+    return tuple(getattr(times, own.name) for own in fields(StageTimes))
+
+
+def _is_less(one: StageTimes, other: StageTimes) -> bool:
+    """Whether any time of any range is."""
+    return any(bool((a < b).any()) for a, b in zip(_values(one), _values(other), strict=True))

@@ -8,15 +8,24 @@ the stage that is placed next, o = m x all m of them, and c and c' what a link t
     S' = S + c + c' + x        V' = max(V + c + c' + x, S' + (m - 1) max(c, c'), o)
 
 so that V of all layers bounds the step in whatever order stages do their work, as long as backwards are whole: the
-first micro-batch comes to a stage through all stages before it, and the last goes back through them. S and V are
-minimized apart, which keeps the bound true; stages that take longer than the limit by themselves, and what has V above
-it, are left out. The smaller the limit that still lets stages pass, the more is known: `least_limit` halves it.
+first micro-batch comes to a stage through all stages before it, and the last goes back through them. After its last
+backward a stage has e to do (reductions, the optimizer's step), while earlier stages go on. With f what a forward
+takes, and E the least step time less the first micro-batch's way to the stages that are placed,
+
+    E' = max(E + c + f, V' + e)
+
+Before its first backward a stage has no more micro-batches in flight than fit into its memory: after that it still has
+all other backwards and the forwards of the rest to do. With r for these V' is also at least S' + r.
+
+S, V and E are minimized apart, which keeps the bound true; stages that take longer than the limit by themselves, and
+what has E above it, are left out. The smaller the limit that still lets stages pass, the more is known: `least_limit`
+halves it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import numpy as np
@@ -39,16 +48,22 @@ class RunPool:
         return self.num_nodes * self.node_size
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class StageTimes:
     """For all ranges of layers [first, last), never above the truth; infinite where a range is not allowed.
 
     `first_s`: one micro-batch, with what the chain's first stage does once a step; `own_s`: all micro-batches, with the
-    same; `alone_s`: all that the stage does in a step.
+    same; `first_end_s` and `own_end_s`: these with what a stage does after its last backward; `later_s`: what it has to
+    do after its first backward; `forward_s`: the forward of one micro-batch, with what the chain's first stage does
+    before it; `alone_s`: all that the stage does in a step.
     """
 
     first_s: Table
     own_s: Table
+    first_end_s: Table
+    own_end_s: Table
+    later_s: Table
+    forward_s: Table
     alone_s: Table
 
 
@@ -64,7 +79,8 @@ class RunCosts(Protocol):
         """(pool, devices) of each."""
     @property
     def run_pools(self) -> Sequence[RunPool]: ...
-    def stage_times(self, group: int, in_flight: int) -> StageTimes: ...
+    def stage_times(self, group: int, in_flight: int, limit_s: float) -> StageTimes:
+        """Those of stages that take the limit or more may be infinite."""
     def link_times(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table]:
         """At each border: seconds of a micro-batch from a group to the next, of that pool, and of its gradients back.
         """
@@ -101,10 +117,11 @@ START: Key = (0, -1, 0)
 
 @dataclass(slots=True)
 class _State:
-    """By stages placed and first layer: S, V, the end of the stage that was placed last and how it came (`steps`)."""
+    """By stages placed and first layer: S, V, E, the end of the stage placed last and how it came (`steps`)."""
 
     through_s: Table
     least_s: Table
+    done_s: Table
     end: NDArray[np.int16]
     via: NDArray[np.int16]
     steps: list[tuple[int, Key]] = field(default_factory=list)
@@ -117,13 +134,18 @@ class Runs:
         self.costs, self._pools = costs, tuple(costs.run_pools)
         self._of_pool = [[g for g, (own, _) in enumerate(costs.groups) if own == pool]
                          for pool in range(len(self._pools))]
-        self._stacked: dict[int, tuple[Table, Table, Table]] = {}
-        self._links: dict[tuple[int, int, bool], tuple[Table, Table]] = {}
+        self._stacked: dict[int, tuple[Table, ...]] = {}
+        self._limit_s = -np.inf  # those are for limits up to this
+        self._links: dict[tuple[int, int, bool], tuple[Table, Table, Table]] = {}
         self.num_passes = 0
 
     @property
     def all_pools(self) -> int:
         return (1 << len(self._pools)) - 1
+
+    def forget(self) -> None:
+        """Drops tables that can be made again."""
+        self._stacked.clear()
 
     def least_limit(self, lower_s: float, upper_s: float, rounds: int = 6) -> float:
         """A step time that no stages of all pools are under, between what is known and a limit that lets some pass."""
@@ -146,7 +168,7 @@ class Runs:
         nothing = np.full((most + 1, n + 1), np.inf)
         nothing[0, n] = 0.0
         none = np.full((most + 1, n + 1), -1, dtype=np.int16)
-        states: dict[Key, _State] = {START: _State(nothing, nothing, none, none)}
+        states: dict[Key, _State] = {START: _State(nothing, nothing, nothing, none, none)}
         tables = [self._within(group, limit_s) for group in range(len(self.costs.groups))]
         for mask in range(1, self.all_pools + 1):
             for pool in range(len(self._pools)):
@@ -159,8 +181,8 @@ class Runs:
             for pool, own in enumerate(self._pools):
                 state = states.get((mask, pool, own.num_devices))
                 if state is not None:
-                    level = int(np.argmin(state.least_s[:, 0]))
-                    value = float(state.least_s[level, 0])
+                    level = int(np.argmin(state.done_s[:, 0]))
+                    value = float(state.done_s[level, 0])
                     if value < limit_s and (best is None or value < best[0]):
                         best = value, (mask, pool, own.num_devices), level
             if best is not None:
@@ -177,12 +199,12 @@ class Runs:
         for pool, own in enumerate(self._pools):
             key = (self.all_pools, pool, own.num_devices)
             if key in states:
-                values = states[key].least_s[:, 0]
+                values = states[key].done_s[:, 0]
                 found += [(float(value), level, key) for level, value in enumerate(values) if value < limit_s]
         return tuple((bound * (1 - GENEROUS), self._read(states, key, level)) for bound, level, key in sorted(found))
 
     def _run(
-        self, states: dict[Key, _State], tables: Sequence[tuple[Table, Table]], mask: int, pool: int,
+        self, states: dict[Key, _State], tables: Sequence[tuple[Table, ...]], mask: int, pool: int,
         limit_s: float,
     ) -> None:
         """Fills the states of the pool as the first in the chain of those in the mask."""
@@ -206,57 +228,63 @@ class Runs:
                 states[mask, pool, used] = made
 
     def _extend(
-        self, made: _State | None, behind: _State, key: Key, group: int, tables: tuple[Table, Table],
+        self, made: _State | None, behind: _State, key: Key, group: int, tables: tuple[Table, ...],
         same_node: bool, limit_s: float,
     ) -> _State | None:
         """Puts a stage on a group before what a state holds."""
-        first, own = tables
-        through, least = behind.through_s[:-1], behind.least_s[:-1]
+        first, own, first_end, own_end, later, forward = tables
+        through, least, done = behind.through_s[:-1], behind.least_s[:-1], behind.done_s[:-1]
         if key[1] >= 0:
-            once, every = self._link(group, key[1], same_node)
-            through = through + once
+            there, once, every = self._link(group, key[1], same_node)
+            through, done = through + once, done + there
             least = np.maximum(least + once, through + every)
-        total = np.maximum(least[:, None, :] + first, own)
-        end = np.argmin(total, axis=2)
-        value = np.take_along_axis(total, end[:, :, None], axis=2)[:, :, 0]
+        before = np.maximum(least[:, None, :], through[:, None, :] + later)
+        total = np.maximum(before + first, own)
+        ended = np.maximum(np.maximum(before + first_end, own_end), done[:, None, :] + forward)
+        ended = np.maximum(ended, total)
+        end = np.argmin(ended, axis=2)
+        value = np.take_along_axis(ended, end[:, :, None], axis=2)[:, :, 0]
         value[value > limit_s] = np.inf
         if not np.isfinite(value).any():
             return made
-        sums = (through[:, None, :] + first).min(axis=2)
-        sums[np.isinf(value)] = np.inf
+        left = ended > limit_s
+        sums = np.where(left, np.inf, through[:, None, :] + first).min(axis=2)
+        total = np.where(left, np.inf, total).min(axis=2)
         if made is None:
             shape = behind.through_s.shape
-            made = _State(np.full(shape, np.inf), np.full(shape, np.inf), np.full(shape, -1, dtype=np.int16),
-                          np.full(shape, -1, dtype=np.int16))
-        better = value < made.least_s[1:]
-        made.least_s[1:] = np.where(better, value, made.least_s[1:])
+            made = _State(np.full(shape, np.inf), np.full(shape, np.inf), np.full(shape, np.inf),
+                          np.full(shape, -1, dtype=np.int16), np.full(shape, -1, dtype=np.int16))
+        better = value < made.done_s[1:]
+        made.done_s[1:] = np.where(better, value, made.done_s[1:])
         made.end[1:] = np.where(better, end, made.end[1:])
         made.via[1:] = np.where(better, len(made.steps), made.via[1:])
+        made.least_s[1:] = np.minimum(made.least_s[1:], total)
         made.through_s[1:] = np.minimum(made.through_s[1:], sums)
         made.steps.append((group, key))
         return made
 
-    def _within(self, group: int, limit_s: float) -> tuple[Table, Table]:
-        """By stages behind: first and own times of the ranges that the limit allows."""
+    def _within(self, group: int, limit_s: float) -> tuple[Table, ...]:
+        """By stages behind the times of the ranges that the limit allows, as in `StageTimes` but for the last."""
+        if limit_s > self._limit_s:
+            self._stacked.clear()
+            self._limit_s = limit_s
         if group not in self._stacked:
             levels = [
-                self.costs.stage_times(group, min(level + 1, self.costs.num_micro_batches))
+                self.costs.stage_times(group, min(level + 1, self.costs.num_micro_batches), limit_s)
                 for level in range(self.costs.max_stages)
             ]
-            first, own, alone = (
-                np.stack([getattr(times, name) for times in levels]) for name in ("first_s", "own_s", "alone_s")
-            )
-            self._stacked[group] = first, own, alone
-        first, own, alone = self._stacked[group]
-        return np.where(alone > limit_s, np.inf, first), own
+            self._stacked[group] = tuple(np.stack([getattr(times, own.name) for times in levels]) for own in fields(
+                StageTimes))
+        first, *others, alone = self._stacked[group]
+        return np.where(alone > limit_s, np.inf, first), *others
 
-    def _link(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table]:
-        """At each border: seconds of the first micro-batch there and back, and what the others add."""
+    def _link(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table, Table]:
+        """At each border: seconds of the first micro-batch there, there and back, and what the others add."""
         key = group, pool, same_node
         if key not in self._links:
             forward, backward = self.costs.link_times(group, pool, same_node)
             self._links[key] = (
-                forward + backward, (self.costs.num_micro_batches - 1) * np.maximum(forward, backward)
+                forward, forward + backward, (self.costs.num_micro_batches - 1) * np.maximum(forward, backward)
             )
         return self._links[key]
 

@@ -109,7 +109,7 @@ class StageTables:
             )
         made = StageTable(
             forward_s=forward, backward_s=backward, plain_forward_s=forward, plain_backward_s=backward,
-            hidden_share=1.0, once_s=once, once_beside_s=once, blocks=blocks,
+            hidden_share=1.0, once_s=once, once_beside_s=once, start_beside_s=np.zeros_like(once), blocks=blocks,
         )
         if c.dp * c.cp > 1:
             made = self._data_parallel(c, kind, made, *blocks.most_added)
@@ -154,16 +154,18 @@ class StageTables:
             step = start + (reductions + copy_in if c.zero < 2 else none)
             return replace(
                 alone, backward_s=backward + every, plain_backward_s=backward + every, once_s=step, once_beside_s=step,
+                start_beside_s=start - alone.once_s,
             )
-        once_s = alone.once_s
+        once_s, start_s = alone.once_s, none
         if c.zero == 3:
             forward_s, backward_s = forward + copy_out, backward + copy_out + copy_in
         else:
             forward_s, backward_s = forward, backward + (copy_in if c.zero == 2 else none)
-            once_s = once_s + (copy_out if c.zero else none) + (copy_in if c.zero < 2 else none)
+            start_s = copy_out if c.zero else none
+            once_s = once_s + start_s + (copy_in if c.zero < 2 else none)
         alone = replace(alone, behind=Behind(
             gathers=np.where(layer, gathers, 0.0), reductions=np.where(layer, reductions, 0.0), forward_s=forward_s,
-            backward_s=backward_s, once_s=once_s,
+            backward_s=backward_s, once_s=once_s, start_s=start_s,
         ))
         if c.zero == 3:
             in_layers = np.where(layer, gathers, 0.0)
@@ -178,16 +180,19 @@ class StageTables:
                 hidden_share=1.0 if all_slowed else OVERLAP_SLOWDOWN,
             )
 
+        def before(forward: Table) -> Table:
+            return exposed(forward, gathers, sorts.number) + copy_out if c.zero else none
+
         def once(forward: Table, backward: Table) -> Table:
-            start = exposed(forward, gathers, sorts.number) + copy_out if c.zero else none
             end = exposed(backward, reductions, sorts.number)
-            return alone.once_s + start + end + (copy_in if c.zero < 2 else none)
+            return alone.once_s + before(forward) + end + (copy_in if c.zero < 2 else none)
 
         # Under ZeRO 2 every micro-batch reduces behind its backward; what is left at the end counts once.
         more = copy_in if c.zero == 2 else none
         return replace(
             alone, backward_s=backward + more, plain_backward_s=backward + more, once_s=once(forward, backward),
             once_beside_s=once(forward + most_forward, backward + most_backward),
+            start_beside_s=before(forward + most_forward),
         )
 
     def gather_s(self, c: Candidate, kind: StageKind, numel: float) -> float:

@@ -276,9 +276,16 @@ def least_added(
     """
     if len(numbers) == 1:
         return _exact(level.allowed[0], numbers[0], budget, weights)
+    return least_of_parts(level.allowed, numbers, budget, weights)
+
+
+def least_of_parts(
+    allowed: Sequence[Options], numbers: Sequence[NDArray[np.intp]], budget: Table, weights: Weights
+) -> Table:
+    """The same where layers may take options in parts: the convex hull of each kind's options, filled up greedily."""
     added, lacking = np.zeros_like(budget), np.where(np.isfinite(budget), -budget, np.inf)
     segments: list[tuple[float, float, int]] = []  # (seconds a byte, bytes a layer, kind)
-    for kind, options in enumerate(level.allowed):
+    for kind, options in enumerate(allowed):
         if not options:
             lacking = np.where(numbers[kind] > 0, np.inf, lacking)
             continue
