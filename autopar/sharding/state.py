@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 
@@ -14,7 +14,7 @@ class Kind(StrEnum):
     PARTIAL = "P"  # the value is a sum over the ranks, the gradient is whole on every rank
     SHARDED = "S"
 
-    __hash__ = str.__hash__  # Enum's own is in Python, and states are keys everywhere
+    __hash__ = str.__hash__  # Enum's own is in Python
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,17 @@ class State:
     dim: int = 0
     outer: int = 1
     length: int = 0
+    _hash: int = field(init=False, repr=False, compare=False)  # states are keys everywhere
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.kind, self.dim, self.outer, self.length)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[type[State], tuple[Kind, int, int, int]]:
+        """Another process hashes otherwise."""
+        return State, (self.kind, self.dim, self.outer, self.length)
 
     def __str__(self) -> str:
         if self.kind is not Kind.SHARDED:
