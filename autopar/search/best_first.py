@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import combinations, pairwise
@@ -297,10 +297,11 @@ class Engine:
             self.best = found
         return found
 
-    def quickest_pipelines(self, count: int) -> list[Found]:
-        """Of all that was simulated and fits the pipelines of least time, each candidate's best cut."""
+    def quickest_pipelines(self, count: int, *, but: Container[Found] = ()) -> list[Found]:
+        """Of all that was simulated and fits the pipelines of least time, each candidate's best cut; but not those."""
         best: dict[Candidate, Found] = {}
-        for found in sorted(own for own in self._simulated.values() if own is not None and own.candidate.pp > 1):
+        every = (own for own in self._simulated.values() if own is not None and own.candidate.pp > 1)
+        for found in sorted(own for own in every if own not in but):
             best.setdefault(found.candidate, found)
         return list(best.values())[:count]
 

@@ -9,16 +9,21 @@ which is found once for all cuts in which a stage holds such blocks.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from autopar.plan.plan import Schedule
+import numpy as np
+from numpy.typing import NDArray
+
 from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import Cuts
+from autopar.search.candidates import Candidate
+from autopar.search.elimination import Table
 from autopar.sharding.rewrites import rewritten
-from autopar.simulate.closed_form import closed_form_s
+from autopar.simulate.closed_form import one_f_one_b_s
 from autopar.simulate.events import StageTimes, execute
 from autopar.simulate.members import member_costs, slowest_times
 from autopar.simulate.schedules import plan_actions
@@ -32,23 +37,46 @@ MAX_ESTIMATES = 6_000  # of one pipeline
 TRIES = 40  # moves of least estimate whose schedules are executed
 GAIN = 1e-9  # relative; less is rounding
 
+Estimate = tuple[float, Cuts]  # seconds of a step, under which cut
+
 
 def search_borders(engine: Engine, best: Found, deadline: float | None) -> Found:
     """The best of the quickest pipelines with their borders moved; what was given, where none is better.
 
     The time limit and an interrupt end it with the best so far.
     """
-    climbs: list[_Climb] = []
-    try:
-        for base in engine.quickest_pipelines(IMPROVED):
-            if engine.out_of_time(deadline) or base.step_time_s > NEAR * best.step_time_s:
-                break
-            climbs.append(_Climb(engine, base, deadline, climbs[-1].actions if climbs else MAX_ACTIONS))
-            climbs[-1].run(best)
-            best = min(best, climbs[-1].now)
-    except KeyboardInterrupt:
-        engine.interrupted = True
-    return min((best, *(climb.now for climb in climbs)))
+    return BorderSearch(engine).best(best, deadline)
+
+
+class BorderSearch:
+    """Moves the borders of the quickest pipelines, of each candidate once, where that may give a quicker plan."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.moved: set[Found] = set()  # what borders were moved for
+        self._climbs: dict[Candidate, _Climb] = {}
+        self._actions = MAX_ACTIONS
+
+    def best(self, best: Found, deadline: float | None, *, number: int = IMPROVED) -> Found:
+        """The best of that many pipelines with their borders moved, or what was given; see `search_borders`."""
+        engine, climbs = self.engine, list[_Climb]()
+        try:
+            for base in engine.quickest_pipelines(number):
+                if engine.out_of_time(deadline) or base.step_time_s > NEAR * best.step_time_s:
+                    break
+                known = self._climbs.get(base.candidate)
+                if known is not None and known.now <= base:
+                    continue
+                climb = _Climb(engine, base, deadline, self._actions)
+                climbs.append(climb)
+                self._climbs[base.candidate] = climb
+                climb.run(best)
+                self._actions = climb.actions
+                best = min(best, climb.now)
+        except KeyboardInterrupt:
+            engine.interrupted = True
+        self.moved |= {found for climb in climbs for found in climb.found}
+        return min((best, *(climb.now for climb in climbs)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +87,21 @@ class _Estimated:
     once_s: float
     after_s: float
 
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """Those that an estimate needs."""
+        times = self.times
+        return times.forward_s, times.backward_s, times.send_forward_s, times.send_backward_s, self.once_s
+
+
+_NONE = (0.0, 0.0, 0.0, 0.0, math.inf)  # the figures of a stage that does not fit
+
 
 class _Climb:
-    """Moves the borders of one pipeline. `now`: how far it came; `actions`: how many may still be executed."""
+    """Moves the borders of one pipeline.
+
+    `now`: how far it came; `found`: all that was simulated on the way; `actions`: how many may still be executed.
+    """
 
     def __init__(self, engine: Engine, base: Found, deadline: float | None, actions: int) -> None:
         self.engine, self.now, self.deadline, self.actions = engine, base, deadline, actions
@@ -70,7 +110,8 @@ class _Climb:
         self.graph = rewritten(engine.graph, self.plan.rewrites)
         self.lists = plan_actions(self.plan)
         _, self.links = pipeline_times(self.graph, engine.cluster, self.plan)
-        self.simulated, self.estimates = 0, 0
+        self.simulated = self.estimated = 0
+        self.found: list[Found] = []
         self.beside_s = 0.0  # what the simulator adds to the schedule: sums of tied gradients over stages
         self._stages: dict[tuple[object, ...], _Estimated | None] = {}
         self._known: dict[Cuts, float] = {}
@@ -78,27 +119,37 @@ class _Climb:
 
     def run(self, best: Found) -> None:
         """Moves borders while that helps; not at all where estimates promise nothing below the best."""
-        promising = self._descend(self.now.cuts)
-        if self.now != best and self.estimate(promising) >= best.step_time_s:
+        least_s, promising = self._descend(self.now.cuts)
+        if self.now != best and least_s >= best.step_time_s:
             return
         executed_s = self._execute(self.now.cuts)
         if executed_s < math.inf:
             self.beside_s = self.now.step_time_s - executed_s
-        self._step([promising])
+        self._step([(least_s, promising)])
         while not self.engine.out_of_time(self.deadline):
-            own = sorted((self.estimate(cuts), cuts) for cuts in moves(self.now.cuts))
-            if not self._step([cuts for estimate_s, cuts in own[:TRIES] if estimate_s < self.now.step_time_s]):
+            own = sorted(self.estimates(list(moves(self.now.cuts))))
+            if not self._step([each for each in own[:TRIES] if each[0] < self.now.step_time_s]):
                 break
 
-    def _step(self, tried: list[Cuts]) -> bool:
-        """Whether the simulator sees one of these cuts quicker, so that it is now that; the quickest come first."""
+    def _step(self, tried: list[Estimate]) -> bool:
+        """Whether the simulator sees one of these cuts quicker, so that it is now that; the quickest come first.
+
+        No schedule is shorter than its estimate, so that one is executed when it may be the quickest.
+        """
         limit_s = self.now.step_time_s * (1 - GAIN)
-        for executed_s, cuts in sorted((self._execute(cuts), cuts) for cuts in tried):
+        queue = [(estimate_s * (1 - GAIN), cuts, False) for estimate_s, cuts in tried]
+        heapq.heapify(queue)
+        while queue:
+            time_s, cuts, is_executed = heapq.heappop(queue)
             out = self.simulated >= MAX_SIMULATED or self.engine.out_of_time(self.deadline)
-            if out or executed_s + self.beside_s >= limit_s:
+            if out or time_s + self.beside_s >= limit_s:
                 return False
+            if not is_executed:
+                heapq.heappush(queue, (self._execute(cuts), cuts, True))
+                continue
             self.simulated += 1
             found = self.engine.simulate(self.candidate, cuts)
+            self.found += [found] if found is not None else ()
             if found is not None and found.step_time_s < limit_s:
                 self.now = found
                 return True
@@ -115,32 +166,41 @@ class _Climb:
             self._executed[cuts] = max(end + own.after_s for end, own in zip(ends, stages, strict=True))
         return self._executed[cuts]
 
-    def _descend(self, cuts: Cuts) -> Cuts:
-        """The cut that is reached by the moves of least estimate, while they lower it."""
-        at = (self.estimate(cuts), cuts)
+    def _descend(self, cuts: Cuts) -> Estimate:
+        """The cut that is reached by the moves of least estimate, while they lower it, after its estimate."""
+        at = self.estimates([cuts])[0]
         while not self.engine.out_of_time(self.deadline):
-            least = min(((self.estimate(own), own) for own in moves(at[1])), default=at)
+            least = min(self.estimates(list(moves(at[1]))), default=at)
             if not least[0] < at[0] * (1 - GAIN):
                 break
             at = least
-        return at[1]
+        return at
 
-    def estimate(self, cuts: Cuts) -> float:
-        """About what the step takes under this cut; infinite where it does not fit, or too much was estimated."""
-        if cuts in self._known:
-            return self._known[cuts]
-        if self.estimates >= MAX_ESTIMATES:
-            return math.inf
-        self.estimates += 1
-        self._known[cuts] = found = self._estimate(cuts)
-        return found
+    def estimates(self, every: Sequence[Cuts]) -> list[Estimate]:
+        """About what the step takes under each of these cuts; infinite where it does not fit.
 
-    def _estimate(self, cuts: Cuts) -> float:
-        m, stages = self.candidate.num_micro_batches, self._all(cuts)
-        if stages is None:
-            return math.inf
-        through = closed_form_s(Schedule.ONE_F_ONE_B, [own.times for own in stages], m) + stages[0].once_s
-        return max(through, *(m * (own.times.forward_s + own.times.backward_s) + own.once_s for own in stages))
+        Also where too much was estimated.
+        """
+        new = [cuts for cuts in dict.fromkeys(every) if cuts not in self._known][: MAX_ESTIMATES - self.estimated]
+        self.estimated += len(new)
+        if new:
+            self._known.update(zip(new, self._estimate(np.array(new)).tolist(), strict=True))
+        return [(self._known.get(cuts, math.inf), cuts) for cuts in every]
+
+    def _estimate(self, cuts: NDArray[np.intp]) -> Table:
+        """The estimates of these cuts, one a row: the closed form, and all that one stage does."""
+        m, end = self.candidate.num_micro_batches, int(cuts[0, -1]) + 1
+        of_cuts = np.empty((len(_NONE), len(cuts), cuts.shape[1] - 1))
+        for stage in range(cuts.shape[1] - 1):
+            spans, which = np.unique(cuts[:, stage] * end + cuts[:, stage + 1], return_inverse=True)
+            each = [self._stage(stage, *divmod(int(span), end)) for span in spans]
+            figures = np.array([_NONE if own is None else own.figures for own in each])
+            of_cuts[:, :, stage] = figures[which].T
+        forward, backward, send_forward, send_backward, once = of_cuts
+        fits = np.isfinite(once).all(axis=1)
+        forward, backward = (np.where(fits[:, None], table, 0.0) for table in (forward, backward))
+        through = one_f_one_b_s(forward, backward, send_forward, send_backward, m) + once[:, 0]
+        return np.where(fits, np.maximum(through, (m * (forward + backward) + once).max(axis=1)), np.inf)
 
     def _all(self, cuts: Cuts) -> list[_Estimated] | None:
         """All stages under this cut; None where one does not fit."""

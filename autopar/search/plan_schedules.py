@@ -13,7 +13,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import actions_to_csv
 from autopar.plan.plan import Plan, Recompute, Schedule
 from autopar.search.best_first import Engine, Found
-from autopar.search.schedule_search import search_schedule
+from autopar.search.schedule_search import lower_bound_s, search_schedule
 from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.simulator import pipeline_times
@@ -25,6 +25,7 @@ MAX_LISTED = 600  # actions up to which list schedules are tried
 WORTH = 0.002  # what another order must gain
 ORDERED = 3  # pipelines, those of least time under 1F1B, that are tried in other orders
 CHUNKS = (2, 4)  # stages on a device
+ROUNDING = 1e-9  # relative, of sums in another order
 
 
 def search_orders(
@@ -59,7 +60,7 @@ def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:
     )
     if busiest >= best_s * (1 - WORTH):
         return
-    other = other_schedule(engine.graph, engine.cluster, plan)
+    other = other_schedule(engine.graph, engine.cluster, plan, limit_s=best_s * (1 - WORTH))
     if other is not None:
         yield other
     plain = all(stage.recompute is Recompute.NONE and not stage.variants for stage in plan.stages)
@@ -73,11 +74,14 @@ def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:
             yield replace(plan, stages=stages, schedule=Schedule.INTERLEAVED)
 
 
-def other_schedule(graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True) -> Plan | None:
+def other_schedule(
+    graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True, limit_s: float = math.inf
+) -> Plan | None:
     """The plan in the quickest order found for the times of its stages, None where 1F1B is that.
 
     Memory is held with what its layers keep; what the plan then takes, the simulator says. `split_backward` allows
-    orders that put off gradients of weights, where every stage can.
+    orders that put off gradients of weights, where every stage can. None, too, where no order is quicker than the
+    limit.
     """
     count = plan.num_stages * plan.num_micro_batches
     if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages) or 3 * count > MAX_ACTIONS:
@@ -96,6 +100,9 @@ def other_schedule(graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_bac
     split = split_backward and not any(unsplit_reason(graph, plan, stage) for stage in plan.stages)
     # The first stage has no gradients of inputs: its backward runs whole, as its I.
     times[0] = replace(times[0], input_backward_s=times[0].backward_s, weight_backward_s=0.0)
+    least_s = lower_bound_s(times, plan.num_micro_batches, end_s=ends, split_backward=split)
+    if least_s * (1 - ROUNDING) >= limit_s:
+        return None
     found = search_schedule(
         times, plan.num_micro_batches, caps, split_backward=split, end_s=ends, exact=False,
         listed=2 * count <= MAX_LISTED,

@@ -17,7 +17,7 @@ from autopar.plan.plan import Baseline, Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
 from autopar.search.best_first import Engine, Found, Outcome, Progress
-from autopar.search.borders import search_borders
+from autopar.search.borders import BorderSearch
 from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
@@ -132,6 +132,7 @@ class _Searches:
         self.context = ContextOutcome()
         self._one_mesh: Found | None = None  # the best of one mesh for all stages
         self._num_one_mesh = 0  # simulated
+        self._borders = BorderSearch(engine)
 
     @property
     def best_s(self) -> float:
@@ -149,7 +150,7 @@ class _Searches:
         self.baselines = run_baselines(engine, self.space, deadline)
         if self.ep == 1:
             self._search_one_mesh()
-            before = engine.quickest_pipelines(ORDERED)
+            before = engine.quickest_pipelines(ORDERED, but=self._borders.moved)
             self._move_borders()
             if self.best is not None:
                 self._order_pipelines(before)
@@ -168,7 +169,7 @@ class _Searches:
         engine, mixed = self.engine, self.mixed.best
         if mixed is None:
             outcome = engine.search(
-                self.space, incumbent=engine.best, deadline=self.deadline, progress=self.progress
+                self.space, incumbent=self._first_incumbent(), deadline=self.deadline, progress=self.progress
             )
         else:
             outcome = engine.search(
@@ -198,6 +199,14 @@ class _Searches:
         else:
             self.best = mixed
 
+    def _first_incumbent(self) -> Found | None:
+        """The best of the experts' plans, with its borders moved: the closer to the best, the less is looked at."""
+        best, until = self.engine.best, self.deadline
+        if until is not None:
+            now = time.monotonic()
+            until = now + (until - now) / 4
+        return best if best is None or best.candidate.pp == 1 else self._borders.best(best, until, number=1)
+
     def _search_context(self, outcome: Outcome) -> Outcome:
         """The outcome with that of plans with a context axis."""
         self.context = context = search_context(
@@ -216,7 +225,7 @@ class _Searches:
         found = self._one_mesh
         if found is None or found.step_time_s != self.best_s:
             return
-        moved = search_borders(self.engine, found, self.deadline)
+        moved = self._borders.best(found, self.deadline)
         if moved is not found:
             self._one_mesh, self.best = moved, SimulatedPlan.of(self.engine, moved)
 

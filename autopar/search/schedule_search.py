@@ -10,18 +10,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
+
+import numpy as np
 
 from autopar.errors import InputError
 from autopar.plan.actions import Action, ActionKind, ActionLists, B, F, I, W, check_actions
 from autopar.search.cpsat import Shop, SolverFailedError, Task, solve_shop
+from autopar.simulate.closed_form import figures, one_f_one_b_s
 from autopar.simulate.events import StageTimes, execute
 from autopar.simulate.schedules import latency_aware_warmup, one_f_one_b, zero_bubble
 
 log = logging.getLogger(__name__)
 MAX_SHOP = 170  # tasks that CP-SAT is given
 WORK_LIMIT = 2.0  # its deterministic seconds
+Depths = tuple[int, ...]  # of the warm-up of each rank
 Offer = Callable[[ActionLists, str], float]  # takes lists and their name, gives their step time
 MAX_ADJUSTED = 200_000  # actions that are executed to find depths of warm-ups
 TICKS = 2000  # the longest action in whole ticks, where times are no whole numbers
@@ -57,7 +61,7 @@ def search_schedule(
     caps = [min(held, m) for held in most_held]
     ends = list(end_s) if end_s is not None else [0.0] * p
     best: list[FoundSchedule] = []
-    lower = lower_bound_s(stages, m, end_s=ends)
+    lower = lower_bound_s(stages, m, end_s=ends, split_backward=split_backward)
 
     def offer(lists: ActionLists, name: str) -> float:
         run = execute(lists, stages)
@@ -71,7 +75,7 @@ def search_schedule(
     rules = (False, True) if split_backward else (False,)
     for split, own in product(rules, _cap_choices(caps) if listed else ()):
         offer(list_schedule(stages, m, own, split_backward=split), "list schedule")
-    _adjust_warmup(stages, m, caps, offer)
+    _adjust_warmup(stages, m, caps, offer, ends[0])
     if exact and best[0].step_s > lower * (1 + 1e-9):
         few = _small_count(p, m, caps, split_backward=split_backward)
         if few:
@@ -83,22 +87,34 @@ def search_schedule(
 
 
 def lower_bound_s(
-    stages: Sequence[StageTimes], num_micro_batches: int, *, end_s: Sequence[float] | None = None
+    stages: Sequence[StageTimes], num_micro_batches: int, *, end_s: Sequence[float] | None = None,
+    split_backward: bool = True,
 ) -> float:
     """No order of actions is shorter: each rank waits for its first input, works, and what it did last goes back.
 
-    With a backward in one part, micro-batches return through all earlier stages after a rank's last action; a split one
-    may leave weights for the end, so that only the work after the first input counts.
+    A rank's last backward of inputs leads to one on each earlier rank. One in parts, which `split_backward` allows, may
+    leave gradients of weights for the end; else nothing else comes after it.
     """
     m, found = num_micro_batches, 0.0
-    arrives = 0.0
+    arrives = returns = 0.0  # the first input on this rank, and the last gradient that it sends on rank 0
     for r, stage in enumerate(stages):
         before = max(arrives, stage.gather_s)
-        found = max(found, before + m * _work(stage) + (end_s[r] if end_s is not None else 0.0))
+        backward_s = min(stage.backward_s, _first_part(stage)) if split_backward else stage.backward_s
+        work_s = _work(stage) if split_backward else stage.forward_s + stage.backward_s
+        found = max(
+            found, before + m * work_s + stage.reduce_s + (end_s[r] if end_s is not None else 0.0),
+            before + m * (stage.forward_s + backward_s) + returns + (end_s[0] if end_s is not None else 0.0),
+        )
         for send in (stage.send_forward_s, stage.send_backward_s):
             found = max(found, m * send)
         arrives = before + stage.forward_s + stage.send_forward_s
+        returns += backward_s + (stages[r + 1].send_backward_s if r + 1 < len(stages) else 0.0)
     return found
+
+
+def _first_part(stage: StageTimes) -> float:
+    """A backward's first part, which the rank before waits for."""
+    return stage.input_backward_s if stage.input_backward_s + stage.weight_backward_s else stage.backward_s
 
 
 def _work(stage: StageTimes) -> float:
@@ -145,8 +161,13 @@ def _cap_choices(caps: Sequence[int]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([tuple(caps), *(tuple(map(min, caps, own)) for own in wanted)]))
 
 
-def _adjust_warmup(stages: Sequence[StageTimes], m: int, caps: Sequence[int], offer: Offer) -> None:
-    """From the best of several depths on, moves the depth of one rank, or of it and all before, while that helps."""
+def _adjust_warmup(
+    stages: Sequence[StageTimes], m: int, caps: Sequence[int], offer: Offer, end_s: float
+) -> None:
+    """From the best of several depths on, moves the depth of one rank, or of it and all before, while that helps.
+
+    `end_s`: what the first rank does after all its actions.
+    """
     p = len(stages)
     starts = [
         latency_aware_warmup(
@@ -154,26 +175,47 @@ def _adjust_warmup(stages: Sequence[StageTimes], m: int, caps: Sequence[int], of
         ),
         *(_falling([cap - 1 for cap in own]) for own in _cap_choices(caps)),
     ]
-    seen: dict[tuple[int, ...], float] = {}
+    seen: dict[Depths, float] = {}  # infinite where its closed form did not beat the best
+    times, changes = figures(stages), list(product(range(p), (1, -1), (True, False)))
 
-    def tried(depths: tuple[int, ...]) -> float:
+    def least_s(every: Sequence[Depths]) -> list[float]:
+        """What is below the time of each: the closed form, and what comes after it on the first rank."""
+        if not every:
+            return []
+        forward, backward, send_forward, send_backward = (np.broadcast_to(table, (len(every), p)) for table in times)
+        found = one_f_one_b_s(forward, backward, send_forward, send_backward, m, np.array(every))
+        return [(1 - 1e-12) * time_s + end_s for time_s in found.tolist()]
+
+    def beats(depths: Depths, least_s: float, limit_s: float) -> bool:
         if depths not in seen:
-            seen[depths] = offer(one_f_one_b(p, m, depths), "1f1b, warm-up adjusted")
-        return seen[depths]
+            fits = least_s < limit_s
+            seen[depths] = offer(one_f_one_b(p, m, depths), "1f1b, warm-up adjusted") if fits else math.inf
+        return seen[depths] < limit_s
 
-    most = max(8, MAX_ADJUSTED // (2 * p * m))
-    depths = min(list(dict.fromkeys(starts))[:most], key=tried)
-    improved = True
-    while improved and len(seen) < most:
-        improved = False
-        for r, change, alone in product(range(p), (1, -1), (True, False)):
+    def changed(depths: Depths) -> dict[tuple[int, int, bool], tuple[Depths, float]]:
+        """The depths that one change gives, with what is below their time."""
+        found: dict[tuple[int, int, bool], Depths] = {}
+        for r, change, alone in changes:
             other = tuple(
                 depth + change if i == r or (i < r and not alone) else depth for i, depth in enumerate(depths)
             )
-            if _falling(other) != other or not all(0 <= d < cap for d, cap in zip(other, caps, strict=True)):
-                continue
-            if tried(other) < tried(depths) * (1 - 1e-12):
-                depths, improved = other, True
+            if _falling(other) == other and all(0 <= d < cap for d, cap in zip(other, caps, strict=True)):
+                found[r, change, alone] = other
+        return dict(zip(found, zip(found.values(), least_s(list(found.values())), strict=True), strict=True))
+
+    most = max(8, MAX_ADJUSTED // (2 * p * m))
+    first = list(dict.fromkeys(starts))[:most]
+    depths, best_s = first[0], math.inf
+    for own, own_s in zip(first, least_s(first), strict=True):
+        if beats(own, own_s, best_s):
+            depths, best_s = own, seen[own]
+    improved = True
+    while improved and len(seen) < most:
+        improved, near = False, changed(depths)
+        for key in changes:
+            if key in near and beats(*near[key], best_s * (1 - 1e-12)):
+                depths = near[key][0]
+                best_s, improved, near = seen[depths], True, changed(depths)
 
 
 def list_schedule(
@@ -329,7 +371,8 @@ def _shop(
         hints.append(starts[Action(kind, r, i)])
     horizon = sum(task.duration for task in tasks)
     longest = max(start + task.duration for start, task in zip(hints, tasks, strict=True))
-    lower = math.floor(lower_bound_s(stages, m) / tick * (1 - 1e-3))
+    here = [replace(own, gather_s=0.0, reduce_s=0.0) for own in stages]  # the shop has no collectives
+    lower = math.floor(lower_bound_s(here, m, split_backward=split_backward) / tick * (1 - 1e-3))
     return Shop(
         tasks=tuple(tasks), limits=tuple(caps), hint=tuple(hints), horizon=min(horizon, 2 * longest), lower=lower,
         work_limit=WORK_LIMIT,

@@ -16,11 +16,15 @@ is 1% below the exact time on average, interleaved and zb are 3% below (tests/be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autopar.errors import InputError
 from autopar.plan.plan import Schedule
 from autopar.simulate.events import StageTimes
+
+Table = NDArray[np.float64]
 
 
 def closed_form_s(
@@ -37,21 +41,9 @@ def closed_form_s(
     if name is Schedule.GPIPE:
         return _gpipe_s(stages, num_micro_batches)
     if name is Schedule.ONE_F_ONE_B:
-        return _one_f_one_b_s(stages, num_micro_batches, warmup)
+        depths = None if warmup is None else np.array(warmup)
+        return float(one_f_one_b_s(*figures(stages), num_micro_batches, depths))
     return _busiest_rank_s(name, stages, num_micro_batches, num_chunks)
-
-
-def _passes(stages: Sequence[StageTimes]) -> tuple[list[float], list[float]]:
-    """Running sums of forwards with the links before each stage, and of backwards with the links behind each stage.
-
-    `forward[s]`: from the start of a micro-batch to the start of its forward on s, were nothing else on the way;
-    `backward[s]`: from the end of its backward on s to that on stage 0.
-    """
-    forward = [0.0, *accumulate(stage.forward_s + stage.send_forward_s for stage in stages[:-1])]
-    backward = [0.0, *accumulate(
-        before.backward_s + stage.send_backward_s for before, stage in pairwise(stages)
-    )]
-    return forward, backward
 
 
 def _gpipe_s(stages: Sequence[StageTimes], m: int) -> float:
@@ -63,32 +55,50 @@ def _gpipe_s(stages: Sequence[StageTimes], m: int) -> float:
     return one + (m - 1) * (forward + backward)
 
 
-def _one_f_one_b_s(stages: Sequence[StageTimes], m: int, warmup: Sequence[int] | None) -> float:
-    p = len(stages)
-    depth = [min(p - 1 - s if warmup is None else warmup[s], m - 1) + 1 for s in range(p)]  # in flight at most
-    forward, backward = _passes(stages)
-    one = forward[-1] + stages[-1].forward_s + stages[-1].backward_s + backward[-1]
-    links = max((max(s.send_forward_s if i + 1 < p else 0.0, s.send_backward_s if i else 0.0)
-                 for i, s in enumerate(stages)), default=0.0)
-    longest = one + (m - 1) * links
+def one_f_one_b_s(
+    forward_s: Table, backward_s: Table, send_forward_s: Table, send_backward_s: Table, num_micro_batches: int,
+    warmup: NDArray[np.intp] | None = None,
+) -> Table:
+    """The 1F1B times of many pipelines at once: tables run over stages along their last dim, and over pipelines."""
+    p, m = forward_s.shape[-1], num_micro_batches
+    depth = np.minimum(p - 1 - np.arange(p) if warmup is None else warmup, m - 1) + 1  # in flight at most
+    start = np.zeros((*forward_s.shape[:-1], 1))
+    # `forward[s]`: from the start of a micro-batch to the start of its forward on s, were nothing else on the way;
+    # `backward[s]`: from the end of its backward on s to that on stage 0.
+    forward = np.concatenate([start, np.cumsum((forward_s + send_forward_s)[..., :-1], axis=-1)], axis=-1)
+    backward = np.concatenate([start, np.cumsum(backward_s[..., :-1] + send_backward_s[..., 1:], axis=-1)], axis=-1)
+    one = forward[..., -1] + forward_s[..., -1] + backward_s[..., -1] + backward[..., -1]
+    links = np.maximum(
+        send_forward_s[..., :-1].max(axis=-1, initial=0.0), send_backward_s[..., 1:].max(axis=-1, initial=0.0)
+    )
+    each = forward + m * (forward_s + backward_s) + backward
+    longest = np.maximum(one + (m - 1) * links, each.max(axis=-1))
     for last in range(p):
-        here = stages[last]
-        longest = max(longest, forward[last] + m * (here.forward_s + here.backward_s) + backward[last])
-        for first in range(last + 1):
-            # A backward on `last` leads to one on `first`, to that one's next forward, and with it back to `last`,
-            # `ahead` micro-batches on.
-            ahead = depth[first] - depth[last] + 1
-            if ahead < 1:
-                continue
-            loop = (
-                forward[last] - forward[first] + here.forward_s
-                + backward[last] - backward[first] + here.backward_s
-            )
-            rounds = -(-(m - depth[first]) // ahead)
-            # What is left goes by on `last` itself: forwards as long as there are any, and backwards.
-            forwards, backwards = m - depth[last] - rounds * ahead, m - 1 - rounds * ahead
-            longest = max(longest, one + rounds * loop + forwards * here.forward_s + backwards * here.backward_s)
-    return longest
+        # A backward on `last` leads to one on each stage before, to that one's next forward, and with it back to
+        # `last`, `ahead` micro-batches on.
+        own = slice(0, last + 1)
+        ahead = depth[..., own] - depth[..., last, None] + 1
+        can = ahead >= 1
+        here_forward, here_backward = forward_s[..., last, None], backward_s[..., last, None]
+        loop = (
+            forward[..., last, None] - forward[..., own] + here_forward
+            + backward[..., last, None] - backward[..., own] + here_backward
+        )
+        rounds = np.where(can, -(-(m - depth[..., own]) // np.maximum(ahead, 1)), 0)
+        # What is left goes by on `last` itself: forwards as long as there are any, and backwards.
+        forwards, backwards = m - depth[..., last, None] - rounds * ahead, m - 1 - rounds * ahead
+        loops = one[..., None] + rounds * loop + forwards * here_forward + backwards * here_backward
+        longest = np.maximum(longest, np.where(can, loops, 0.0).max(axis=-1))
+    return np.asarray(longest)
+
+
+def figures(stages: Sequence[StageTimes]) -> tuple[Table, Table, Table, Table]:
+    """Of each stage what `one_f_one_b_s` takes: forward, backward, and what its messages take there and back."""
+    forward, backward, send_forward, send_backward = (
+        np.array([getattr(stage, name) for stage in stages], dtype=np.float64)
+        for name in ("forward_s", "backward_s", "send_forward_s", "send_backward_s")
+    )
+    return forward, backward, send_forward, send_backward
 
 
 def _busiest_rank_s(name: Schedule, stages: Sequence[StageTimes], m: int, num_chunks: int) -> float:

@@ -115,5 +115,5 @@ def test_bad_limits_are_refused() -> None:
         search_schedule([stage(1, 2)], 2, [0])
 
 
-def test_the_bound_counts_the_way_to_a_rank() -> None:
-    assert lower_bound_s([stage(1, 2, up=2), stage(1, 2)], 10) == 1 + 2 + 30
+def test_the_bound_counts_the_way_to_a_rank_and_back() -> None:
+    assert lower_bound_s([stage(1, 2, up=2), stage(1, 2)], 10) == 1 + 2 + 30 + 2
