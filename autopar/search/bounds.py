@@ -305,15 +305,18 @@ class Bounds:
         for stage, kind in enumerate(kinds):
             in_flight = min(c.pp - stage, m)
             wanted.setdefault((kind, in_flight == 1), {}).setdefault(in_flight, []).append(stage)
+        alike, of_first = tables[kinds[0]], times[kinds[0]]
+        chain_s = None if len(tables) > 1 else float(
+            (alike.forward_s + alike.backward_s) @ alike.blocks.sorts.number
+        )
         made: dict[tuple[StageKind, int], tuple[Table, Table, Table]] = {}
         for (kind, _), stages in wanted.items():
             blocks = tables[kind].blocks
             reached = None if cuts is not None else blocks.sorts.reached(c.pp)
             of_any = None if reached is None else np.array([reached[own].any(axis=0) for own in stages.values()])
-            each = self._stage_loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any)
+            each = self._stage_loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any, chain_s or 0.0)
             made |= {(kind, in_flight): own for in_flight, own in zip(stages, each, strict=True)}
-        every, alike = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)], tables[kinds[0]]
-        of_first = times[kinds[0]]
+        every = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)]
         return _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
             first=[first for _, _, first in every],
@@ -323,9 +326,7 @@ class Bounds:
             ],
             once=self._once(c, alike.blocks, of_first, every[0][2] if closer else None),
             once_alone=self._once(c, alike.blocks, replace(of_first, once_beside_s=of_first.once_s), None),
-            chain_s=None if len(tables) > 1 else float(
-                (alike.forward_s + alike.backward_s) @ alike.blocks.sorts.number
-            ),
+            chain_s=chain_s,
         )
 
     def stage_ranges(
@@ -365,11 +366,12 @@ class Bounds:
 
     def _stage_loads(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
-        limit_s: float = np.inf, wanted: NDArray[np.bool_] | None = None,
+        limit_s: float = np.inf, wanted: NDArray[np.bool_] | None = None, chain_s: float = 0.0,
     ) -> list[tuple[Table, Table, Table]]:
         """The loads with each of these many micro-batches in flight, all at once: one each, or none of them one.
 
         Of those ranges that are wanted (of all, if None) and take less than the limit; others may be infinite.
+        `chain_s`: what the first micro-batch takes at least through all stages.
         """
         m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
         work = table.forward_s + table.backward_s
@@ -378,7 +380,7 @@ class Bounds:
         if room[1].all():
             return [(own, own, work) for own in load]
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-        below = load + work < limit_s
+        below = load + np.maximum(work, chain_s) < limit_s
         if wanted is not None:
             below &= wanted
         added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
