@@ -35,9 +35,12 @@ class RealModel:
     seq_len: int | None
     dtype: str
     attention: str = "sdpa"
+    rows: int = 2  # of the example batch, where the model does not bring its own
 
     def __call__(self) -> tuple[nn.Module, Any, Any]:
-        source = load_source(self.spec, seq_len=self.seq_len, dtype=self.dtype, attention=self.attention)
+        source = load_source(
+            self.spec, seq_len=self.seq_len, dtype=self.dtype, attention=self.attention, rows=self.rows
+        )
         model, batch, loss_fn = source.build()
         if not isinstance(batch, dict):
             raise InputError(f"{self.spec}: its batch is a tuple; return a dict of keyword arguments to compare it")
@@ -77,7 +80,9 @@ def check_locally(
             "verify a plan of the same shape on fewer devices"
         )
     length = seq_len or plan.seq_len
-    factory = RealModel(spec=model, seq_len=None if ".py:" in model else length, dtype=chosen)
+    factory = RealModel(  # every row another one, so that none can stand for another
+        spec=model, seq_len=None if ".py:" in model else length, dtype=chosen, rows=max(2, plan.global_batch)
+    )
     graph = capture_source(load_source(model, seq_len=factory.seq_len, dtype=chosen))
     verify_plan(plan, graph)
     _check_memory(graph.num_params * DTYPE_BYTES[chosen] * COPIES * (plan.num_devices + 1), graph.name)

@@ -241,13 +241,13 @@ def _place(op: Op) -> str:
 
 
 def mixed_rows(graph: ModelGraph, loss_class: str, path: Container[str]) -> tuple[str, ...]:
-    """A note for each op outside the loss's own `path` that computes across rows, as batch normalization does.
+    """A note for each kind of op outside the loss's own `path` that computes across rows, as batch normalization does.
 
     Such an op sees the rows of one micro-batch on one data rank. None are found where rows are not tagged.
     """
     if not graph.rows_are_tagged:
         return ()
-    notes: dict[str, None] = {}
+    places: dict[str, list[str]] = {}
     for cls in graph.classes:
         for op in cls.ops:
             if cls.name == loss_class and op.name in path:
@@ -260,9 +260,12 @@ def mixed_rows(graph: ModelGraph, loss_class: str, path: Container[str]) -> tupl
             crossed = any(info.numel and info.numel % graph.rows**2 == 0 for info in made)
             trained_norm = base_name(op) == "batch_norm" and argument(op, 5, "training", False) is True
             if reduced or crossed or trained_norm:
-                note = f"{op.target}{_place(op)} in {cls.name} mixes rows: it sees one micro-batch of one data rank"
-                notes[note] = None
-    return tuple(notes)
+                places.setdefault(op.target, []).append(f"{_place(op)} in {cls.name}")
+    return tuple(
+        f"{target}{first}" + (f" (and in {len(more)} more)" if more else "")
+        + " mixes rows: it sees one micro-batch of one data rank"
+        for target, (first, *more) in places.items()
+    )
 
 
 def needs_whole_batch(graph: ModelGraph) -> str:

@@ -55,10 +55,11 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_source(spec: str, *, seq_len: int | None = None, dtype: str = "float32",
-                attention: str = "sdpa") -> ModelSource:
+                attention: str = "sdpa", rows: int = _ROWS) -> ModelSource:
     """The model that `spec` names: a preset, a config.json (file or folder), or `path/file.py:factory`.
 
     `seq_len` defaults to the model's longest, at most 2048; a factory brings its own batch, so that it takes none.
+    `rows`: of the example batch, which a factory brings too.
     Raises InputError with one line for whatever is not there.
     """
     if dtype not in _DTYPES:
@@ -89,7 +90,7 @@ def load_source(spec: str, *, seq_len: int | None = None, dtype: str = "float32"
             raise InputError(f"no model {spec!r}: neither a preset nor a config file or folder nor file.py:factory; "
                              + hint)
         name, values = path.parent.name if path.name == "config.json" else path.stem, _read_json(path)
-    return ModelSource(name=name or spec, build=partial(_build_config, spec, values, seq_len, dtype, attention))
+    return ModelSource(name=name or spec, build=partial(_build_config, spec, values, seq_len, dtype, attention, rows))
 
 
 def capture_source(source: ModelSource, *, fuse: bool = False) -> ModelGraph:
@@ -125,7 +126,9 @@ def _quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype: str, attention: str) -> Built:
+def _build_config(
+    spec: str, values: dict[str, Any], seq_len: int | None, dtype: str, attention: str, rows: int
+) -> Built:
     try:
         lean_transformers()
         import transformers
@@ -147,12 +150,13 @@ def _build_config(spec: str, values: dict[str, Any], seq_len: int | None, dtype:
             options: dict[str, Any] = {"dtype": _DTYPES[dtype],
                                        "attn_implementation": attention_of(model_class, attention)}
             if getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
-                options["experts_implementation"] = "grouped_mm"
+                # The kernel for groups of rows has no float64.
+                options["experts_implementation"] = "eager" if dtype == "float64" else "grouped_mm"
             with shapes_alone():
                 model = model_class._from_config(config, **options)
             batch = {
                 key: value.to(_DTYPES[dtype]) if torch.is_tensor(value) and value.is_floating_point() else value
-                for key, value in _example_batch(spec, model, config, seq_len).items()
+                for key, value in _example_batch(spec, model, config, seq_len, rows).items()
             }  # as a trainer casts what it is given
         except AutoparError:
             raise
@@ -205,37 +209,37 @@ def _arguments(model_class: Any) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def _example_batch(spec: str, model: nn.Module, config: Any, seq_len: int | None) -> dict[str, Any]:
-    """Two rows of random ids, pixels or sounds, with labels, from a fixed seed."""
+def _example_batch(spec: str, model: nn.Module, config: Any, seq_len: int | None, rows: int) -> dict[str, Any]:
+    """Rows of random ids, pixels or sounds, with labels, from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     if "return_loss" in _arguments(type(model)) and hasattr(config, "vision_config"):
-        ids = _ids(spec, config.text_config, seq_len, generator)
-        return {"input_ids": ids, "pixel_values": _pixels(config.vision_config, generator), "return_loss": True}
-    classes = {"labels": torch.randint(0, config.num_labels, (_ROWS,), generator=generator)}
+        ids = _ids(spec, config.text_config, seq_len, rows, generator)
+        return {"input_ids": ids, "pixel_values": _pixels(config.vision_config, rows, generator), "return_loss": True}
+    classes = {"labels": torch.randint(0, config.num_labels, (rows,), generator=generator)}
     match model.main_input_name:
         case "pixel_values":
-            return {"pixel_values": _pixels(config, generator), **classes}
+            return {"pixel_values": _pixels(config, rows, generator), **classes}
         case "input_values":
             samples = seq_len or _SAMPLES
-            return {"input_values": torch.randn((_ROWS, samples), generator=generator), **classes}
+            return {"input_values": torch.randn((rows, samples), generator=generator), **classes}
         case "input_features" if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
-            frames = (_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
+            frames = (rows, config.num_mel_bins, 2 * config.max_source_positions)
             return {"input_features": torch.randn(frames, generator=generator),
-                    "labels": _ids(spec, config, seq_len, generator)}
-    batch = {"input_ids": _ids(spec, config, seq_len, generator)}
+                    "labels": _ids(spec, config, seq_len, rows, generator)}
+    batch = {"input_ids": _ids(spec, config, seq_len, rows, generator)}
     if getattr(config, "is_encoder_decoder", False):
-        batch["decoder_input_ids"] = _ids(spec, config, seq_len, generator)
-    batch["labels"] = _ids(spec, config, seq_len, generator)
+        batch["decoder_input_ids"] = _ids(spec, config, seq_len, rows, generator)
+    batch["labels"] = _ids(spec, config, seq_len, rows, generator)
     return batch
 
 
-def _pixels(config: Any, generator: torch.Generator) -> Tensor:
+def _pixels(config: Any, rows: int, generator: torch.Generator) -> Tensor:
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.randn((_ROWS, config.num_channels, height, width), generator=generator)
+    return torch.randn((rows, config.num_channels, height, width), generator=generator)
 
 
-def _ids(spec: str, config: Any, seq_len: int | None, generator: torch.Generator) -> Tensor:
+def _ids(spec: str, config: Any, seq_len: int | None, rows: int, generator: torch.Generator) -> Tensor:
     longest = next((value for key in ("max_target_positions", "max_position_embeddings", "n_positions", "n_ctx")
                     if (value := getattr(config, key, None))), None)
     if longest is not None and config.model_type in _PADDED_POSITIONS:
@@ -243,7 +247,7 @@ def _ids(spec: str, config: Any, seq_len: int | None, generator: torch.Generator
     if seq_len is not None and longest is not None and seq_len > longest:
         raise InputError(f"{spec}: the sequence length {seq_len} is beyond the model's {longest} positions")
     length = seq_len or min(longest or _MAX_DEFAULT_SEQ_LEN, _MAX_DEFAULT_SEQ_LEN)
-    return torch.randint(0, config.get_text_config().vocab_size, (_ROWS, length), generator=generator)
+    return torch.randint(0, config.get_text_config().vocab_size, (rows, length), generator=generator)
 
 
 def _factory_source(path: Path, factory: str, dtype: str) -> ModelSource:

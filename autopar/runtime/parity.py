@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autopar.graph.capture import Captured, capture
+from autopar.graph.loss_terms import Term, loss_terms
 from autopar.graph.model_call import model_output
 from autopar.plan.plan import Plan
 from autopar.plan.text import recompute_text
@@ -118,7 +120,7 @@ def compare(
             results = own.run(*task, timeout_s=timeout_s)
     else:
         results = pool.run(*task, num_ranks=plan.num_devices, timeout_s=timeout_s)
-    expected = reference_numbers(factory, plan, chosen, steps, seed)
+    expected = reference_numbers(factory, plan, chosen, steps, seed, parts=parts_apart(captured, plan))
     return report(plan, chosen, results, expected)
 
 
@@ -151,7 +153,8 @@ def report(plan: Plan, dtype: str, results: list[Numbers], expected: Numbers) ->
     )
     return ParityReport(
         plan_summary=summary(plan), dtype=dtype, losses=first.losses, expected_losses=expected.losses,
-        loss_error=loss_error, gradient_errors=tuple(worst.items()), tolerance=TOLERANCE[dtype], notes=first.notes,
+        loss_error=loss_error, gradient_errors=tuple(worst.items()), tolerance=TOLERANCE[dtype],
+        notes=(*first.notes, *expected.notes),
     )
 
 
@@ -238,19 +241,52 @@ def distributed_numbers(
     return Numbers(losses=tuple(losses), gradients=tuple(gradients), notes=trainer.notes)
 
 
-def reference_numbers(factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int) -> Numbers:
-    """One process's losses and gradients for the same global batches."""
+PARTS_NOTE = "one process computed the same parts of the batch, one after another, and took the mean of their losses"
+
+
+def parts_apart(captured: Captured, plan: Plan) -> tuple[tuple[int, int], ...]:
+    """The parts of a global batch, as first and last row, where the model's ops tell them from the whole.
+
+    They do where ops mix rows, as batch normalization and the loss that balances routers do. Empty where they do not,
+    or where the whole loss is no mean over the rows; and where stages have other parts, so that no one process can
+    compute those.
+    """
+    rows = plan.rows_of(plan.stages[-1])
+    num_parts = plan.num_micro_batches * len(rows)
+    if num_parts == 1 or any(plan.rows_of(stage) != rows for stage in plan.stages):
+        return ()
+    terms = loss_terms(captured.graph, num_parts=num_parts)
+    if not terms.notes or any(term is Term.SUM for _, term in terms.terms):
+        return ()
+    ends = list(accumulate(rows * plan.num_micro_batches))
+    return tuple(zip([0, *ends], ends, strict=False))
+
+
+def reference_numbers(
+    factory: ModelFactory, plan: Plan, dtype: str, steps: int, seed: int, *, parts: Sequence[tuple[int, int]] = (),
+) -> Numbers:
+    """One process's losses and gradients for the same global batches, in these parts or each as a whole.
+
+    Of several parts the losses count by their rows.
+    """
     model, example, loss_fn = make_model(factory, dtype, seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses, gradients = [], []
     for step in range(steps):
-        batch = make_batch(example, plan.global_batch, step)
-        with precision(dtype):
-            output = model_output(model, batch, has_loss_fn=loss_fn is not None)
-            loss = loss_fn(output, batch) if loss_fn is not None else getattr(output, "loss", output)
+        whole = make_batch(example, plan.global_batch, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        losses.append(loss.item())
+        losses.append(0.0)
+        for first, last in parts or ((0, plan.global_batch),):
+            batch = {
+                name: value[first:last] if isinstance(value, Tensor) and value.dim() and len(value) == plan.global_batch
+                else value for name, value in whole.items()
+            }
+            with precision(dtype):
+                output = model_output(model, batch, has_loss_fn=loss_fn is not None)
+                loss = loss_fn(output, batch) if loss_fn is not None else getattr(output, "loss", output)
+            share = (last - first) / plan.global_batch
+            (loss * share).backward()
+            losses[-1] += loss.item() * share
         gradients.append({n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
-    return Numbers(losses=tuple(losses), gradients=tuple(gradients))
+    return Numbers(losses=tuple(losses), gradients=tuple(gradients), notes=(PARTS_NOTE,) if parts else ())
