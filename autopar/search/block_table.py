@@ -262,8 +262,8 @@ class RangeTimes:
 class StageRanges:
     """Of a stage of blocks[first:last], not above the simulator's: a forward, that and its backward, and once a step.
 
-    `later_s`: what is left to do after the first backward. `once_beside_s` and `start_beside_s` as in `StageTable`.
-    `keeps_all`: every range keeps all activations.
+    `through_s` and `later_s`, what is left to do after the first backward, have a table for each number of
+    micro-batches in flight, or one for all. `once_beside_s` and `start_beside_s` as in `StageTable`.
     """
 
     forward_s: Table
@@ -271,7 +271,6 @@ class StageRanges:
     later_s: Table
     once_beside_s: Table
     start_beside_s: Table
-    keeps_all: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -47,6 +47,7 @@ ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothin
 ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
 MANY_OVERLAPS = 256  # kept at once
 MANY_CUTS = 1024  # kept at once
+SINGLE_DEPTHS = 8  # micro-batches in flight, beyond which numbers are taken together
 PARTS = 16  # into which the cuts over unlike stages are parted
 
 
@@ -330,39 +331,43 @@ class Bounds:
         )
 
     def stage_ranges(
-        self, c: Candidate, kind: StageKind, in_flight: int, *, closer: bool, limit_s: float = np.inf
+        self, c: Candidate, kind: StageKind, counts: Sequence[int], *, closer: bool, limit_s: float = np.inf
     ) -> StageRanges:
-        """For all ranges what a stage takes with at least so many micro-batches in flight.
+        """For all ranges what a stage takes with at least so many micro-batches in flight, ascending numbers.
 
         Infinite where a range does not fit into memory, and maybe where all micro-batches take `limit_s` or more. Not
         `closer`: as if all activations could be kept and all that can hide behind compute did.
         """
         table, sorts = self._tables.times(c, kind), self._sorts[c.pp > 1]
         times = self._range_times(c, kind, table) if closer else _summed(table)
-        through = times.forward_s + times.backward_s
+        through = [times.forward_s + times.backward_s]
         if closer:
-            _, _, through = self._stage_loads(c, kind, (in_flight,), table.blocks, times, limit_s)[0]
+            alone = 1 if counts[0] == 1 else 0
+            parts = [own for own in (counts[:alone], counts[alone:]) if own]
+            through = [
+                first for own in parts
+                for _, _, first in self._stage_loads(c, kind, own, table.blocks, times, limit_s)
+            ]
+        later = self._later(c, kind, table.blocks, times)
         return StageRanges(
-            forward_s=sorts.table(times.forward_s), through_s=sorts.table(through),
-            later_s=sorts.table(self._later(c, kind, in_flight, table.blocks, times)),
+            forward_s=sorts.table(times.forward_s), through_s=np.stack([sorts.table(own) for own in through]),
+            later_s=np.stack([sorts.table(later[min(count, len(later)) - 1]) for count in counts]),
             once_beside_s=sorts.table(times.once_beside_s), start_beside_s=sorts.table(times.start_beside_s),
-            keeps_all=bool(np.array_equal(through, times.forward_s + times.backward_s)),
         )
 
-    def _later(
-        self, c: Candidate, kind: StageKind, in_flight: int, blocks: BlockTable, times: RangeTimes
-    ) -> Table:
-        """By sort of range: what a stage has to do after its first backward, after warm-ups as deep as memory lets.
+    def _later(self, c: Candidate, kind: StageKind, blocks: BlockTable, times: RangeTimes) -> Table:
+        """[in flight - 1, sort of range]: what is left after a stage's first backward with at least so many in flight.
 
-        The deeper they are the fewer forwards are left, and the more variants add.
+        Warm-ups may be as deep as memory lets: the deeper they are the fewer forwards are left, and the more variants
+        add. Numbers from `SINGLE_DEPTHS` on count as that one.
         """
         m = c.num_micro_batches
         if m == 1:
-            return np.zeros_like(times.forward_s)
-        least, most = depths_between(in_flight, m)
+            return np.zeros((1, len(times.forward_s)))
+        least, most = depths_up_to(m)
         added = self._memory.added_by_depth(c, kind, least, blocks)
-        backward = times.backward_s + times.hidden_share * added
-        return np.asarray(((m - 1) * backward + (m - most[:, None]) * times.forward_s).min(axis=0))
+        left = (m - 1) * (times.backward_s + times.hidden_share * added) + (m - most[:, None]) * times.forward_s
+        return np.asarray(np.minimum.accumulate(left[::-1])[::-1][:SINGLE_DEPTHS])
 
     def _stage_loads(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
@@ -532,14 +537,14 @@ class Bounds:
 
 
 @lru_cache(maxsize=256)
-def depths_between(least: int, most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Numbers of micro-batches in flight from `least` to `most` in parts: the first and the last number of each."""
-    firsts, lasts = [], []
-    while least <= most:
-        firsts.append(least)
-        lasts.append(min(most, least * 9 // 8))
-        least = lasts[-1] + 1
-    return np.array(firsts), np.array(lasts)
+def depths_up_to(most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Numbers of micro-batches in flight in parts: the first and the last number of each; at first one by one."""
+    firsts, lasts = [], [0]
+    while lasts[-1] < most:
+        first = lasts[-1] + 1
+        firsts.append(first)
+        lasts.append(first if first <= SINGLE_DEPTHS else min(most, first * 9 // 8))
+    return np.array(firsts), np.array(lasts[1:])
 
 
 def shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:

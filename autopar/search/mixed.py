@@ -33,6 +33,9 @@ MAX_IMPROVED = 150  # simulations
 MAX_POOLS = 6
 MAX_OTHERS = 60  # simulations of stages of other numbers and orders than those of least bound
 SETTINGS_TRIED = 3  # of a stage, when a plan is improved
+STEP = 1.25  # by which limits of the step time rise while nothing is found below them
+FAR = 8.0  # times what all devices would take if work could be shared out at will: then there is no limit
+PUT_OFF = 3  # plans, the quickest of each number of micro-batches, that are tried with gradients of weights put off
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class _Problem:
     index: int
     costs: MixedCosts
     runs: Runs
+    fluid_s: float  # what `lower_s` was at first
     lower_s: float
     parts: tuple[Part, ...] = ()  # of the best plan so far
     others: tuple[tuple[float, tuple[Part, ...]], ...] = ()  # of other numbers and orders of stages, with bounds
@@ -121,6 +125,7 @@ class _Search:
         for problem in sorted(self.problems, key=lambda own: (own.lower_s, own.index)):
             if self._pass(problem):
                 open_.append(problem)
+            problem.costs.forget()
             self._told()
         self._try_others(open_)
         open_.sort(key=lambda own: (own.lower_s, own.index))
@@ -131,12 +136,14 @@ class _Search:
                 before_s = self.best_s
                 if not self._pass(problem) or self.best_s == before_s:
                     break
+            problem.costs.forget()
         self._try_idle()
         self._put_off_weights()
         for problem in open_:
             self._check_time()
             if problem.lower_s < self.goal_s:
                 problem.lower_s = problem.runs.least_limit(problem.lower_s, self.goal_s)
+                problem.costs.forget()
 
     def _make_problems(self) -> None:
         for rewrites in _families(self.engine, self.pools):
@@ -145,30 +152,36 @@ class _Search:
                 costs = MixedCosts(self.engine, self.pools, count, rewrites)
                 if len({pool for pool, _ in costs.groups}) == len(self.pools.pools):
                     self.outcome.num_searched += sum(map(len, costs.settings))
+                    fluid_s = costs.fluid_bound()
                     self.problems.append(_Problem(
-                        index=len(self.problems), costs=costs, runs=Runs(costs), lower_s=costs.fluid_bound()
+                        index=len(self.problems), costs=costs, runs=Runs(costs), fluid_s=fluid_s, lower_s=fluid_s
                     ))
 
     def _pass(self, problem: _Problem) -> bool:
         """Looks once for something better; whether there may be any."""
-        self._check_time()
-        goal_s = self.goal_s
-        if problem.lower_s >= goal_s:
-            return False
-        passed = problem.runs.passed(goal_s)
-        self._keep_partly(problem, passed)
-        every = problem.runs.all_pools
-        if every not in passed.bounds_s:
-            problem.lower_s = goal_s
-        else:
+        passed, every = self._passed(problem), problem.runs.all_pools
+        if passed is not None:
             problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
             self._try(problem, self._parts(problem.costs, passed.stages[every]))
             problem.others = tuple((bound, self._parts(problem.costs, stages)) for bound, stages in passed.others)
-        if problem.lower_s < self.goal_s:
-            return True
-        problem.runs.forget()
-        problem.costs.forget()
-        return False
+        return problem.lower_s < self.goal_s
+
+    def _passed(self, problem: _Problem) -> Passed | None:
+        """The stages of least bound below the goal; None where there are none.
+
+        They are looked for below lower limits first, for which fewer tables have to be made.
+        """
+        limit_s = problem.lower_s * STEP if problem.lower_s > 0 else math.inf
+        while problem.lower_s < self.goal_s:
+            self._check_time()
+            limit_s = min(limit_s, self.goal_s)
+            passed = problem.runs.passed(limit_s)
+            self._keep_partly(problem, passed)
+            if problem.runs.all_pools in passed.bounds_s:
+                return passed
+            problem.lower_s = limit_s
+            limit_s = limit_s * STEP if limit_s < problem.fluid_s * FAR else math.inf
+        return None
 
     def _try(self, problem: _Problem, parts: tuple[Part, ...]) -> None:
         """Simulates the parts, which are the problem's where none of it were better."""
@@ -221,18 +234,19 @@ class _Search:
                 )
 
     def _put_off_weights(self) -> None:
-        """Takes the best plan in an order that puts off gradients of weights, where that is better."""
-        best = self.outcome.best
-        if best is None:
-            return
-        self._check_time()
-        other = other_schedule(self.engine.graph, self.cluster, replace(best.plan, actions=()))
-        if other is not None and other != best.plan:
-            timeline = simulate(self.engine.graph, self.cluster, other, detail=False)
-            if timeline.feasible and timeline.step_time_s < best.step_time_s * (1 - WORTH):
-                self.outcome.best = replace(
-                    best, plan=other, step_time_s=timeline.step_time_s, peak_bytes=timeline.rank_peak_bytes
-                )
+        """Takes the best plans in an order that puts off gradients of weights, where that is better."""
+        quickest: dict[int, SimulatedPlan] = {}
+        for found in sorted(filter(None, self.outcome.tried.values()), key=lambda own: own.step_time_s):
+            quickest.setdefault(found.plan.num_micro_batches, found)
+        for base in list(quickest.values())[:PUT_OFF]:
+            self._check_time()
+            other = other_schedule(self.engine.graph, self.cluster, replace(base.plan, actions=()))
+            if other is not None and other != base.plan:
+                timeline = simulate(self.engine.graph, self.cluster, other, detail=False)
+                if timeline.feasible and timeline.step_time_s < self.best_s * (1 - WORTH):
+                    self.outcome.best = replace(
+                        base, plan=other, step_time_s=timeline.step_time_s, peak_bytes=timeline.rank_peak_bytes
+                    )
 
     def _told(self) -> None:
         self.settled += 1

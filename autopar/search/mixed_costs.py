@@ -40,14 +40,13 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Made:
-    """What a group takes with so many micro-batches in flight, and the settings that are useful with all their time.
+    """What a group takes, and the useful settings with all that they take, by micro-batches in flight less one.
 
-    `keeps_all`: all of those keep all activations. Stages that take `limit_s` or more may be left out.
+    Stages that take `limit_s` or more may be left out.
     """
 
     times: StageTimes
     useful: tuple[tuple[Setting, Table], ...]
-    keeps_all: bool
     limit_s: float
 
 
@@ -107,7 +106,7 @@ class MixedCosts:
                 if found:
                     self.groups.append((pool, size))
                     self.settings.append(found)
-        self._times: dict[tuple[int, int], _Made] = {}
+        self._made: dict[int, _Made] = {}
 
     def _settings(self, pool: int, size: int) -> list[Setting]:
         engine, found = self.engine, []
@@ -130,34 +129,35 @@ class MixedCosts:
                     found.append(Setting(candidate, engine.layout.kind_of(candidate, ranks)))
         return found
 
-    def stage_times(self, group: int, in_flight: int, limit_s: float) -> StageTimes:
-        """Times over all ranges of blocks, each the least of any setting; maybe infinite where a stage takes the limit.
+    def stage_times(self, group: int, limit_s: float) -> StageTimes:
+        """By stages behind, times over all ranges of blocks, each the least of any setting.
 
-        Settings that are nowhere the best even with all activations kept are left out.
+        They may be infinite where a stage takes the limit. Settings that are nowhere the best even with all activations
+        kept are left out.
         """
-        for more in range(in_flight, self.max_stages + 1):
-            found = self._times.get((group, more))
-            if found is not None and found.limit_s >= limit_s and (more == in_flight or found.keeps_all):
-                return found.times
-        self._times[group, in_flight] = self._make(group, in_flight, limit_s)
-        return self._times[group, in_flight].times
+        if group not in self._made or self._made[group].limit_s < limit_s:
+            self._made[group] = self._make(group, limit_s)
+        return self._made[group].times
 
-    def _make(self, group: int, in_flight: int, limit_s: float) -> _Made:
-        n = self.num_layers + 1
-        least = StageTimes(*(np.full((n, n), np.inf) for _ in fields(StageTimes)))
-        useful, keeps_all = [], True
+    def _make(self, group: int, limit_s: float) -> _Made:
+        m, n = self.num_micro_batches, self.num_layers + 1
+        numbers = [min(level + 1, m) for level in range(self.max_stages)]  # in flight
+        counts = tuple(dict.fromkeys(numbers))
+        least = StageTimes(*(np.full((len(counts), n, n), np.inf) for _ in fields(StageTimes)))
+        useful = []
         for setting, _ in self._tables[group]:
-            rough = self.engine.bounds.stage_ranges(setting.candidate, setting.kind, in_flight, closer=False)
-            if not _is_less(self._times_of(group, setting, rough), least):
+            c, kind = setting.candidate, setting.kind
+            rough = self.engine.bounds.stage_ranges(c, kind, counts, closer=False)
+            if not _is_less(self._times_of(group, setting, rough), least, limit_s):
                 continue
-            found = self.engine.bounds.stage_ranges(
-                setting.candidate, setting.kind, in_flight, closer=True, limit_s=limit_s
-            )
+            found = self.engine.bounds.stage_ranges(c, kind, counts, closer=True, limit_s=limit_s)
             own = self._times_of(group, setting, found)
-            keeps_all = keeps_all and found.keeps_all
             least = StageTimes(*map(np.minimum, _values(least), _values(own)))
             useful.append((setting, own.alone_s))
-        return _Made(times=least, useful=tuple(useful), keeps_all=keeps_all, limit_s=limit_s)
+        of_level = np.array(numbers) - 1
+        return _Made(
+            times=StageTimes(*(own[of_level] for own in _values(least))), useful=tuple(useful), limit_s=limit_s
+        )
 
     def _times_of(self, group: int, setting: Setting, found: StageRanges) -> StageTimes:
         """The times of one setting, from what its ranges take."""
@@ -165,18 +165,18 @@ class MixedCosts:
         empty = np.isinf(once)
         end = np.maximum(np.where(empty, 0.0, once) - np.where(empty, 0.0, found.start_beside_s), 0.0)
         all_s = m * found.through_s
-        first, own = _with_once(found.through_s, once, tied_s), _with_once(all_s, once, tied_s)
+        first, own = _with_once(found.through_s, once[0] + tied_s), _with_once(all_s, once[0] + tied_s)
         first_end, own_end = found.through_s + end, all_s + end
-        first_end[0], own_end[0] = first[0], own[0]
+        first_end[:, 0], own_end[:, 0] = first[:, 0], own[:, 0]
         forward = np.where(np.isfinite(found.through_s), found.forward_s, np.inf)
         return StageTimes(
             first_s=first, own_s=own, first_end_s=first_end, own_end_s=own_end, later_s=found.later_s,
-            forward_s=_with_once(forward, np.maximum(found.start_beside_s, 0.0), 0.0), alone_s=all_s + once,
+            forward_s=_with_once(forward, np.maximum(found.start_beside_s[0], 0.0)), alone_s=all_s + once,
         )
 
     def forget(self) -> None:
         """Drops tables that can be made again."""
-        self._times.clear()
+        self._made.clear()
 
     @cached_property
     def _tables(self) -> list[list[tuple[Setting, BlockTimes]]]:
@@ -212,9 +212,9 @@ class MixedCosts:
 
     def best_settings(self, group: int, in_flight: int, first: int, last: int) -> list[Setting]:
         """The settings that fit a range, the best first."""
-        if (group, in_flight) not in self._times:
-            self._times[group, in_flight] = self._make(group, in_flight, np.inf)
-        times = [(float(alone[first, last]), own) for own, alone in self._times[group, in_flight].useful]
+        if group not in self._made:
+            self._made[group] = self._make(group, np.inf)
+        times = [(float(alone[in_flight - 1, first, last]), own) for own, alone in self._made[group].useful]
         return [own for time, own in sorted(times, key=lambda each: each[0]) if np.isfinite(time)]
 
     def fluid_bound(self) -> float:
@@ -273,10 +273,10 @@ class MixedCosts:
         return (0.0, *forward, 0.0), (0.0, *backward, 0.0)
 
 
-def _with_once(times: Table, once: Table, tied_s: float) -> Table:
-    """What the first stage does once comes before its first forward and after its last backward."""
+def _with_once(times: Table, once: Table) -> Table:
+    """The times with what the first stage does once; `once` by the end of its range."""
     found = times.copy()
-    found[0] = times[0] + once[0] + tied_s
+    found[:, 0] = times[:, 0] + once
     return found
 
 
@@ -284,6 +284,7 @@ def _values(times: StageTimes) -> tuple[Table, ...]:
     return tuple(getattr(times, own.name) for own in fields(StageTimes))
 
 
-def _is_less(one: StageTimes, other: StageTimes) -> bool:
-    """Whether any time of any range is."""
-    return any(bool((a < b).any()) for a, b in zip(_values(one), _values(other), strict=True))
+def _is_less(one: StageTimes, other: StageTimes, limit_s: float) -> bool:
+    """Whether any time is, of a range that takes less than the limit."""
+    below = one.alone_s < limit_s
+    return any(bool(((a < b) & below).any()) for a, b in zip(_values(one), _values(other), strict=True))

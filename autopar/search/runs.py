@@ -50,7 +50,7 @@ class RunPool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTimes:
-    """For all ranges of layers [first, last), never above the truth; infinite where a range is not allowed.
+    """[stages behind, first, last] for all ranges of layers, never above the truth; infinite where not allowed.
 
     `first_s`: one micro-batch, with what the chain's first stage does once a step; `own_s`: all micro-batches, with the
     same; `first_end_s` and `own_end_s`: these with what a stage does after its last backward; `later_s`: what it has to
@@ -79,8 +79,8 @@ class RunCosts(Protocol):
         """(pool, devices) of each."""
     @property
     def run_pools(self) -> Sequence[RunPool]: ...
-    def stage_times(self, group: int, in_flight: int, limit_s: float) -> StageTimes:
-        """Those of stages that take the limit or more may be infinite."""
+    def stage_times(self, group: int, limit_s: float) -> StageTimes:
+        """Those of stages that take the limit or more may be infinite. The costs keep them."""
     def link_times(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table]:
         """At each border: seconds of a micro-batch from a group to the next, of that pool, and of its gradients back.
         """
@@ -134,18 +134,12 @@ class Runs:
         self.costs, self._pools = costs, tuple(costs.run_pools)
         self._of_pool = [[g for g, (own, _) in enumerate(costs.groups) if own == pool]
                          for pool in range(len(self._pools))]
-        self._stacked: dict[int, tuple[Table, ...]] = {}
-        self._limit_s = -np.inf  # those are for limits up to this
         self._links: dict[tuple[int, int, bool], tuple[Table, Table, Table]] = {}
         self.num_passes = 0
 
     @property
     def all_pools(self) -> int:
         return (1 << len(self._pools)) - 1
-
-    def forget(self) -> None:
-        """Drops tables that can be made again."""
-        self._stacked.clear()
 
     def least_limit(self, lower_s: float, upper_s: float, rounds: int = 6) -> float:
         """A step time that no stages of all pools are under, between what is known and a limit that lets some pass."""
@@ -264,18 +258,9 @@ class Runs:
         return made
 
     def _within(self, group: int, limit_s: float) -> tuple[Table, ...]:
-        """By stages behind the times of the ranges that the limit allows, as in `StageTimes` but for the last."""
-        if limit_s > self._limit_s:
-            self._stacked.clear()
-            self._limit_s = limit_s
-        if group not in self._stacked:
-            levels = [
-                self.costs.stage_times(group, min(level + 1, self.costs.num_micro_batches), limit_s)
-                for level in range(self.costs.max_stages)
-            ]
-            self._stacked[group] = tuple(np.stack([getattr(times, own.name) for times in levels]) for own in fields(
-                StageTimes))
-        first, *others, alone = self._stacked[group]
+        """The times of the ranges that the limit allows, as in `StageTimes` but for the last."""
+        times = self.costs.stage_times(group, limit_s)
+        first, *others, alone = (getattr(times, own.name) for own in fields(StageTimes))
         return np.where(alone > limit_s, np.inf, first), *others
 
     def _link(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table, Table]:

@@ -39,7 +39,11 @@ class Toy:
         self.once = draw.uniform(0.0, 0.5, (len(self.groups), self.num_layers))
         self.room = draw.integers(2, 9, len(self.groups))  # layers times micro-batches in flight
 
-    def stage_times(self, group: int, in_flight: int, limit_s: float = math.inf) -> StageTimes:
+    def stage_times(self, group: int, limit_s: float) -> StageTimes:
+        levels = [self._times(group, min(level + 1, self.num_micro_batches)) for level in range(self.max_stages)]
+        return StageTimes(*(np.stack(own) for own in zip(*levels, strict=True)))
+
+    def _times(self, group: int, in_flight: int) -> list[Table]:
         n, m = self.num_layers, self.num_micro_batches
         tables = [np.full((n + 1, n + 1), np.inf) for _ in fields(StageTimes)]
         for i in range(n):
@@ -53,7 +57,7 @@ class Toy:
                              m * time + once)
                     for table, value in zip(tables, found, strict=True):
                         table[i, j] = value
-        return StageTimes(*tables)
+        return tables
 
     def link_times(self, group: int, pool: int, same_node: bool) -> tuple[Table, Table]:
         inner = np.full(self.num_layers + 1, self.link_s * (1 + pool) / (2 if same_node else 1))
@@ -66,8 +70,8 @@ def bound_of(toy: RunCosts, stages: tuple[RunStage, ...]) -> float:
     m = toy.num_micro_batches
     behind: RunStage | None = None
     longest = 0.0
-    for stage in reversed(stages):
-        times = toy.stage_times(stage.group, stage.in_flight, math.inf)
+    for level, stage in enumerate(reversed(stages)):
+        times = toy.stage_times(stage.group, math.inf)
         pool, size = toy.groups[stage.group]
         if behind is not None:
             node = toy.run_pools[pool].node_size
@@ -78,7 +82,7 @@ def bound_of(toy: RunCosts, stages: tuple[RunStage, ...]) -> float:
             through, least = through + there + back, max(
                 least + there + back, through + there + back + (m - 1) * max(there, back)
             )
-        span = stage.first, stage.last
+        span = level, stage.first, stage.last
         least = max(least, through + float(times.later_s[span]))
         through += float(times.first_s[span])
         done = max(
