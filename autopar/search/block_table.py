@@ -32,6 +32,7 @@ class Sorts:
     counts: Table
     ranges: NDArray[np.intp]
     _windows: dict[int, NDArray[np.intp]] = field(init=False, default_factory=dict)  # of `ranges`, by stages
+    _flat: dict[int, NDArray[np.intp]] = field(init=False, default_factory=dict)
     _reached: dict[int, NDArray[np.bool_]] = field(init=False, default_factory=dict)
 
     @cached_property
@@ -61,7 +62,14 @@ class Sorts:
         p = len(of_sorts)
         values = np.full((p, len(self.counts) + 1), np.inf)
         values[:, :-1] = of_sorts
-        return np.asarray(values[np.arange(p)[:, None, None], self._in_windows(p)])
+        return np.take(values, self._flat_windows(p))
+
+    def _flat_windows(self, num_stages: int) -> NDArray[np.intp]:
+        """Where in one row of values a stage, all rows after one another, those of the windows are."""
+        if num_stages not in self._flat:
+            rows = np.arange(num_stages)[:, None, None] * (len(self.counts) + 1)
+            self._flat[num_stages] = self._in_windows(num_stages) + rows
+        return self._flat[num_stages]
 
     def _in_windows(self, num_stages: int) -> NDArray[np.intp]:
         if num_stages not in self._windows:

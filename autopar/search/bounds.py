@@ -385,7 +385,8 @@ class Bounds:
         if room[1].all():
             return [(own, own, work) for own in load]
         # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-        below = load + np.maximum(work, chain_s) < limit_s
+        own = work + table.once_s + (in_flight - 1) * table.plain_forward_s  # beside that, all that a stage does
+        below = load + np.maximum(own, chain_s) < limit_s
         if wanted is not None:
             below &= wanted
         added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
@@ -469,15 +470,13 @@ class Bounds:
             forward = sorts.least(forward_tables(least[0], gathers, np.zeros_like(gather)))
             during, after = backward_tables(least[1], gathers, reductions, reduce)
             return [start, forward, sorts.least(during + after), zero, start, zero]
-        found = []
-        for forward_s, backward_s in (least, most):
-            start = sorts.least(forward_tables(forward_s, gathers, gather)) if c.zero else zero
-            during, after = backward_tables(backward_s, nothing, reductions, reduce)
-            found.append((start, sorts.least(during), sorts.least(after), sorts.least(during + after)))
-        (start, during_s, after_s, both), (start_beside, _, after_beside, both_beside) = found
+        start = start_beside = zero
+        if c.zero:
+            start, start_beside = map(sorts.least, forward_tables(np.array([least[0], most[0]]), gathers, gather))
+        during, after = backward_tables(np.array([least[1], most[1]]), nothing, reductions, reduce)
         if c.zero == 2:
-            return [start, zero, during_s, after_s, start_beside, after_beside]
-        return [start, zero, zero, both, start_beside, both_beside]
+            return [start, zero, sorts.least(during[0]), sorts.least(after[0]), start_beside, sorts.least(after[1])]
+        return [start, zero, zero, sorts.least(during[0] + after[0]), start_beside, sorts.least(during[1] + after[1])]
 
     def smallest_need(self, c: Candidate) -> float:
         """The bytes that the fullest device holds, over its limit, under the cut and the variants that need least."""

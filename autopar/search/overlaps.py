@@ -13,61 +13,73 @@ MANY_ROOTS = 4  # different sizes of what lies outside layers; beyond, ranges co
 def forward_tables(compute: Table, gather: Table, root: Table) -> Table:
     """table[i, j]: what gathering adds to a forward of blocks i to j; infinite where that is empty.
 
-    `compute` and `gather` have a block's seconds each, `root` a range's for what it gathers first.
+    `compute` and `gather` have a block's seconds each, `root` a range's for what it gathers first. `compute` may have
+    more dims in front, and then so has what is given.
     """
-    size = len(compute) + 1
-    found = np.full((size, size), np.inf)
+    size = compute.shape[-1] + 1
     upper = np.triu(np.ones((size, size), dtype=bool), 1)
-    sizes = np.unique(root[upper])
-    for root_s in sizes if len(sizes) <= MANY_ROOTS else [0.0]:
-        taken = upper & (root == root_s) if len(sizes) <= MANY_ROOTS else upper
-        clock, queue, gathered = (np.full(size - 1, root_s) for _ in range(3))
-        computed = np.zeros(size - 1)
-        for k in range(size - 1):
-            clock_k, queue_k, gathered_k, computed_k = (each[: k + 1] for each in (clock, queue, gathered, computed))
-            queue_k += gather[k]
-            gathered_k += gather[k]
-            begin = np.maximum(clock_k, queue_k)
-            clock_k[:] = begin + compute[k]
-            computed_k += compute[k]
-            np.maximum(queue_k, begin, out=queue_k)
-            during = clock_k - computed_k
-            during = during + OVERLAP_SLOWDOWN * np.maximum(0.0, gathered_k - during)
-            column = found[: k + 1, k + 1]
-            np.copyto(column, during, where=taken[: k + 1, k + 1])
+    sizes, which = np.unique(root[upper], return_inverse=True)
+    if len(sizes) > MANY_ROOTS:
+        sizes, which = np.zeros(1), np.zeros_like(which)
+    roots = sizes.reshape(-1, *(1,) * compute.ndim)  # all of them at once, in a dim in front
+    shape = (*np.broadcast_shapes(roots.shape[:-1], compute.shape[:-1]), size - 1)
+    clock, queue = np.broadcast_to(roots, shape).copy(), np.broadcast_to(roots, shape).copy()
+    gathered, computed = np.broadcast_to(roots, (*roots.shape[:-1], size - 1)).copy(), np.zeros(compute.shape)
+    all_during, all_gathered = np.zeros((*shape[:-1], size, size)), np.zeros((*roots.shape[:-1], size, size))
+    for k in range(size - 1):
+        clock_k, queue_k, gathered_k, computed_k = (
+            each[..., : k + 1] for each in (clock, queue, gathered, computed)
+        )
+        queue_k += gather[k]
+        gathered_k += gather[k]
+        begin = np.maximum(clock_k, queue_k)
+        np.add(begin, compute[..., k, None], out=clock_k)
+        computed_k += compute[..., k, None]
+        np.maximum(queue_k, begin, out=queue_k)
+        all_during[..., : k + 1, k + 1] = clock_k - computed_k
+        all_gathered[..., : k + 1, k + 1] = gathered_k
+    first, last = np.nonzero(upper)
+    during = np.moveaxis(all_during[..., first, last], 0, -1)[..., np.arange(len(which)), which.reshape(-1)]
+    moved = np.moveaxis(all_gathered[..., first, last], 0, -1)[..., np.arange(len(which)), which.reshape(-1)]
+    found = np.full((*compute.shape[:-1], size, size), np.inf)
+    found[..., first, last] = during + OVERLAP_SLOWDOWN * np.maximum(0.0, moved - during)
     return found
 
 
 def backward_tables(compute: Table, gather: Table, reduce: Table, root: Table) -> tuple[Table, Table]:
     """What gathering and reducing add to a backward of blocks i to j while it computes, and after its end.
 
-    `root`: a range's seconds for what it reduces last.
+    `root`: a range's seconds for what it reduces last. `compute` may have more dims in front, as for the forward.
     """
-    size = len(compute) + 1
-    during_s, after_s = np.full((size, size), np.inf), np.full((size, size), np.inf)
-    clock, queue, ready, moved, computed = (np.zeros(size) for _ in range(5))
+    size = compute.shape[-1] + 1
+    shape = (*compute.shape[:-1], size)
+    clock, queue, ready, moved, computed = (np.zeros(shape) for _ in range(5))
+    # Of each range, when it is computed: the end, the queue until then, seconds of computing and of communication.
+    ends, queues, works, sent = (np.zeros((*shape, size)) for _ in range(4))
     for k in range(size - 2, -1, -1):
-        ready[k + 1] = queue[k + 1] = moved[k + 1] = gather[k]
+        for each in (ready, queue, moved):
+            each[..., k + 1] = gather[k]
         clock_k, queue_k, ready_k, moved_k, computed_k = (
-            each[k + 1 :] for each in (clock, queue, ready, moved, computed)
+            each[..., k + 1 :] for each in (clock, queue, ready, moved, computed)
         )
         begin = np.maximum(clock_k, ready_k)
-        end = begin + compute[k]
-        computed_k += compute[k]
-        # The range ends here: its own reduction, then that of what lies outside layers.
-        last = np.maximum(queue_k, end) + reduce[k] if reduce[k] > 0 else queue_k
-        own = root[k, k + 1 :]
-        last = np.where(own > 0, np.maximum(last, end) + own, last)
-        after = np.maximum(0.0, last - end)
-        during = end - computed_k
-        hidden = np.maximum(0.0, moved_k + reduce[k] + own - during - after)
-        during_s[k, k + 1 :], after_s[k, k + 1 :] = during + OVERLAP_SLOWDOWN * hidden, after
+        np.add(begin, compute[..., k, None], out=clock_k)
+        computed_k += compute[..., k, None]
+        for table, values in ((ends, clock_k), (queues, queue_k), (works, computed_k), (sent, moved_k)):
+            table[..., k, k + 1 :] = values
         if k and gather[k - 1] > 0:
-            queue_k[:] = np.maximum(queue_k, begin) + gather[k - 1]
-            ready_k[:] = queue_k
+            queue_k[...] = np.maximum(queue_k, begin) + gather[k - 1]
+            ready_k[...] = queue_k
             moved_k += gather[k - 1]
-        clock_k[:] = end
         if reduce[k] > 0:
-            queue_k[:] = np.maximum(queue_k, end) + reduce[k]
+            queue_k[...] = np.maximum(queue_k, clock_k) + reduce[k]
             moved_k += reduce[k]
-    return during_s, after_s
+    # The range ends with its first block: that one's reduction, then that of what lies outside layers.
+    own = np.append(reduce, 0.0)[:, None]
+    last = np.where(own > 0, np.maximum(queues, ends) + own, queues)
+    last = np.where(root > 0, np.maximum(last, ends) + root, last)
+    after = np.maximum(0.0, last - ends)
+    during = ends - works
+    hidden = np.maximum(0.0, sent + own + root - during - after)
+    empty = np.tri(size, dtype=bool)
+    return np.where(empty, np.inf, during + OVERLAP_SLOWDOWN * hidden), np.where(empty, np.inf, after)
