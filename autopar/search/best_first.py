@@ -76,6 +76,7 @@ class _State:
     best: Found | None
     below_s: float
     most: int  # simulations
+    proves: bool
     # (bound, how it was found, candidate, the cuts to simulate); a candidate that cannot fit is not there.
     queue: list[tuple[float, Level, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
     lower: float = math.inf
@@ -108,15 +109,15 @@ class Engine:
     def search(
         self, candidates: Sequence[Candidate], *, even: bool = False, incumbent: Found | None = None,
         deadline: float | None = None, progress: Progress | None = None, below_s: float = math.inf,
-        max_simulations: int | None = None,
+        max_simulations: int | None = None, proves: bool = True,
     ) -> Outcome:
         """The best of the candidates over all cuts, or over even ones alone; never worse than the incumbent.
 
-        What takes `below_s` or more is not looked for.
+        What takes `below_s` or more is not looked for. Not `proves`: what no simulation is left for is not bounded.
 
         An interrupt ends it as the time limit does where a plan was found before; else the caller gets the interrupt.
         """
-        state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS)
+        state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS, proves=proves)
         try:
             self._fill(state, candidates, deadline)
             self._settle(state, len(candidates), even, deadline, progress)
@@ -170,7 +171,7 @@ class Engine:
             if stopped and (best is not None or timed_out or math.isfinite(state.below_s)):
                 state.stopped = True
                 state.timed_out = state.timed_out or timed_out
-                if timed_out or level is Level.CLOSER:
+                if timed_out or level is Level.CLOSER or not state.proves:
                     break
             state.bound = bound
             heapq.heappop(queue)

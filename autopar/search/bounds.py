@@ -45,7 +45,7 @@ from autopar.simulate.stage_cost import is_layer
 Cuts = tuple[int, ...]
 ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothing else counts
 ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
-MANY_OVERLAPS = 256  # kept at once
+MANY_OVERLAPS = 1024  # kept at once
 MANY_CUTS = 1024  # kept at once
 SINGLE_DEPTHS = 8  # micro-batches in flight, beyond which numbers are taken together
 PARTS = 16  # into which the cuts over unlike stages are parted

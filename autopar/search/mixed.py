@@ -20,7 +20,7 @@ from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, divisors
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
-from autopar.search.plan_schedules import WORTH, other_schedule
+from autopar.search.plan_schedules import WORTH, busiest_s, other_schedule
 from autopar.search.runs import Passed, Runs, RunStage
 from autopar.search.simulated_plan import SimulatedPlan
 from autopar.sharding.rewrite import Rewrite
@@ -292,7 +292,9 @@ class _Search:
         if whole and (problem := next(problems(plan, self.engine.graph), None)):
             log.info("a plan of unlike stages is not legal: %s", problem)
             return None
-        other = other_schedule(self.engine.graph, self.cluster, plan, split_backward=False)
+        graph = self.engine.graph
+        can_be_best = busiest_s(graph, self.cluster, plan) < self.best_s
+        other = other_schedule(graph, self.cluster, plan, split_backward=False) if can_be_best else None
         if other is not None:
             ordered = simulate(self.engine.graph, self.cluster, other, detail=False)
             if ordered.feasible and ordered.step_time_s < timeline.step_time_s * (1 - WORTH):

@@ -53,12 +53,7 @@ def search_orders(
 def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:
     """The pipeline in other orders, where its busiest stage leaves room for a gain."""
     c, plan = base.candidate, engine.plan(base.candidate, base.cuts)
-    costs, _ = pipeline_times(rewritten(engine.graph, plan.rewrites), engine.cluster, plan)
-    busiest = max(
-        c.num_micro_batches * (cost.forward_s + cost.backward_s) + cost.step_once_s
-        for own in costs for cost in own.values()
-    )
-    if busiest >= best_s * (1 - WORTH):
+    if busiest_s(engine.graph, engine.cluster, plan) >= best_s * (1 - WORTH):
         return
     other = other_schedule(engine.graph, engine.cluster, plan, limit_s=best_s * (1 - WORTH))
     if other is not None:
@@ -72,6 +67,15 @@ def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:
                 for i, (first, last) in enumerate(pairwise(cuts))
             )
             yield replace(plan, stages=stages, schedule=Schedule.INTERLEAVED)
+
+
+def busiest_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> float:
+    """Seconds that the busiest stage works: the step has no less in any order, where a rank runs one stage."""
+    costs, _ = pipeline_times(rewritten(graph, plan.rewrites), cluster, plan)
+    return max(
+        plan.num_micro_batches * (cost.forward_s + cost.backward_s) + cost.step_once_s
+        for own in costs for cost in own.values()
+    )
 
 
 def other_schedule(

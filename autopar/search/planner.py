@@ -174,7 +174,7 @@ class _Searches:
         else:
             outcome = engine.search(
                 self.space, incumbent=engine.best, deadline=self.deadline, progress=self.progress,
-                below_s=mixed.step_time_s, max_simulations=MAX_BESIDE,
+                below_s=mixed.step_time_s, max_simulations=MAX_BESIDE, proves=False,
             )
         unsettled = outcome.best is None and not outcome.timed_out and self.no_mesh is None
         if unsettled and not self.request.mesh and mixed is None:
@@ -236,7 +236,8 @@ class _Searches:
             # What is slower in the usual order may be quicker than stages of unlike meshes in another.
             try:
                 engine.search(
-                    [own for own in self.space if own.pp > 1], deadline=self.deadline, max_simulations=MAX_TO_ORDER
+                    [own for own in self.space if own.pp > 1], deadline=self.deadline, max_simulations=MAX_TO_ORDER,
+                    proves=False,
                 )
             except KeyboardInterrupt:
                 engine.interrupted = True

@@ -226,10 +226,14 @@ class Runs:
         same_node: bool, limit_s: float,
     ) -> _State | None:
         """Puts a stage on a group before what a state holds."""
-        first, own, first_end, own_end, later, forward = tables
-        through, least, done = behind.through_s[:-1], behind.least_s[:-1], behind.done_s[:-1]
+        levels, columns = _finite(behind.done_s[:-1])
+        if levels.start == levels.stop:
+            return made
+        rows = slice(0, columns.stop - 1)
+        first, own, first_end, own_end, later, forward = (own[levels, rows, columns] for own in tables)
+        through, least, done = (own[levels, columns] for own in (behind.through_s, behind.least_s, behind.done_s))
         if key[1] >= 0:
-            there, once, every = self._link(group, key[1], same_node)
+            there, once, every = (own[columns] for own in self._link(group, key[1], same_node))
             through, done = through + once, done + there
             least = np.maximum(least + once, through + every)
         before = np.maximum(least[:, None, :], through[:, None, :] + later)
@@ -248,12 +252,13 @@ class Runs:
             shape = behind.through_s.shape
             made = _State(np.full(shape, np.inf), np.full(shape, np.inf), np.full(shape, np.inf),
                           np.full(shape, -1, dtype=np.int16), np.full(shape, -1, dtype=np.int16))
-        better = value < made.done_s[1:]
-        made.done_s[1:] = np.where(better, value, made.done_s[1:])
-        made.end[1:] = np.where(better, end, made.end[1:])
-        made.via[1:] = np.where(better, len(made.steps), made.via[1:])
-        made.least_s[1:] = np.minimum(made.least_s[1:], total)
-        made.through_s[1:] = np.minimum(made.through_s[1:], sums)
+        at = slice(levels.start + 1, levels.stop + 1), rows
+        better = value < made.done_s[at]
+        made.done_s[at] = np.where(better, value, made.done_s[at])
+        made.end[at] = np.where(better, end + columns.start, made.end[at])
+        made.via[at] = np.where(better, len(made.steps), made.via[at])
+        made.least_s[at] = np.minimum(made.least_s[at], total)
+        made.through_s[at] = np.minimum(made.through_s[at], sums)
         made.steps.append((group, key))
         return made
 
@@ -287,6 +292,15 @@ class Runs:
             assert behind[1] != pool or behind[2] == key[2] - size
             at, level, key = last, level - 1, behind
         return tuple(found)
+
+
+def _finite(table: Table) -> tuple[slice, slice]:
+    """The rows and the columns between which all finite entries are."""
+    finite = np.isfinite(table)
+    rows, columns = (np.flatnonzero(finite.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return slice(0, 0), slice(0, 0)
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def _lies_well(start: int, size: int, node_size: int) -> bool:
