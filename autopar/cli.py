@@ -5,9 +5,6 @@ Rooms are imported inside the commands that need them, so that `autopar --help` 
 
 from __future__ import annotations
 
-import atexit
-import gc
-import io
 import json
 import os
 import sys
@@ -85,6 +82,7 @@ from autopar.cli_output import (
     progress,
     report_table,
 )
+from autopar.cli_process import Ending, collect_seldom, keep_memory, replace_unprintable
 from autopar.cli_profile import profile
 from autopar.cli_requests import SimulateRequest, Simulations
 from autopar.cli_sweep import sweep
@@ -298,11 +296,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is not None:
         return _run(words)
     # The process is ours.
-    ending = _Ending()
-    _collect_seldom()
-    _replace_unprintable()
+    ending = Ending()
+    collect_seldom()
+    replace_unprintable()
+    alone = words[:1] in (["plan"], ["simulate"])  # they have no other processes
+    if alone:
+        keep_memory()
     code = _run(words)
-    if words[:1] in (["plan"], ["simulate"]):  # which leave no other process
+    if alone:
         ending.code = code
     return code
 
@@ -328,43 +329,6 @@ def _run(words: list[str]) -> int:
     if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code
         return _fail("interrupted", INTERRUPTED, words)
     return code if isinstance(code, int) else 0
-
-
-def _replace_unprintable() -> None:
-    """What a terminal's encoding does not have (the lines of a table, in ASCII) is printed as a question mark."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _collect_seldom() -> None:
-    """Python seldom looks for cyclic garbage in this process from here on.
-
-    A tenth of a plan's time went there, for a few MiB: nearly all that it looked at is libraries, which stay.
-    """
-    gc.set_threshold(1_000_000, 10, 10)
-
-
-class _Ending:
-    """Ends the process with `code`, where one is set, after all else that is to be done as it ends.
-
-    Python itself would then take its modules down one by one, which takes a quarter of a second with torch.
-    """
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-        atexit.register(self._end)  # the first to be registered is the last to run
-
-    def _end(self) -> None:
-        gc.freeze()
-        if self.code is None:
-            return
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:  # the reader went away: Python says so
-            return
-        os._exit(self.code)
 
 
 def _with_explain(words: list[str]) -> list[str]:
