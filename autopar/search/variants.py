@@ -112,6 +112,18 @@ def _unbeaten(held: Table, added: Table, counts: NDArray[np.int32]) -> Frontier:
     return Frontier(held[kept], added[kept], counts[kept])
 
 
+def _with_one_more(
+    held: Table, added: Table, of_held: Table, of_added: Table
+) -> tuple[NDArray[np.intp], Table, Table]:
+    """The unbeaten sums of a frontier and one more layer's options: which they are, option after option, and both."""
+    every_held, every_added = (of_held[:, None] + held).ravel(), (of_added[:, None] + added).ravel()
+    order = np.argsort(every_held, kind="stable")  # which merges what is sorted already: a run an option
+    order = order[_falls(every_added[order])]
+    held = every_held[order]
+    order = order[np.append(held[1:] > held[:-1], True)]  # of those that hold as much the last adds least
+    return order, every_held[order], every_added[order]
+
+
 def _falls(added: Table) -> NDArray[np.bool_]:
     """Where times, in ascending order of bytes, are less than all before."""
     least = np.minimum.accumulate(added)
@@ -132,10 +144,9 @@ def frontiers(options: Options, num_layers: int, weights: Weights) -> list[Front
     one = np.eye(len(options), dtype=np.int32)
     while len(known) <= num_layers:
         last = known[-1]
-        known.append(_unbeaten(
-            (last.held_bytes[:, None] + held[None, :]).ravel(), (last.added_s[:, None] + added[None, :]).ravel(),
-            (last.counts[:, None, :] + one[None, :, :]).reshape(-1, len(options)),
-        ))
+        kept, own_held, own_added = _with_one_more(last.held_bytes, last.added_s, held, added)
+        option, before = np.divmod(kept, len(last.held_bytes))
+        known.append(Frontier(own_held, own_added, last.counts[before] + one[option]))
     return known
 
 
@@ -163,11 +174,7 @@ def _steps(points: Points, num_layers: int) -> tuple[float, Table, Table]:
             known.append(((number - second) * held[0] + second * held[-1],
                           (number - second) * added[0] + second * added[-1]))
             continue
-        last = known[-1]
-        sums = (last[0][:, None] + held[None, :]).ravel(), (last[1][:, None] + added[None, :]).ravel()
-        order = np.lexsort((sums[1], sums[0]))
-        kept = _falls(sums[1][order])
-        known.append((sums[0][order][kept], sums[1][order][kept]))
+        known.append(_with_one_more(*known[-1], held, added)[1:])
     keys = np.concatenate([number * width + each for number, (each, _) in enumerate(known)])
     return width, keys, np.concatenate([each for _, each in known])
 
