@@ -128,6 +128,15 @@ class Bounds:
         backward = np.minimum.reduce([table.backward_s for table in tables])
         return shared_work(c, float(forward @ number), float(backward @ number))
 
+    def work_on(self, c: Candidate, kind: StageKind) -> float:
+        """The same where all stages are of this kind."""
+        costs = self._tables.block_costs(c, kind)
+        each = [costs[block.cls] for block in self._graph.blocks]
+        return shared_work(
+            c, sum(cost.forward_compute_s + cost.forward_tp_comm_s for cost in each),
+            sum(cost.backward_compute_s + cost.backward_tp_comm_s for cost in each),
+        )
+
     def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[tuple[float, float], tuple[float, float]]:
         """Seconds that a row of an endless batch takes through all blocks at least, forward and backward.
 

@@ -86,17 +86,34 @@ def _roughly(engine: Engine, c: Candidate) -> float:
 def _without_axis(c: Candidate) -> Candidate:
     """The candidate with a data axis of as many parts of a row instead of its context axis."""
     replicate, shard = (c.dp_replicate * c.cp, 1) if c.zero == 0 else (c.dp_replicate, c.dp_shard * c.cp)
-    return replace(c, cp=1, spread=c.cp, dp_replicate=replicate, dp_shard=shard)
+    return replace(c, cp=1, spread=c.spread * c.cp, dp_replicate=replicate, dp_shard=shard)
 
 
-def _added_alone(plain: Bounds, c: Candidate) -> float:
-    """What the context axis adds to a step, roughly: what it adds without a tensor axis, shared out to those ranks.
+def _added_alone(engine: Engine, plain: Bounds, c: Candidate) -> float:
+    """What the context axis adds to a step, roughly: what it adds without a tensor axis to as many parts of its rows.
 
-    `plain` bounds with shardings of layers that are not rewritten, of which there are some for the axis alone.
+    Its groups lie as they do beside the tensor axis, and share the network as those do. `plain` bounds with shardings
+    of layers that are not rewritten, of which there are some for the axis alone.
     """
     replicate, shard = (c.dp_replicate * c.tp, 1) if c.zero == 0 else (c.dp_replicate, c.dp_shard * c.tp)
-    alone = replace(c, tp=1, sequence_parallel=False, dp_replicate=replicate, dp_shard=shard)
-    return (plain.rough(alone) - plain.rough(_without_axis(alone))) / c.tp
+    alone = replace(
+        c, tp=1, sequence_parallel=False, dp_replicate=replicate, dp_shard=shard, spread=c.spread * c.tp
+    )
+    without = _without_axis(alone)
+    kind = engine.layout.kinds(without)[0]
+    beside = replace(kind, context=engine.layout.kinds(c)[0].context)
+    return plain.work_on(alone, beside) - plain.work_on(without, kind)
+
+
+def _promises_alone(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> bool:
+    """Whether the estimate of any of these is below the limit with what the context axis adds alone."""
+    added: dict[Work, float] = {}
+    for c in space:
+        if c.work not in added:
+            added[c.work] = _added_alone(engine, plain, c)
+        if estimated(engine, c, limit) + added[c.work] < limit:
+            return True
+    return False
 
 
 def _promises(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> bool:
@@ -180,7 +197,7 @@ def _promising(
         alike = [c for estimate, c in estimates if estimate < limit]
         # Alone, the axis is chosen for in a tenth of the time.
         alone = chooser.choose(1, sequence_parallel=False, cp=cp) if tp > 1 and limit < float("inf") else None
-        if alone is not None and all(estimated(engine, c, limit) + _added_alone(plain, c) >= limit for c in alike):
+        if alone is not None and not _promises_alone(engine, plain, alike, limit):
             continue
         if chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp) is None:
             continue

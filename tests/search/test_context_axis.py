@@ -14,8 +14,12 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.graph.source import capture_source, load_source
 from autopar.plan.file import load_plan, save_plan
 from autopar.plan.verify import problems, verify_plan
-from autopar.search.candidates import MESH_AXES, PlanRequest, parse_mesh
+from autopar.search.best_first import Engine
+from autopar.search.bounds import Bounds
+from autopar.search.candidates import MESH_AXES, Candidate, PlanRequest, parse_mesh
+from autopar.search.context import _added_alone, _without_axis
 from autopar.search.planner import find_plan
+from autopar.search.shardings import ShardingChooser
 from autopar.sharding.state import Kind, shard
 from autopar.simulate.simulator import simulate
 
@@ -90,3 +94,18 @@ def test_a_mesh_that_no_plan_has(graph: ModelGraph) -> None:
         with pytest.raises(InputError, match=f"has the mesh {mesh}"):
             find_plan(graph, parse_cluster("2x8xH100-80GB"), request(mesh=parse_mesh(mesh)))
     assert "cp" in MESH_AXES
+
+
+def test_what_the_axis_adds_beside_a_tensor_axis_counts_the_network_that_its_groups_share(graph: ModelGraph) -> None:
+    """Four groups of it leave each node beside four tensor ranks: what each of them sends is less, and as slow."""
+    cluster, asked = parse_cluster("8x8xH100-80GB@200Gbps"), request()
+    engine = Engine(graph, cluster, asked)
+    chooser = ShardingChooser(graph, cluster, asked.dtype)
+    plain = Bounds(graph, engine.layout, asked, chooser)
+    c = Candidate(
+        pp=1, tp=4, cp=16, dp_replicate=1, dp_shard=1, zero=0, sequence_parallel=True, offload_optimizer=False,
+        micro_batch=2, num_micro_batches=1,
+    )
+    assert chooser.choose(1, sequence_parallel=False, cp=16) is not None
+    added = _added_alone(engine, plain, c)
+    assert plain.of_work(c) - plain.of_work(_without_axis(c)) == pytest.approx(added, rel=0.1)
