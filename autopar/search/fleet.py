@@ -27,7 +27,7 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import Candidate, PlanRequest, axis_variants, divisors
 from autopar.search.mixed_costs import ClusterPools
 from autopar.search.objective import Objective, cost_of_step
-from autopar.search.planner import UNUSED, find_plan
+from autopar.search.planner import UNUSED, find_plan, new_engine
 
 log = logging.getLogger(__name__)
 EACH = 8  # up to so many nodes of a kind every number of them is a part; beyond, 1, 2, 3, 4, 6, 8, 12, 16 ... and all
@@ -279,7 +279,7 @@ class _Fleet:
         if deadline is not None and self.planned:  # the first has all the time
             request = replace(request, max_search_seconds=max(0.0, deadline - time.monotonic()))
         try:
-            engine = Engine(self.graph, part, request)
+            engine = new_engine(self.graph, part, request)
             if part is self.cluster:
                 self.engine = engine
             plan = find_plan(self.graph, part, request, progress, engine=engine, need=part is self.cluster)

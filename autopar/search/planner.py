@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
+from autopar.cluster.fingerprint import cluster_fingerprint
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.loss_terms import loss_terms
@@ -25,9 +26,11 @@ from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_none
 from autopar.search.mixed import MixedOutcome, has_unlike_stages, search_mixed
 from autopar.search.need import smallest_need
+from autopar.search.node_order import as_given, in_order
 from autopar.search.plan_schedules import ORDERED, search_orders
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 from autopar.search.simulated_plan import SimulatedPlan
+from autopar.simulate.simulator import simulate
 
 __all__ = ["Degrees", "PlanRequest", "find_plan", "plan_from_degrees"]
 
@@ -54,10 +57,12 @@ OTHER_CHOICES = (
     "rewrites of layers that keep more for the backward",
 )
 UNUSED = "leaving devices unused"
+IN_ORDER = "devices in another order than the cluster's"
+BY_MEMORY = "nodes in another order than by memory and speed"  # where they are unlike
 NOT_SEARCHED = (
     OTHER_ORDERS,
     f"a context axis where an estimate promised less than {PROMISE:.0%}, or beyond the {MAX_SHARDINGS} best estimates",
-    "devices in another order than the cluster's",
+    IN_ORDER,
     UNUSED,
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     *OTHER_CHOICES,
@@ -73,7 +78,8 @@ def find_plan(
 ) -> Plan:
     """The fastest plan of the searched space in the cost model, with its certificate and baselines.
 
-    `engine`: made for these, by a caller that goes on with it. `need`: where nothing fits, look for what would.
+    `engine`: what `new_engine` made for these, by a caller that goes on with it. `need`: where nothing fits, look for
+    what would.
 
     The same input gives the same plan, unless `request.max_search_seconds` or an interrupt
     cuts the search short: then it is the best so far. InfeasibleError where nothing fits, with a change that would make
@@ -81,7 +87,7 @@ def find_plan(
     """
     began = time.monotonic()
     deadline = began + request.max_search_seconds if request.max_search_seconds is not None else None
-    engine = engine or Engine(graph, cluster, request)
+    engine = engine or new_engine(graph, cluster, request)
     searches = _Searches(engine, deadline, progress)
     searches.run()
     found = searches.best
@@ -91,16 +97,24 @@ def find_plan(
         raise searches.why_nothing(need=need)
     searched_s = time.monotonic() - began
     log.info("searched %d candidates, simulated %d, in %.2f s", len(searches.space), searches.num_simulated, searched_s)
+    ranks = in_order(cluster, request.dtype)[1]
     plan = replace(
-        found.plan, certificate=searches.certificate(searched_s), baselines=searches.baselines,
-        coverage=plan_coverage(graph, cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
+        found.plan, cluster_fingerprint=cluster_fingerprint(cluster), baselines=searches.baselines,
+        coverage=plan_coverage(graph, engine.cluster, found.plan), notes=(*found.plan.notes, *searches.notes()),
         stages=tuple(
-            replace(stage, peak_memory_bytes=peak, memory_limit_bytes=limit)
+            replace(as_given(stage, ranks), peak_memory_bytes=peak, memory_limit_bytes=limit)
             for stage, peak, limit in zip(found.plan.stages, found.peak_bytes, found.limit_bytes, strict=True)
         ),
     )
+    step_s = found.step_time_s if cluster.is_uniform else simulate(graph, cluster, plan, detail=False).step_time_s
+    plan = replace(plan, certificate=searches.certificate(step_s, searched_s))
     verify_plan(plan, graph, cluster)
     return plan
+
+
+def new_engine(graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> Engine:
+    """What bounds and simulates plans for `find_plan`: on the cluster's nodes in the order that is searched."""
+    return Engine(graph, in_order(cluster, request.dtype)[0], request)
 
 
 class _Searches:
@@ -269,8 +283,8 @@ class _Searches:
             else f"{self.graph.name} does not fit into the memory of {self.cluster.name}"
         )
 
-    def certificate(self, searched_s: float) -> Certificate:
-        """What was proved of the best plan, and of which plans."""
+    def certificate(self, step_s: float, searched_s: float) -> Certificate:
+        """What was proved of the best plan, which takes `step_s`, and of which plans."""
         offload, num_context = self._offloads, self.context.num_searched
         if self.mixed.best is not None:
             what = (
@@ -285,13 +299,14 @@ class _Searches:
                 f"{len(self.space) + num_context} settings of pp, tp, sequence parallelism, dp, ZeRO"
                 f"{', optimizer offload' * offload} and micro-batch{context}{f' with ep {self.ep}' * (self.ep > 1)}"
             )
-            lacking = (ALIKE, *NOT_SEARCHED)
+            order = IN_ORDER if self.cluster.is_uniform else BY_MEMORY
+            lacking = (ALIKE, *(order if item == IN_ORDER else item for item in NOT_SEARCHED))
         if has_unlike_devices(self.cluster):
             lacking = (*lacking, NOT_SHARED)
         if not unsplit_experts(self.graph, 1):
             lacking = (*lacking, NOT_TRIED)
         return Certificate(
-            upper_bound_s=self.best_s, lower_bound_s=self.lower_bound_s,
+            upper_bound_s=step_s, lower_bound_s=min(step_s, self.lower_bound_s),
             searched=f"{what}, each over all cuts of {len(self.graph.blocks)} blocks and all counts of layers that "
                      f"recompute{' or offload' * offload}{self._early()}",
             not_searched=(*lacking, *(() if offload else ("offload to host memory",))),

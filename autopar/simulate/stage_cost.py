@@ -30,6 +30,8 @@ from autopar.simulate.overlap import Exposed, backward_exposed, forward_exposed
 from autopar.simulate.single_backward import SingleBackward, single_backward
 from autopar.simulate.variant_cost import VariantCost, variant_cost
 
+COMPARED_BYTES = 2.0**26  # of a collective by which unlike groups are compared
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
@@ -106,20 +108,38 @@ def slowest_device(cluster: Cluster, ranks: Sequence[int], dtype: str) -> Device
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Group:
-    """A set of ranks that communicate, and how many such groups use one node's network."""
+    """Sets of ranks that communicate, by their shapes, and how many such sets use one node's network."""
 
-    shape: GroupShape
-    per_node: int
+    shapes: tuple[tuple[GroupShape, int], ...]
 
     def time_s(self, kind: Collective, size_bytes: float) -> float:
-        return collective_time_s(kind, size_bytes, self.shape, groups_per_node=self.per_node)
+        """The slowest's: all of a stage wait for it."""
+        return max(
+            collective_time_s(kind, size_bytes, shape, groups_per_node=per_node) for shape, per_node in self.shapes
+        )
 
 
-def _group(cluster: Cluster, plan: Plan, ranks: tuple[int, ...]) -> _Group:
-    """The group of these ranks; the other devices that the plan uses on a node form groups of the same shape."""
-    shape = cluster.group(ranks)
-    used = min(plan.num_devices, max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in ranks))
-    return _Group(shape=shape, per_node=max(1, used // shape.per_node))
+def _group(cluster: Cluster, plan: Plan, groups: Sequence[tuple[int, ...]]) -> _Group:
+    """The groups of these ranks; the other devices that the plan uses on a node form groups of the same shape."""
+    found: dict[tuple[GroupShape, int], None] = {}
+    for ranks in groups[:1] if cluster.is_uniform else groups:
+        shape = cluster.group(ranks)
+        used = min(plan.num_devices, max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in ranks))
+        found[shape, max(1, used // shape.per_node)] = None
+    return _Group(shapes=tuple(found))
+
+
+def tensor_group(cluster: Cluster, stage: Stage, device: DeviceType) -> GroupShape | None:
+    """The shape of the stage's tensor groups that have such a device, of the slowest where they are unlike."""
+    tp = stage.mesh.tp
+    if tp == 1:
+        return None
+    if cluster.is_uniform:
+        return cluster.group(stage.devices[:tp])
+    groups = [stage.devices[at : at + tp] for at in range(0, len(stage.devices), tp)]
+    own = [ranks for ranks in groups if any(cluster.device(rank) == device for rank in ranks)]
+    shapes = dict.fromkeys(cluster.group(ranks) for ranks in own or groups)
+    return max(shapes, key=lambda shape: collective_time_s(Collective.ALL_REDUCE, COMPARED_BYTES, shape))
 
 
 def stage_cost(
@@ -134,7 +154,7 @@ def stage_cost(
     mesh, blocks = stage.mesh, graph.blocks[stage.first : stage.last]
     device = device or slowest_device(cluster, stage.devices, plan.dtype)
     rows = rows or plan.global_batch / (mesh.dp * plan.num_micro_batches)
-    tp_group = cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None
+    tp_group = tensor_group(cluster, stage, device)
     outer, experts = context_axis(cluster, stage), expert_axis(cluster, stage)
     costs = [
         _cost_of(graph, plan, block, stage, rows, device, tp_group, outer, experts, as_megatron) for block in blocks
@@ -259,7 +279,7 @@ def class_costs_of(
     mesh = stage.mesh
     return ClassCosts(
         graph, cls, tp=mesh.tp, rows=rows, device=device, dtype=plan.dtype, outer=context_axis(cluster, stage),
-        tp_group=cluster.group(stage.devices[: mesh.tp]) if mesh.tp > 1 else None,
+        tp_group=tensor_group(cluster, stage, device),
     )
 
 
@@ -446,10 +466,13 @@ class _DataGroups:
 
 
 def _data_groups(cluster: Cluster, plan: Plan, stage: Stage, *, by_experts: bool) -> _DataGroups:
-    ranks = data_ranks(stage, by_experts=by_experts)
+    ranks, mesh = data_ranks(stage, by_experts=by_experts), stage.mesh
+    size, inner = len(ranks.shard), mesh.cp * mesh.tp
+    each = mesh.dp_shard * inner
     return _DataGroups(
-        shard=_group(cluster, plan, ranks.shard), copies=_group(cluster, plan, ranks.copies),
-        whole=_group(cluster, plan, ranks.whole),
+        shard=_group(cluster, plan, [ranks.whole[at : at + size] for at in range(0, len(ranks.whole), size)]),
+        copies=_group(cluster, plan, [stage.devices[at::each] for at in range(0, each, inner)]),
+        whole=_group(cluster, plan, [ranks.whole]),
     )
 
 

@@ -108,3 +108,28 @@ def test_nothing_changes_where_nodes_are_alike() -> None:
     request = PlanRequest(global_batch=8)
     found = find_plan(GRAPH, cluster(2, 1), request)
     assert found == find_plan(GRAPH, cluster(2, 1), replace(request, unlike_stages=False))
+
+
+@pytest.mark.parametrize("unlike_stages", [True, False])
+@pytest.mark.parametrize("speeds", [(0.6, 0.8, 0.6), (1.0, 0.3, 0.5)])
+def test_the_order_of_nodes_changes_nothing_but_ranks(speeds: tuple[float, ...], unlike_stages: bool) -> None:
+    """The plan of one order of the nodes, with the ranks of another, is the plan of that other."""
+    nodes = cluster(per_node=2, speeds=speeds).nodes
+    nodes = (replace(nodes[0], link=replace(nodes[0].link, bandwidth_bytes_per_s=1e9)), *nodes[1:])
+    graph, request = mlp_chain(6, 256, 1024, 32), PlanRequest(global_batch=12, unlike_stages=unlike_stages)
+    found = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        machine = Cluster(name="unlike", nodes=tuple(nodes[i] for i in order))
+        own = find_plan(graph, machine, request)
+        verify_plan(own, graph, machine)
+        assert own.certificate is not None
+        assert simulate(graph, machine, own).step_time_s == own.certificate.upper_bound_s
+        home = {2 * at + lane: 2 * i + lane for at, i in enumerate(order) for lane in range(2)}
+        found.append((
+            own.certificate.upper_bound_s, own.certificate.lower_bound_s, own.micro_batch, own.schedule, own.actions,
+            [(sorted(home[rank] for rank in stage.devices), stage.mesh, stage.zero, stage.rows, stage.first)
+             for stage in own.stages],
+        ))
+    for other in found[1:]:
+        assert other[:2] == pytest.approx(found[0][:2], rel=1e-12)
+        assert other[2:] == found[0][2:]
