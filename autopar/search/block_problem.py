@@ -312,6 +312,10 @@ class Problem:
             return _TIE_S + _sum(found)
 
         rows: dict[Placement, NDArray[np.float64]] = {}
+        if len(self.boundary) == 1:  # as few states are met again and again, in the rewrites of a class most of all
+            whole = self.costs.whole(name)
+            key = whole.size_bytes, whole.element_bytes, whole.requires_grad, info.shape, is_param, *allowed, *columns
+            rows = self.costs.price_rows.setdefault(key, rows)
         for src in have:
             if src not in rows:
                 is_placed = can_be_placed(info.shape, src, sizes)

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.compute import LocalTensor, OpTime, dispatch_s, is_identity_cast, memory_bandwidth, op_time_s
@@ -54,6 +57,7 @@ class _Memo:
         self.ops: dict[tuple[object, ...], tuple[int, Op]] = {}  # ops are kept: their ids are in the keys
         self.conversions: dict[tuple[float, float, bool, Placement, Placement], OpTime | None] = {}
         self.collectives: dict[tuple[Collective, float, int], float] = {}
+        self.price_rows: dict[tuple[object, ...], dict[Placement, NDArray[np.float64]]] = {}
 
 
 _memos: dict[tuple[object, ...], tuple[DeviceType, _Memo]] = {}
@@ -162,6 +166,11 @@ class ClassCosts:
         self._ratio = ratio
         self._table = op_table(device)
         self._op_numbers: dict[str, int] = {}
+
+    @property
+    def price_rows(self) -> dict[tuple[object, ...], dict[Placement, NDArray[np.float64]]]:
+        """Kept for a search's tables of conversions, by all that tells a tensor's, whatever the class."""
+        return self._memo.price_rows
 
     def on_axes(self, axes: Sequence[CostAxis]) -> ClassCosts:
         """The costs on these axes instead, outermost first."""
