@@ -87,7 +87,7 @@ class Bounds:
         self._sorts = [Sorts.of(graph, layer, ends_apart=apart) for apart in (False, True)]
         self._tables = StageTables(request, chooser, self._sorts, int(layer.sum()))
         self._memory = MemoryBounds(request, int(layer.sum()))
-        self._overlaps: dict[tuple[object, ...], list[Table]] = {}
+        self._overlaps: dict[tuple[object, ...], tuple[BlockTable, list[Table]]] = {}
         self._limits: dict[tuple[object, ...], tuple[tuple[float, float], tuple[float, float]]] = {}
         self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
         self._rough: dict[Work, float] = {}
@@ -449,8 +449,8 @@ class Bounds:
         if key not in self._overlaps:
             if len(self._overlaps) >= MANY_OVERLAPS:
                 self._overlaps.clear()
-            self._overlaps[key] = self._overlap(c, kind, table.blocks, behind)
-        start, forward, backward, after, start_beside, after_beside = self._overlaps[key]
+            self._overlaps[key] = table.blocks, self._overlap(c, kind, table.blocks, behind)  # kept with their id
+        start, forward, backward, after, start_beside, after_beside = self._overlaps[key][1]
         return replace(
             summed, forward_s=sorts.sums(behind.forward_s) + forward,
             backward_s=sorts.sums(behind.backward_s) + backward,

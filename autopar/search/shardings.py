@@ -55,7 +55,8 @@ class ShardingChooser:
         self._rows = rows if graph.rows_are_tagged else graph.rows
         self._rewrites, self._compile, self._variants = rewrites, compile, Variants()
         self._of_variants: dict[
-            tuple[int, tuple[int, ...]], tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts]
+            tuple[int, tuple[int, ...], tuple[CostAxis, ...]],
+            tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts],
         ] = {}  # by a variant's id, which is kept
         self._kept: dict[tuple[int, int, bool, bool, bool], Choice | None] = {}
         self._at_rows: dict[tuple[int, int, bool, bool, bool, int], tuple[ClassSharding, ...]] = {}
@@ -289,7 +290,7 @@ class ShardingChooser:
         self, cls: BlockClass, sizes: tuple[int, ...], outer: tuple[CostAxis, ...]
     ) -> tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts]:
         """A class's strategies and costs over axes of these sizes, made once."""
-        key = id(cls), sizes
+        key = id(cls), sizes, outer
         if key not in self._of_variants:
             tp = sizes[-1] if len(sizes) > len(outer) else 1
             costs = ClassCosts(

@@ -22,6 +22,7 @@ from autopar.search.planner import find_plan
 from autopar.search.shardings import ShardingChooser
 from autopar.sharding.state import Kind, shard
 from autopar.simulate.simulator import simulate
+from autopar.simulate.stage_cost import inner_axis
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
@@ -109,3 +110,12 @@ def test_what_the_axis_adds_beside_a_tensor_axis_counts_the_network_that_its_gro
     assert chooser.choose(1, sequence_parallel=False, cp=16) is not None
     added = _added_alone(engine, plain, c)
     assert plain.of_work(c) - plain.of_work(_without_axis(c)) == pytest.approx(added, rel=0.1)
+
+
+def test_a_context_axis_is_weighed_as_one_after_a_tensor_axis_of_its_size(graph: ModelGraph) -> None:
+    cluster = parse_cluster("2x8xH100-80GB")
+    chooser, layer = ShardingChooser(graph, cluster, "bfloat16"), graph.block_class[graph.blocks[1].cls]
+    outer = inner_axis(cluster, (0, 1))
+    of_tensor, of_context = (chooser._of_variant(layer, (2,), axes)[1] for axes in ((), (outer,)))
+    assert (of_tensor.tp, of_tensor.outer) == (2, ())
+    assert (of_context.tp, of_context.outer) == (1, (outer,))
