@@ -218,7 +218,8 @@ class _Lifter:
         elif target._schema.is_mutable:
             self._in_place(node, target, args, kwargs)
         else:
-            value = self._emit(node, target, args, kwargs)
+            value = self._emit_view(node, target, args) if name == "aten.view.default" else self._emit(
+                node, target, args, kwargs)
             if name.startswith("aten.to.") and value.fake is args[0].fake and not value.fake.is_floating_point():
                 self.items.pop()
                 value = args[0]
@@ -238,6 +239,16 @@ class _Lifter:
         if isinstance(tree, dict):
             return {key: self._resolve(item) for key, item in tree.items()}
         return tree
+
+    def _emit_view(self, node: fx.Node, target: Any, args: tuple[Any, ...]) -> Any:
+        """A view; a reshape where the tensor is laid out in another way than in the trace.
+
+        A contiguous() before it is not recorded inside of torch's own Python functions, where it changed nothing.
+        """
+        try:
+            return self._emit(node, target, args, {})
+        except (RuntimeError, ValueError):
+            return self._emit(node, torch.ops.aten.reshape.default, args, {})
 
     def _emit(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the op, writes it down, and returns its value or values."""
