@@ -150,7 +150,7 @@ class Engine:
                 state.timed_out = state.stopped = True
                 state.lower = 0.0  # nothing is known of the rest
                 break
-            state.queue.append((self.bounds.rough(candidate), Level.ROUGH, candidate, ()))
+            state.queue.append((self.bounds.work.rough(candidate), Level.ROUGH, candidate, ()))
         heapq.heapify(state.queue)
 
     def _settle(

@@ -17,37 +17,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from autopar.cost_models.measured import op_table
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import ModelGraph
-from autopar.search.balance import range_sums, smallest_bottleneck, smallest_sum, windows_of
-from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageRanges, StageTable, StageTimes
-from autopar.search.candidates import Candidate, PlanRequest, Work
+from autopar.search.balance import smallest_bottleneck, smallest_sum, windows_of
+from autopar.search.block_table import BlockTable, RangeTimes, Sorts, StageTimes
+from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.loops import PipelineBound, cut_time_s, rounds_between
 from autopar.search.memory_bounds import MemoryBounds
-from autopar.search.overlaps import backward_tables, forward_tables
+from autopar.search.range_loads import RangeLoads, summed
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageKind, StageLayout
 from autopar.search.stage_tables import StageTables
+from autopar.search.work_bounds import WorkBounds
 from autopar.sharding.joint import held_share
 from autopar.simulate.block_cost import BlockCost
 from autopar.simulate.class_costs import CostAxis
-from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 from autopar.simulate.stage_cost import is_layer
 
 Cuts = tuple[int, ...]
-ENDLESS_ROWS = 1 << 30  # of a micro-batch, to see what a row takes where nothing else counts
-ENDLESS_ERROR = 1e-5  # relative; what is left there of launches and unfilled waves is less
-MANY_OVERLAPS = 1024  # kept at once
 MANY_CUTS = 1024  # kept at once
-SINGLE_DEPTHS = 8  # micro-batches in flight, beyond which numbers are taken together
 PARTS = 16  # into which the cuts over unlike stages are parted
 
 
@@ -87,83 +80,19 @@ class Bounds:
         self._sorts = [Sorts.of(graph, layer, ends_apart=apart) for apart in (False, True)]
         self._tables = StageTables(request, chooser, self._sorts, int(layer.sum()))
         self._memory = MemoryBounds(request, int(layer.sum()))
-        self._overlaps: dict[tuple[object, ...], tuple[BlockTable, list[Table]]] = {}
-        self._limits: dict[tuple[object, ...], tuple[tuple[float, float], tuple[float, float]]] = {}
+        self.work = WorkBounds(graph, layout, chooser, self._tables)
+        self.ranges = RangeLoads(self._tables, self._memory, self._sorts)
         self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
-        self._rough: dict[Work, float] = {}
-        self._of_work: dict[Work, float] = {}
         self._of_cuts: dict[Cuts, Sorts] = {}
         self._cut_blocks: dict[tuple[int, Cuts], tuple[BlockTable, BlockTable]] = {}  # by the whole table's id
         self._last: tuple[tuple[Candidate, float], _Loads] | None = None
-
-    def rough(self, c: Candidate) -> float:
-        """A bound without the costs of blocks at the candidate's rows: all rows as quick as those of endless batches.
-
-        No device does a row of a smaller batch in less: efficiencies of products rise with the rows, and what does not
-        grow with them comes on top. Nor is a micro-batch quicker than one of hardly any rows, which still launches
-        every kernel and reads every weight. 0 where that is not known: times or links are measured, or rows meet rows.
-        """
-        if (found := self._rough.get(work := c.work)) is None:
-            found = self._rough[work] = self._make_rough(c)
-        return found
-
-    def _make_rough(self, c: Candidate) -> float:
-        kinds = self._layout.kinds(c)
-        key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.pp > 1, frozenset(k.compute_kind for k in kinds))
-        if key not in self._limits:
-            self._limits[key] = self._row_limits(c, tuple(dict.fromkeys(kinds)))
-        (forward, backward), (least_forward, least_backward) = self._limits[key]
-        return shared_work(c, max(c.rows * forward, least_forward), max(c.rows * backward, least_backward))
-
-    def of_work(self, c: Candidate) -> float:
-        """A bound by what the blocks take at the candidate's rows, with nothing of data axes."""
-        if (found := self._of_work.get(work := c.work)) is None:
-            found = self._of_work[work] = self._make_of_work(c)
-        return found
-
-    def _make_of_work(self, c: Candidate) -> float:
-        tables = [self._tables.blocks(c, kind) for kind in dict.fromkeys(self._layout.kinds(c))]
-        number = tables[0].sorts.number
-        forward = np.minimum.reduce([table.forward_s for table in tables])
-        backward = np.minimum.reduce([table.backward_s for table in tables])
-        return shared_work(c, float(forward @ number), float(backward @ number))
-
-    def work_on(self, c: Candidate, kind: StageKind) -> float:
-        """The same where all stages are of this kind."""
-        costs = self._tables.block_costs(c, kind)
-        each = [costs[block.cls] for block in self._graph.blocks]
-        return shared_work(
-            c, sum(cost.forward_compute_s + cost.forward_tp_comm_s for cost in each),
-            sum(cost.backward_compute_s + cost.backward_tp_comm_s for cost in each),
-        )
-
-    def _row_limits(self, c: Candidate, kinds: Sequence[StageKind]) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Seconds that a row of an endless batch takes through all blocks at least, forward and backward.
-
-        And those that a micro-batch of hardly any rows takes.
-        """
-        rows = self._graph.rows
-        if not self._graph.rows_are_tagged or any(
-            info.numel % rows**2 == 0 for cls in self._chooser.classes for info in cls.tensors if info.numel
-        ) or any(_is_measured(kind) for kind in kinds):
-            return (0.0, 0.0), (0.0, 0.0)
-        found = []
-        for own, share in ((ENDLESS_ROWS, (1 - ENDLESS_ERROR) / ENDLESS_ROWS), (1 / ENDLESS_ROWS, 1 - ENDLESS_ERROR)):
-            like = replace(c, micro_batch=max(1, round(own)), spread=max(1, round(1 / own)))
-            tables = [self._tables.blocks(like, kind) for kind in kinds]
-            number = tables[0].sorts.number
-            found.append((
-                share * float(np.minimum.reduce([t.forward_s for t in tables]) @ number),
-                share * float(np.minimum.reduce([t.backward_s for t in tables]) @ number),
-            ))
-        return found[0], found[1]
 
     def quick(self, c: Candidate, limit_s: float = np.inf) -> float:
         """A bound without looking at cuts: all stages share the work evenly. Infinite where the layers cannot fit.
 
         Where the work alone is not below the limit, the bound by it; or that by the work and the data axes.
         """
-        if limit_s < np.inf and (work_s := self.of_work(c)) >= limit_s:
+        if limit_s < np.inf and (work_s := self.work.of_work(c)) >= limit_s:
             return work_s
         kinds = self._layout.kinds(c)
         if not self._memory.layers_fit(c, kinds, {kind: self._tables.blocks(c, kind) for kind in dict.fromkeys(kinds)}):
@@ -308,7 +237,7 @@ class Bounds:
                 kind: replace(table, blocks=self._blocks_of(table.blocks, cuts)) for kind, table in tables.items()
             }
         times = {
-            kind: self._range_times(c, kind, table) if closer else _summed(table) for kind, table in tables.items()
+            kind: self.ranges.times(c, kind, table) if closer else summed(table) for kind, table in tables.items()
         }
         m = c.num_micro_batches
         wanted: dict[tuple[StageKind, bool], dict[int, list[int]]] = {}  # the stages, by what they have in flight
@@ -324,7 +253,7 @@ class Bounds:
             blocks = tables[kind].blocks
             reached = None if cuts is not None else blocks.sorts.reached(c.pp)
             of_any = None if reached is None else np.array([reached[own].any(axis=0) for own in stages.values()])
-            each = self._stage_loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any, chain_s or 0.0)
+            each = self.ranges.loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any, chain_s or 0.0)
             made |= {(kind, in_flight): own for in_flight, own in zip(stages, each, strict=True)}
         every = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)]
         return _Loads(
@@ -338,79 +267,6 @@ class Bounds:
             once_alone=self._once(c, alike.blocks, replace(of_first, once_beside_s=of_first.once_s), None),
             chain_s=chain_s,
         )
-
-    def stage_ranges(
-        self, c: Candidate, kind: StageKind, counts: Sequence[int], *, closer: bool, limit_s: float = np.inf
-    ) -> StageRanges:
-        """For all ranges what a stage takes with at least so many micro-batches in flight, ascending numbers.
-
-        Infinite where a range does not fit into memory, and maybe where all micro-batches take `limit_s` or more. Not
-        `closer`: as if all activations could be kept and all that can hide behind compute did.
-        """
-        table, sorts = self._tables.times(c, kind), self._sorts[c.pp > 1]
-        times = self._range_times(c, kind, table) if closer else _summed(table)
-        through = [times.forward_s + times.backward_s]
-        if closer:
-            alone = 1 if counts[0] == 1 else 0
-            parts = [own for own in (counts[:alone], counts[alone:]) if own]
-            through = [
-                first for own in parts
-                for _, _, first in self._stage_loads(c, kind, own, table.blocks, times, limit_s)
-            ]
-        later = self._later(c, kind, table.blocks, times)
-        return StageRanges(
-            forward_s=sorts.table(times.forward_s), through_s=np.stack([sorts.table(own) for own in through]),
-            later_s=np.stack([sorts.table(later[min(count, len(later)) - 1]) for count in counts]),
-            once_beside_s=sorts.table(times.once_beside_s), start_beside_s=sorts.table(times.start_beside_s),
-        )
-
-    def _later(self, c: Candidate, kind: StageKind, blocks: BlockTable, times: RangeTimes) -> Table:
-        """[in flight - 1, sort of range]: what is left after a stage's first backward with at least so many in flight.
-
-        Warm-ups may be as deep as memory lets: the deeper they are the fewer forwards are left, and the more variants
-        add. Numbers from `SINGLE_DEPTHS` on count as that one.
-        """
-        m = c.num_micro_batches
-        if m == 1:
-            return np.zeros((1, len(times.forward_s)))
-        least, most = depths_up_to(m)
-        added = self._memory.added_by_depth(c, kind, least, blocks)
-        left = (m - 1) * (times.backward_s + times.hidden_share * added) + (m - most[:, None]) * times.forward_s
-        return np.asarray(np.minimum.accumulate(left[::-1])[::-1][:SINGLE_DEPTHS])
-
-    def _stage_loads(
-        self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
-        limit_s: float = np.inf, wanted: NDArray[np.bool_] | None = None, chain_s: float = 0.0,
-    ) -> list[tuple[Table, Table, Table]]:
-        """The loads with each of these many micro-batches in flight, all at once: one each, or none of them one.
-
-        Of those ranges that are wanted (of all, if None) and take less than the limit; others may be infinite.
-        `chain_s`: what the first micro-batch takes at least through all stages.
-        """
-        m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
-        work = table.forward_s + table.backward_s
-        load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
-        room = self._memory.room(c, kind, in_flight, blocks)
-        if room[1].all():
-            return [(own, own, work) for own in load]
-        # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
-        own = work + table.once_s + (in_flight - 1) * table.plain_forward_s  # beside that, all that a stage does
-        below = load + np.maximum(own, chain_s) < limit_s
-        if wanted is not None:
-            below &= wanted
-        added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
-        added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
-        plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
-        later = np.maximum(load + table.hidden_share * added, plain + added)
-        if counts[0] != 1 or m == 1:
-            added = self._memory.added(c, in_flight, blocks, room, (1.0, 1.0), below)
-        else:
-            added = added / (m - 1)
-        plain = table.plain_forward_s + table.plain_backward_s
-        first = np.maximum(work + table.hidden_share * added, plain + added)
-        finite = np.isfinite(first)
-        more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
-        return list(zip(later, np.where(finite, later + more, np.inf), first, strict=True))
 
     def _own(self, table: RangeTimes, later: Table, first: Table, in_flight: int) -> Table:
         """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
@@ -434,58 +290,6 @@ class Bounds:
         once, beside = sorts.from_start(table.once_s), sorts.from_start(least)
         sends_s = self._layout.sends_s(c, *self._least_sent(c))
         return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + sends_s)
-
-    def _range_times(self, c: Candidate, kind: StageKind, table: StageTable) -> RangeTimes:
-        """The times by sort of range; with communication behind compute unit by unit, over several stages.
-
-        A second that is added to the compute of a range adds at least as much to its time as it takes from the
-        communication that is exposed, which is at most all but the slow-down; the rest of ZeRO 2's is hidden more.
-        """
-        behind, sorts = table.behind, table.blocks.sorts
-        summed = _summed(table)
-        if behind is None or c.pp == 1:
-            return summed
-        key = id(table.blocks), id(kind), c.zero
-        if key not in self._overlaps:
-            if len(self._overlaps) >= MANY_OVERLAPS:
-                self._overlaps.clear()
-            self._overlaps[key] = table.blocks, self._overlap(c, kind, table.blocks, behind)  # kept with their id
-        start, forward, backward, after, start_beside, after_beside = self._overlaps[key][1]
-        return replace(
-            summed, forward_s=sorts.sums(behind.forward_s) + forward,
-            backward_s=sorts.sums(behind.backward_s) + backward,
-            hidden_share=OVERLAP_SLOWDOWN if c.zero == 3 else 1.0, once_s=sorts.sums(behind.once_s) + start + after,
-            once_beside_s=sorts.sums(behind.once_s) + start_beside + after_beside,
-            start_beside_s=sorts.sums(behind.start_s) + start_beside,
-        )
-
-    def _overlap(self, c: Candidate, kind: StageKind, blocks: BlockTable, behind: Behind) -> list[Table]:
-        """By sort of range, what communication adds: at the start, to a forward and a backward, at the end.
-
-        And at the start and the end whatever layers do.
-        """
-        sorts, sort = blocks.sorts, blocks.sorts.sort
-        outside = range_sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)[sort])
-        sizes, of_range = np.unique(np.where(np.isfinite(outside), outside, 0.0), return_inverse=True)
-        of_range = of_range.reshape(outside.shape)
-        gather = np.array([self._tables.gather_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
-        reduce = np.array([self._tables.reduce_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
-        gathers, reductions, nothing = behind.gathers[sort], behind.reductions[sort], np.zeros(len(sort))
-        least = blocks.forward_s[sort], blocks.backward_s[sort]
-        most = least[0] + blocks.most_added[0][sort], least[1] + blocks.most_added[1][sort]
-        zero = np.zeros(len(sorts.counts))
-        if c.zero == 3:
-            start = sorts.least(gather)
-            forward = sorts.least(forward_tables(least[0], gathers, np.zeros_like(gather)))
-            during, after = backward_tables(least[1], gathers, reductions, reduce)
-            return [start, forward, sorts.least(during + after), zero, start, zero]
-        start = start_beside = zero
-        if c.zero:
-            start, start_beside = map(sorts.least, forward_tables(np.array([least[0], most[0]]), gathers, gather))
-        during, after = backward_tables(np.array([least[1], most[1]]), nothing, reductions, reduce)
-        if c.zero == 2:
-            return [start, zero, sorts.least(during[0]), sorts.least(after[0]), start_beside, sorts.least(after[1])]
-        return [start, zero, zero, sorts.least(during[0] + after[0]), start_beside, sorts.least(during[1] + after[1])]
 
     def smallest_need(self, c: Candidate) -> float:
         """The bytes that the fullest device holds, over its limit, under the cut and the variants that need least."""
@@ -542,37 +346,3 @@ class Bounds:
             (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
-
-
-@lru_cache(maxsize=256)
-def depths_up_to(most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Numbers of micro-batches in flight in parts: the first and the last number of each; at first one by one."""
-    firsts, lasts = [], [0]
-    while lasts[-1] < most:
-        first = lasts[-1] + 1
-        firsts.append(first)
-        lasts.append(first if first <= SINGLE_DEPTHS else min(most, first * 9 // 8))
-    return np.array(firsts), np.array(lasts[1:])
-
-
-def shared_work(c: Candidate, forward_s: float, backward_s: float) -> float:
-    """What a step takes at least, where a micro-batch takes so long through all blocks and stages share that evenly."""
-    m, most = c.num_micro_batches, min(c.pp, c.num_micro_batches)
-    later = ((m - 1) * backward_s + (m - most) * forward_s) / c.pp
-    return max(forward_s + backward_s + later, m * (forward_s + backward_s) / c.pp)
-
-
-def _summed(table: StageTable) -> RangeTimes:
-    """The times by sort of range as sums over blocks."""
-    sums = table.blocks.sorts.sums
-    return RangeTimes(
-        forward_s=sums(table.forward_s), backward_s=sums(table.backward_s), hidden_share=table.hidden_share,
-        plain_forward_s=sums(table.plain_forward_s), plain_backward_s=sums(table.plain_backward_s),
-        once_s=sums(table.once_s), once_beside_s=sums(table.once_beside_s), start_beside_s=sums(table.start_beside_s),
-    )
-
-
-def _is_measured(kind: StageKind) -> bool:
-    """Whether times of this kind of stage come from measurements, which need not grow evenly with the rows."""
-    groups = [group for group in (kind.tp_group, *(axis.group for axis in kind.context)) if group is not None]
-    return op_table(kind.device) is not None or any(group.link.fits or group.network.fits for group in groups)

@@ -80,7 +80,7 @@ def _roughly(engine: Engine, c: Candidate) -> float:
     """What its estimate is at least."""
     if c.tp > 1 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel) is None:
         return float("inf")
-    return engine.bounds.rough(_without_axis(c))
+    return engine.bounds.work.rough(_without_axis(c))
 
 
 def _without_axis(c: Candidate) -> Candidate:
@@ -102,7 +102,7 @@ def _added_alone(engine: Engine, plain: Bounds, c: Candidate) -> float:
     without = _without_axis(alone)
     kind = engine.layout.kinds(without)[0]
     beside = replace(kind, context=engine.layout.kinds(c)[0].context)
-    return plain.work_on(alone, beside) - plain.work_on(without, kind)
+    return plain.work.of_kind(alone, beside) - plain.work.of_kind(without, kind)
 
 
 def _promises_alone(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> bool:
@@ -125,7 +125,7 @@ def _promises(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: 
         like = _without_axis(c)
         without = plain.quick(like)
         gained = engine.bounds.quick(like) / without if 0 < without < float("inf") else 1.0
-        if plain.rough(c) * gained < limit and plain.quick(c) * gained < limit:
+        if plain.work.rough(c) * gained < limit and plain.quick(c) * gained < limit:
             return True
     return False
 
@@ -179,7 +179,7 @@ def _promising(
         if key in ordered:
             continue
         if level == 0:
-            heapq.heappush(queue, (max(least, engine.bounds.of_work(_without_axis(c))), c, 1))
+            heapq.heappush(queue, (max(least, engine.bounds.work.of_work(_without_axis(c))), c, 1))
         elif level == 1:
             for own in works[c.work]:
                 heapq.heappush(queue, (max(least, estimated(engine, own, limit)), own, 2))

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from autopar.graph.expert_params import unsplit_experts
 from autopar.search.best_first import Engine, Found
-from autopar.search.bounds import Cuts, shared_work
+from autopar.search.bounds import Cuts
 from autopar.search.candidates import Candidate, PlanRequest, divisors
 from autopar.search.expert_cuts import ExpertCuts
 from autopar.search.simulated_plan import SimulatedPlan, simulated
+from autopar.search.work_bounds import shared_work
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.block_cost import BlockCost
 from autopar.simulate.stage_cost import inner_axis, stage_cost

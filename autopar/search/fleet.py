@@ -250,7 +250,7 @@ class _Fleet:
 
     def _row_s(self, engine: Engine, candidate: Candidate) -> float:
         """Seconds of a row on one tensor group at least: of endless batches, or the least of those that divide it."""
-        endless = engine.bounds.rough(candidate)
+        endless = engine.bounds.work.rough(candidate)
         if endless > 0:
             return endless
         kind = engine.layout.kind_of(candidate, tuple(range(candidate.tp)))

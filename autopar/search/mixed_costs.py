@@ -147,10 +147,10 @@ class MixedCosts:
         useful = []
         for setting, _ in self._tables[group]:
             c, kind = setting.candidate, setting.kind
-            rough = self.engine.bounds.stage_ranges(c, kind, counts, closer=False)
+            rough = self.engine.bounds.ranges.stage_ranges(c, kind, counts, closer=False)
             if not _is_less(self._times_of(group, setting, rough), least, limit_s):
                 continue
-            found = self.engine.bounds.stage_ranges(c, kind, counts, closer=True, limit_s=limit_s)
+            found = self.engine.bounds.ranges.stage_ranges(c, kind, counts, closer=True, limit_s=limit_s)
             own = self._times_of(group, setting, found)
             least = StageTimes(*map(np.minimum, _values(least), _values(own)))
             useful.append((setting, own.alone_s))

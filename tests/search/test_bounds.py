@@ -76,7 +76,7 @@ def test_bounds_never_exceed_the_simulated_time(
         for bound in (under[0] if under else math.inf, closer):
             assert min(bound, limit_s) <= timeline.step_time_s * slack, c
         assert engine.bounds.quick(c) <= best[0] * slack or engine.bounds.quick(c) <= timeline.step_time_s * slack
-        assert engine.bounds.rough(c) <= engine.bounds.of_work(c) * slack <= engine.bounds.quick(c) * slack**2
+        assert engine.bounds.work.rough(c) <= engine.bounds.work.of_work(c) * slack <= engine.bounds.quick(c) * slack**2
         assert own >= 0.4 * timeline.step_time_s, "the bound is of use"
 
 

@@ -109,7 +109,7 @@ def test_what_the_axis_adds_beside_a_tensor_axis_counts_the_network_that_its_gro
     )
     assert chooser.choose(1, sequence_parallel=False, cp=16) is not None
     added = _added_alone(engine, plain, c)
-    assert plain.of_work(c) - plain.of_work(_without_axis(c)) == pytest.approx(added, rel=0.1)
+    assert plain.work.of_work(c) - plain.work.of_work(_without_axis(c)) == pytest.approx(added, rel=0.1)
 
 
 def test_a_context_axis_is_weighed_as_one_after_a_tensor_axis_of_its_size(graph: ModelGraph) -> None:

@@ -1,0 +1,181 @@
+"""What a stage of any range of blocks takes at least, alone and with so many micro-batches in flight.
+
+Times of a range are sums over its blocks, or closer, with communication behind compute unit by unit; loads add what the
+variants of layers cost that fit into memory. The simulator times no stage below them (`bounds`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autopar.search.balance import range_sums
+from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageRanges, StageTable
+from autopar.search.candidates import Candidate
+from autopar.search.elimination import Table
+from autopar.search.memory_bounds import MemoryBounds
+from autopar.search.overlaps import backward_tables, forward_tables
+from autopar.search.stage_kinds import StageKind
+from autopar.search.stage_tables import StageTables
+from autopar.simulate.overlap import OVERLAP_SLOWDOWN
+
+MANY_OVERLAPS = 1024  # kept at once
+SINGLE_DEPTHS = 8  # micro-batches in flight, beyond which numbers are taken together
+
+
+class RangeLoads:
+    """Times and loads of ranges, by sort; `sorts` are those of one stage and of several."""
+
+    def __init__(self, tables: StageTables, memory: MemoryBounds, sorts: Sequence[Sorts]) -> None:
+        self._tables, self._memory, self._sorts = tables, memory, sorts
+        self._overlaps: dict[tuple[object, ...], tuple[BlockTable, list[Table]]] = {}
+
+    def stage_ranges(
+        self, c: Candidate, kind: StageKind, counts: Sequence[int], *, closer: bool, limit_s: float = np.inf
+    ) -> StageRanges:
+        """For all ranges what a stage takes with at least so many micro-batches in flight, ascending numbers.
+
+        Infinite where a range does not fit into memory, and maybe where all micro-batches take `limit_s` or more. Not
+        `closer`: as if all activations could be kept and all that can hide behind compute did.
+        """
+        table, sorts = self._tables.times(c, kind), self._sorts[c.pp > 1]
+        times = self.times(c, kind, table) if closer else summed(table)
+        through = [times.forward_s + times.backward_s]
+        if closer:
+            alone = 1 if counts[0] == 1 else 0
+            parts = [own for own in (counts[:alone], counts[alone:]) if own]
+            through = [
+                first for own in parts
+                for _, _, first in self.loads(c, kind, own, table.blocks, times, limit_s)
+            ]
+        later = self._later(c, kind, table.blocks, times)
+        return StageRanges(
+            forward_s=sorts.table(times.forward_s), through_s=np.stack([sorts.table(own) for own in through]),
+            later_s=np.stack([sorts.table(later[min(count, len(later)) - 1]) for count in counts]),
+            once_beside_s=sorts.table(times.once_beside_s), start_beside_s=sorts.table(times.start_beside_s),
+        )
+
+    def _later(self, c: Candidate, kind: StageKind, blocks: BlockTable, times: RangeTimes) -> Table:
+        """[in flight - 1, sort of range]: what is left after a stage's first backward with at least so many in flight.
+
+        Warm-ups may be as deep as memory lets: the deeper they are the fewer forwards are left, and the more variants
+        add. Numbers from `SINGLE_DEPTHS` on count as that one.
+        """
+        m = c.num_micro_batches
+        if m == 1:
+            return np.zeros((1, len(times.forward_s)))
+        least, most = depths_up_to(m)
+        added = self._memory.added_by_depth(c, kind, least, blocks)
+        left = (m - 1) * (times.backward_s + times.hidden_share * added) + (m - most[:, None]) * times.forward_s
+        return np.asarray(np.minimum.accumulate(left[::-1])[::-1][:SINGLE_DEPTHS])
+
+    def loads(
+        self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
+        limit_s: float = np.inf, wanted: NDArray[np.bool_] | None = None, chain_s: float = 0.0,
+    ) -> list[tuple[Table, Table, Table]]:
+        """The loads with each of these many micro-batches in flight, all at once: one each, or none of them one.
+
+        Of those ranges that are wanted (of all, if None) and take less than the limit; others may be infinite.
+        `chain_s`: what the first micro-batch takes at least through all stages.
+        """
+        m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
+        work = table.forward_s + table.backward_s
+        load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
+        room = self._memory.room(c, kind, in_flight, blocks)
+        if room[1].all():
+            return [(own, own, work) for own in load]
+        # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
+        own = work + table.once_s + (in_flight - 1) * table.plain_forward_s  # beside that, all that a stage does
+        below = load + np.maximum(own, chain_s) < limit_s
+        if wanted is not None:
+            below &= wanted
+        added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
+        added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
+        plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
+        later = np.maximum(load + table.hidden_share * added, plain + added)
+        if counts[0] != 1 or m == 1:
+            added = self._memory.added(c, in_flight, blocks, room, (1.0, 1.0), below)
+        else:
+            added = added / (m - 1)
+        plain = table.plain_forward_s + table.plain_backward_s
+        first = np.maximum(work + table.hidden_share * added, plain + added)
+        finite = np.isfinite(first)
+        more = np.where(finite, first, 0.0) - np.where(finite, work, 0.0)
+        return list(zip(later, np.where(finite, later + more, np.inf), first, strict=True))
+
+    def times(self, c: Candidate, kind: StageKind, table: StageTable) -> RangeTimes:
+        """The times by sort of range; with communication behind compute unit by unit, over several stages.
+
+        A second that is added to the compute of a range adds at least as much to its time as it takes from the
+        communication that is exposed, which is at most all but the slow-down; the rest of ZeRO 2's is hidden more.
+        """
+        behind, sorts = table.behind, table.blocks.sorts
+        sums = summed(table)
+        if behind is None or c.pp == 1:
+            return sums
+        key = id(table.blocks), id(kind), c.zero
+        if key not in self._overlaps:
+            if len(self._overlaps) >= MANY_OVERLAPS:
+                self._overlaps.clear()
+            self._overlaps[key] = table.blocks, self._overlap(c, kind, table.blocks, behind)  # kept with their id
+        start, forward, backward, after, start_beside, after_beside = self._overlaps[key][1]
+        return replace(
+            sums, forward_s=sorts.sums(behind.forward_s) + forward,
+            backward_s=sorts.sums(behind.backward_s) + backward,
+            hidden_share=OVERLAP_SLOWDOWN if c.zero == 3 else 1.0, once_s=sorts.sums(behind.once_s) + start + after,
+            once_beside_s=sorts.sums(behind.once_s) + start_beside + after_beside,
+            start_beside_s=sorts.sums(behind.start_s) + start_beside,
+        )
+
+    def _overlap(self, c: Candidate, kind: StageKind, blocks: BlockTable, behind: Behind) -> list[Table]:
+        """By sort of range, what communication adds: at the start, to a forward and a backward, at the end.
+
+        And at the start and the end whatever layers do.
+        """
+        sorts, sort = blocks.sorts, blocks.sorts.sort
+        outside = range_sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)[sort])
+        sizes, of_range = np.unique(np.where(np.isfinite(outside), outside, 0.0), return_inverse=True)
+        of_range = of_range.reshape(outside.shape)
+        gather = np.array([self._tables.gather_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
+        reduce = np.array([self._tables.reduce_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
+        gathers, reductions, nothing = behind.gathers[sort], behind.reductions[sort], np.zeros(len(sort))
+        least = blocks.forward_s[sort], blocks.backward_s[sort]
+        most = least[0] + blocks.most_added[0][sort], least[1] + blocks.most_added[1][sort]
+        zero = np.zeros(len(sorts.counts))
+        if c.zero == 3:
+            start = sorts.least(gather)
+            forward = sorts.least(forward_tables(least[0], gathers, np.zeros_like(gather)))
+            during, after = backward_tables(least[1], gathers, reductions, reduce)
+            return [start, forward, sorts.least(during + after), zero, start, zero]
+        start = start_beside = zero
+        if c.zero:
+            start, start_beside = map(sorts.least, forward_tables(np.array([least[0], most[0]]), gathers, gather))
+        during, after = backward_tables(np.array([least[1], most[1]]), nothing, reductions, reduce)
+        if c.zero == 2:
+            return [start, zero, sorts.least(during[0]), sorts.least(after[0]), start_beside, sorts.least(after[1])]
+        return [start, zero, zero, sorts.least(during[0] + after[0]), start_beside, sorts.least(during[1] + after[1])]
+
+
+@lru_cache(maxsize=256)
+def depths_up_to(most: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Numbers of micro-batches in flight in parts: the first and the last number of each; at first one by one."""
+    firsts, lasts = [], [0]
+    while lasts[-1] < most:
+        first = lasts[-1] + 1
+        firsts.append(first)
+        lasts.append(first if first <= SINGLE_DEPTHS else min(most, first * 9 // 8))
+    return np.array(firsts), np.array(lasts[1:])
+
+
+def summed(table: StageTable) -> RangeTimes:
+    """The times by sort of range as sums over blocks."""
+    sums = table.blocks.sorts.sums
+    return RangeTimes(
+        forward_s=sums(table.forward_s), backward_s=sums(table.backward_s), hidden_share=table.hidden_share,
+        plain_forward_s=sums(table.plain_forward_s), plain_backward_s=sums(table.plain_backward_s),
+        once_s=sums(table.once_s), once_beside_s=sums(table.once_beside_s), start_beside_s=sums(table.start_beside_s),
+    )
