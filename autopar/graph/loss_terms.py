@@ -253,11 +253,14 @@ def mixed_rows(graph: ModelGraph, loss_class: str, path: Container[str]) -> tupl
             if cls.name == loss_class and op.name in path:
                 continue
             taken = [cls.tensor[name] for name in op.operands if name not in cls.params]
-            made = [cls.tensor[name] for name in op.outputs if name and cls.tensor[name].requires_grad]
+            made = [
+                cls.tensor[name] for name in op.outputs
+                if name and cls.tensor[name].requires_grad and cls.tensor[name].numel
+            ]
             reduced = any(info.requires_grad and graph.depends_on_rows(info.numel) for info in taken) and any(
                 not graph.depends_on_rows(info.numel) for info in made
             )
-            crossed = any(info.numel and info.numel % graph.rows**2 == 0 for info in made)
+            crossed = any(info.numel % graph.rows**2 == 0 for info in made)
             trained_norm = base_name(op) == "batch_norm" and argument(op, 5, "training", False) is True
             if reduced or crossed or trained_norm:
                 places.setdefault(op.target, []).append(f"{_place(op)} in {cls.name}")

@@ -167,6 +167,17 @@ def test_a_loss_that_parts_do_not_give_runs_whole_or_is_refused(loss_fn: Callabl
     torch.testing.assert_close(numbers(loss_fn, micro_batch=8)[0], expected.detach(), rtol=1e-12, atol=0)
 
 
+def test_a_slice_that_holds_nothing_mixes_no_rows() -> None:
+    """Rotations of all of a head's channels leave an empty rest."""
+    class Rotated(Classifier):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            hidden = self.body(x)
+            turned, rest = hidden[..., : hidden.shape[-1]].sin(), hidden[..., hidden.shape[-1] :]
+            return self.head(torch.cat([turned, rest], dim=-1)).mean()
+
+    assert not loss_terms(capture(Rotated().double(), rows(), tag_rows=True).graph).notes
+
+
 def test_an_op_across_rows_is_noted() -> None:
     class Centred(Classifier):
         def forward(self, x: Tensor, labels: Tensor) -> Tensor:
