@@ -40,14 +40,6 @@ GAIN = 1e-9  # relative; less is rounding
 Estimate = tuple[float, Cuts]  # seconds of a step, under which cut
 
 
-def search_borders(engine: Engine, best: Found, deadline: float | None) -> Found:
-    """The best of the quickest pipelines with their borders moved; what was given, where none is better.
-
-    The time limit and an interrupt end it with the best so far.
-    """
-    return BorderSearch(engine).best(best, deadline)
-
-
 class BorderSearch:
     """Moves the borders of the quickest pipelines, of each candidate once, where that may give a quicker plan."""
 
@@ -58,7 +50,10 @@ class BorderSearch:
         self._actions = MAX_ACTIONS
 
     def best(self, best: Found, deadline: float | None, *, number: int = IMPROVED) -> Found:
-        """The best of that many pipelines with their borders moved, or what was given; see `search_borders`."""
+        """The best of that many of the quickest pipelines with their borders moved; `best`, where none is better.
+
+        The time limit and an interrupt end it with the best so far.
+        """
         engine, climbs = self.engine, list[_Climb]()
         try:
             for base in engine.quickest_pipelines(number):

@@ -12,7 +12,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.errors import InfeasibleError, InputError
 from autopar.graph.model_graph import ModelGraph
 from autopar.search.best_first import Engine, Found
-from autopar.search.borders import moves, search_borders
+from autopar.search.borders import BorderSearch, moves
 from autopar.search.bounds import Cuts
 from autopar.search.candidates import Candidate, PlanRequest, candidates
 
@@ -50,7 +50,7 @@ def test_the_quickest_cut_is_one_layer_from_the_even_one() -> None:
     by_bound = engine.bounds.best_cut(best.candidate)
     assert by_bound is not None
     assert (by_bound[1], engine.even_cuts(4), best.cuts) == ((0, 1, 3, 5, 7), (0, 3, 4, 5, 7), (0, 3, 4, 5, 7))
-    found = search_borders(engine, best, None)
+    found = BorderSearch(engine).best(best, None)
     assert (found.candidate, found.cuts) == (best.candidate, (0, 2, 3, 5, 7))
     every = [engine.simulate(best.candidate, (0, *inner, 7)) for inner in combinations(range(1, 7), 3)]
     assert found == min(own for own in every if own is not None)
@@ -73,19 +73,19 @@ def test_it_is_never_worse_fits_and_is_the_same_again(
         return
     if best is None:
         return
-    found = search_borders(engine, best, None)
+    found = BorderSearch(engine).best(best, None)
     assert found.step_time_s <= best.step_time_s
     assert all(peak <= limit for peak, limit in zip(found.peak_bytes, found.limit_bytes, strict=True))
     assert found.cuts[0] == 0
     assert found.cuts[-1] == len(graph.blocks)
     again, best = searched(graph, machine, request)
     assert best is not None
-    assert search_borders(again, best, None) == found
+    assert BorderSearch(again).best(best, None) == found
 
 
 def test_the_time_limit_moves_nothing() -> None:
     engine, best = pipeline()
-    assert search_borders(engine, best, time.monotonic() - 1) is best
+    assert BorderSearch(engine).best(best, time.monotonic() - 1) is best
 
 
 def test_an_interrupt_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,5 +95,5 @@ def test_an_interrupt_keeps_what_was_found(monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "simulate", interrupted)
-    assert search_borders(engine, best, None) is best
+    assert BorderSearch(engine).best(best, None) is best
     assert engine.interrupted
