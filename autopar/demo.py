@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autopar.cluster.local import local_cluster, num_cores
 from autopar.errors import InputError
@@ -122,7 +121,7 @@ def train(factory: RealModel, plan: Plan, steps: int) -> tuple[list[float], list
     model, example, loss_fn = factory()
     captured = capture(model, make_batch(example, plan.micro_batch, 0), loss_fn=loss_fn)
     trainer = Trainer(model, plan, captured, lambda params: torch.optim.AdamW(params, lr=1e-3))
-    batch: dict[str, Tensor] = make_batch(example, plan.global_batch, 0)
+    batch = make_batch(example, plan.global_batch, 0)
     losses, times_s = [], []
     for _ in range(steps):
         start = time.perf_counter()

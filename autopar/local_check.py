@@ -42,8 +42,6 @@ class RealModel:
             self.spec, seq_len=self.seq_len, dtype=self.dtype, attention=self.attention, rows=self.rows
         )
         model, batch, loss_fn = source.build()
-        if not isinstance(batch, dict):
-            raise InputError(f"{self.spec}: its batch is a tuple; return a dict of keyword arguments to compare it")
         switch_off_dropout(model)
         return model, batch, loss_fn
 

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
+from autopar.graph.autocast import AutocastState, autocast_as, autocast_state, without_autocast
 from autopar.graph.fake import fake_like, faked, masks_as_given, new_fake_mode, outside_other_modes, traced_under
 from autopar.graph.fuse import fused_class
 from autopar.graph.hugging_face import traceable
@@ -61,21 +62,23 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
     Model and batch may be real, fake or on the meta device; the model is left as it was. `tag_rows` replaces the batch
     size by a prime that divides no other size, so that the graph can be scaled to any number of rows. `dtype`
     ("bfloat16") captures the model as if its floating-point parameters and inputs were of that dtype, as mixed
-    precision runs it (buffers keep theirs). `fuse` makes one op of each chain of elementwise ops that one kernel does
+    precision runs it (buffers keep theirs); casts of torch.autocast, inside the model or around the call, are ops of
+    the graph. `fuse` makes one op of each chain of elementwise ops that one kernel does
     (`autopar.graph.fuse`). `evaluates` finds what of the model's code evaluation would need besides the graph.
     Raises CaptureError with the module and line that cannot be captured.
     """
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise InputError(f"unknown dtype {dtype!r}")
     float_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
-    with outside_other_modes():
-        return _capture(
-            model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype, fuse, evaluates
-        )
+    surrounding = autocast_state()
+    with outside_other_modes(), without_autocast():
+        return _capture(model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype,
+                        fuse, evaluates, surrounding)
 
 
 def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: bool, name: str,
-             float_dtype: torch.dtype | None, fuse: bool, evaluates: bool) -> Captured:
+             float_dtype: torch.dtype | None, fuse: bool, evaluates: bool,
+             surrounding: AutocastState) -> Captured:
     check_model(model)
     mode = new_fake_mode()
     rows = _prime(model, batch) if tag_rows else batch.rows
@@ -89,7 +92,8 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
             params = tuple(_info(fqn, param) for fqn, param in model.named_parameters())
 
             def loss(*tensors: Tensor) -> Tensor:
-                return _loss(model, batch.fill(list(tensors)), loss_fn)
+                with autocast_as(surrounding):
+                    return _loss(model, batch.fill(list(tensors)), loss_fn)
 
             with (traced_under(mode), refusing_python_draws(type(model).__name__),
                   noting_own_gradients(own_gradients)):

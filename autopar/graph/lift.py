@@ -2,8 +2,8 @@
 
 Every op runs once on fake tensors with gradients on, in order; that gives shapes, which tensors carry a gradient,
 FLOPs and what autograd keeps. What is cleaned on the way: assertions, aliases, `to` and `dropout` that do nothing,
-no_grad regions (their inputs are detached), in-place ops (their functional twin where no other name of the memory is
-read later; a write into a slice becomes a scatter into its base).
+no_grad regions (their inputs are detached), autocast regions (their casts become ops), in-place ops (their functional
+twin where no other name of the memory is read later; a write into a slice becomes a scatter into its base).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from autopar.errors import CaptureError
+from autopar.graph.autocast import cast_before, is_cast
 from autopar.graph.explain import short_source
 from autopar.graph.measure import Measured, measure, storage_key
 from autopar.graph.model_graph import Arg, Literal, Op, Ref, TensorInfo
@@ -80,6 +81,7 @@ class _Step:
     bind: tuple[fx.Node, ...] | None = None
     detach: bool = False
     packs: bool = False
+    autocasts: bool = False
     uses: list[fx.Node] = field(default_factory=list)
 
 
@@ -125,7 +127,7 @@ class _Lifter:
                 if step.bind is not None:
                     self._bind(step)
                 elif step.node.op != "output":
-                    self._node(step.node)
+                    self._node(step.node, step.autocasts)
         (result,) = (node for node in graph.nodes if node.op == "output")
         outputs = tuple(self.env[node].name for node in result.args[0])
         return Lifted(items=tuple(self.items), leaves=self.leaves, info=self.info, owner=self.owner_of,
@@ -133,24 +135,22 @@ class _Lifter:
 
     # -- the flat program ------------------------------------------------------------------------------------------
 
-    def _flatten(self, graph: fx.Graph, owner: torch.nn.Module) -> Iterator[_Step]:
-        """The nodes in order with the bodies of grad-mode regions in the place of their calls."""
+    def _flatten(self, graph: fx.Graph, owner: torch.nn.Module, autocasts: bool = False) -> Iterator[_Step]:
+        """The nodes in order with the bodies of grad-mode and autocast regions in the place of their calls."""
         for node in graph.nodes:
             if node.op in ("placeholder", "get_attr", "call_module"):
                 continue
             name = getattr(node.target, "_name", "") if not isinstance(node.target, str) else ""
             if node.op == "call_function" and name.startswith("wrap_with_"):
-                yield from self._flatten_region(node, name, owner)
+                yield from self._flatten_region(node, name, owner, autocasts)
                 continue
-            yield _Step(node, uses=list(node.all_input_nodes))
+            yield _Step(node, autocasts=autocasts, uses=list(node.all_input_nodes))
 
-    def _flatten_region(self, node: fx.Node, name: str, owner: torch.nn.Module) -> Iterator[_Step]:
+    def _flatten_region(self, node: fx.Node, name: str, owner: torch.nn.Module, autocasts: bool) -> Iterator[_Step]:
         enabled, body = node.args[0], node.args[1]
         if name == "wrap_with_autocast":
             enabled, body = node.args[2], node.args[4]
-            if enabled:
-                raise CaptureError(f"{self._place(node)}: torch.autocast inside the model; remove it and give the "
-                                   "compute dtype to autopar (--dtype bf16)")
+            autocasts = bool(enabled)
         assert isinstance(body, fx.Node)
         region = getattr(owner, str(body.target))
         operands = node.args[5 if name == "wrap_with_autocast" else 2:]
@@ -159,7 +159,7 @@ class _Lifter:
         for inner, outer in zip(inside, operands, strict=True):
             assert isinstance(outer, fx.Node)
             yield _Step(inner, bind=(outer,), detach=detach, uses=[outer])
-        for step in self._flatten(region.graph, region):
+        for step in self._flatten(region.graph, region, autocasts):
             if step.node.op != "output" or step.node.graph is not region.graph:
                 yield step
                 continue
@@ -196,7 +196,7 @@ class _Lifter:
                                      requires_grad=fake.requires_grad)
         return _Value(name, fake)
 
-    def _node(self, node: fx.Node) -> None:
+    def _node(self, node: fx.Node, autocasts: bool) -> None:
         target = node.target
         if target is operator.getitem:
             container, index = cast("tuple[fx.Node, int]", node.args)
@@ -218,12 +218,31 @@ class _Lifter:
         elif target._schema.is_mutable:
             self._in_place(node, target, args, kwargs)
         else:
+            if autocasts:
+                args, kwargs = self._autocast(node, target, args, kwargs)
             value = self._emit_view(node, target, args) if name == "aten.view.default" else self._emit(
                 node, target, args, kwargs)
             if name.startswith("aten.to.") and value.fake is args[0].fake and not value.fake.is_floating_point():
                 self.items.pop()
                 value = args[0]
             self.env[node] = value
+
+    def _autocast(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The operands as autocast casts them before this op."""
+        dtype = cast_before(target, _fakes(args), _fakes(kwargs), node.meta.get("val"))
+
+        def as_cast(tree: Any) -> Any:
+            if isinstance(tree, _Value):
+                if not is_cast(tree.fake) or tree.fake.dtype == dtype:
+                    return tree
+                return self._emit(node, torch.ops.aten.to.dtype, (tree, dtype), {})
+            if isinstance(tree, (tuple, list)):
+                return type(tree)(as_cast(item) for item in tree)
+            return tree
+
+        if dtype is None:
+            return args, kwargs
+        return as_cast(args), {key: as_cast(value) for key, value in kwargs.items()}
 
     @staticmethod
     def _does_nothing(name: str, args: tuple[Any, ...]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autopar.graph.attribute_reads import watch_reads
+from autopar.graph.autocast import AutocastState, autocast_state
 from autopar.graph.collected import collected_names, hand_on, taking_collected
 from autopar.graph.explain import explained
 from autopar.graph.module_blocks import AttributeKey, Candidate, comparable
@@ -100,6 +101,7 @@ class BlockCall:
     result: Template
     collected: tuple[str, ...]
     grad_enabled: bool
+    autocast: AutocastState
 
     def answer(self, tensors: list[Tensor]) -> Any:
         """What the block returns, made of its output tensors; what was collected inside goes to the running model."""
@@ -169,7 +171,7 @@ class _Recorder:
             candidate.structure, tuple(sorted((name, candidate.attributes[name]) for name in read)),
             tuple(leaf if isinstance(leaf, Slot) else comparable(leaf) for leaf in template.leaves),
             str(template.spec), tuple(TensorMeta.of(tensor) for tensor in tensors), torch.is_grad_enabled(),
-            collected_names(),
+            autocast_state(), collected_names(),
         )
         known = self.recording.first.get(key)
         if known is None:
@@ -185,7 +187,7 @@ class _Recorder:
                 candidate=candidate, key=key, arguments=template, input_names=_input_names(candidate.module, names),
                 inputs=tuple(TensorMeta.of(tensor) for tensor in tensors),
                 outputs=tuple(TensorMeta.of(tensor) for tensor in out_tensors), result=out_template,
-                collected=tuple(collected), grad_enabled=torch.is_grad_enabled(),
+                collected=tuple(collected), grad_enabled=torch.is_grad_enabled(), autocast=autocast_state(),
             )
             self.recording.first[key] = known
         self.recording.calls.append(replace(known, candidate=candidate))

@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from autopar.errors import CaptureError
+from autopar.graph.autocast import autocast_as
 from autopar.graph.collected import collecting
 from autopar.graph.explain import explained
 from autopar.graph.module_blocks import Candidate
@@ -101,7 +102,8 @@ class _Alone(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         args, kwargs = self._call.arguments.fill(list(inputs))
         gradients = contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad()
-        with gradients, _KeepContiguous(), collecting(self._call.collected) as collected:
+        casts, collects = autocast_as(self._call.autocast), collecting(self._call.collected)
+        with gradients, casts, _KeepContiguous(), collects as collected:
             result = type(self.model).forward(self.model, *args, **kwargs)
         return take_tensors((result, collected))[1]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from autopar.graph.capture import Captured, capture
 from autopar.graph.loss_terms import Term, loss_terms
 from autopar.graph.model_call import model_output
+from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
 from autopar.plan.text import recompute_text
 from autopar.runtime.engine import Trainer
@@ -25,7 +26,8 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1}  # a sum of bfl
 
 TRACED_STEPS = 3
 
-ModelFactory = Callable[[], tuple[nn.Module, Mapping[str, Any], Any]]
+Batch: TypeAlias = "Mapping[str, Any] | tuple[Any, ...]"
+ModelFactory = Callable[[], tuple[nn.Module, Batch, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +123,13 @@ def compare(
             results = own.run(*task, timeout_s=timeout_s)
     else:
         results = pool.run(*task, num_ranks=plan.num_devices, timeout_s=timeout_s)
-    found = report(plan, chosen, results, reference_numbers(factory, plan, chosen, steps, seed))
+    coarsest = coarsest_dtype(captured.graph, chosen)
+    found = report(plan, chosen, results, reference_numbers(factory, plan, chosen, steps, seed), coarsest=coarsest)
     parts = parts_apart(captured, plan)
     if found.passed or not parts:
         return found
-    by_parts = report(plan, chosen, results, reference_numbers(factory, plan, chosen, steps, seed, parts=parts))
+    by_parts = report(plan, chosen, results, reference_numbers(factory, plan, chosen, steps, seed, parts=parts),
+                      coarsest=coarsest)
     return by_parts if by_parts.passed else found
 
 
@@ -138,18 +142,30 @@ class Numbers:
     notes: tuple[str, ...] = ()
 
 
-def report(plan: Plan, dtype: str, results: list[Numbers], expected: Numbers) -> ParityReport:
-    """What the ranks found, held against one process."""
+def coarsest_dtype(graph: ModelGraph, dtype: str) -> str:
+    """The key of TOLERANCE for a model that runs in `dtype`: "bfloat16" where its own casts (autocast) go that low."""
+    halves = any(info.dtype in ("bfloat16", "float16") for cls in graph.classes for info in cls.tensors)
+    return "bfloat16" if halves else dtype
+
+
+def report(
+    plan: Plan, dtype: str, results: list[Numbers], expected: Numbers, *, coarsest: str | None = None,
+) -> ParityReport:
+    """What the ranks found, held against one process; by the tolerance of `coarsest`, or else of `dtype`."""
     first = results[0]
+    coarsest = coarsest or dtype
+    notes = (*first.notes, *expected.notes)
+    if coarsest != dtype:
+        notes = (*notes, f"the model casts to 16 bits by itself, so that {TOLERANCE[coarsest]:.0e} is allowed")
     worst: dict[str, float] = {}
     for found, right in zip(first.gradients, expected.gradients, strict=True):
         largest = max((gradient.abs().max().item() for gradient in right.values() if gradient.numel()), default=0.0)
-        noise = _ROUNDINGS * torch.finfo(getattr(torch, dtype)).eps * largest  # an error that this makes is no error
+        noise = _ROUNDINGS * torch.finfo(getattr(torch, coarsest)).eps * largest  # an error that this makes is no error
         for name in sorted({*found, *right}):
             missing = name not in found or name not in right
             error = (
                 float("inf") if missing
-                else relative_error(found[name], right[name], least_scale=noise / TOLERANCE[dtype])
+                else relative_error(found[name], right[name], least_scale=noise / TOLERANCE[coarsest])
             )
             worst[name] = max(worst.get(name, 0.0), error)
     loss_error = max(
@@ -158,12 +174,12 @@ def report(plan: Plan, dtype: str, results: list[Numbers], expected: Numbers) ->
     )
     return ParityReport(
         plan_summary=summary(plan), dtype=dtype, losses=first.losses, expected_losses=expected.losses,
-        loss_error=loss_error, gradient_errors=tuple(worst.items()), tolerance=TOLERANCE[dtype],
-        notes=(*first.notes, *expected.notes),
+        loss_error=loss_error, gradient_errors=tuple(worst.items()), tolerance=TOLERANCE[coarsest],
+        notes=notes,
     )
 
 
-def make_model(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Mapping[str, Any], Any]:
+def make_model(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module, Batch, Any]:
     """The factory's model with its weights of a seed, its batch and its loss function, in a dtype."""
     torch.manual_seed(seed)
     model, batch, loss_fn = factory()
@@ -174,11 +190,23 @@ def make_model(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module,
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(wanted)
-        batch = {
-            name: value.to(wanted) if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in batch.items()
-        }
+        batch = _each(batch, lambda value: value.to(wanted) if value.is_floating_point() else value)
     return model, batch, loss_fn
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its tensors changed."""
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return {name: changed(value) for name, value in batch.items()}
+    return tuple(changed(value) for value in batch)
+
+
+def _part(batch: Batch, first: int, last: int, rows: int) -> Batch:
+    """Rows `first` up to `last` of a batch of `rows`."""
+    return _each(batch, lambda value: value[first:last] if value.dim() and len(value) == rows else value)
 
 
 class _Widened(TorchFunctionMode):
@@ -210,19 +238,17 @@ def capture_for(factory: ModelFactory, dtype: str, *, seed: int = 0) -> Captured
     return _capture(*make_model(factory, dtype, seed), dtype)
 
 
-def _capture(model: nn.Module, example: Mapping[str, Any], loss_fn: Any, dtype: str) -> Captured:
+def _capture(model: nn.Module, example: Batch, loss_fn: Any, dtype: str) -> Captured:
     with precision(dtype):
-        return capture(model, dict(example), loss_fn=loss_fn, tag_rows=True)
+        return capture(model, example, loss_fn=loss_fn, tag_rows=True)
 
 
-def make_batch(example: Mapping[str, Any], rows: int, step: int) -> dict[str, Any]:
+def make_batch(example: Batch, rows: int, step: int) -> Batch:
     """A global batch of `rows` rows made of the example's rows, other ones at each step."""
-    size = max(value.shape[0] for value in example.values() if isinstance(value, Tensor) and value.dim())
+    values = example.values() if isinstance(example, Mapping) else example
+    size = max(value.shape[0] for value in values if isinstance(value, Tensor) and value.dim())
     index = (torch.arange(rows) + step) % size
-    return {
-        name: value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
-        for name, value in example.items()
-    }
+    return _each(example, lambda value: value[index] if value.dim() and value.shape[0] == size else value)
 
 
 def distributed_numbers(
@@ -282,10 +308,7 @@ def reference_numbers(
         optimizer.zero_grad(set_to_none=True)
         losses.append(0.0)
         for first, last in parts or ((0, plan.global_batch),):
-            batch = {
-                name: value[first:last] if isinstance(value, Tensor) and value.dim() and len(value) == plan.global_batch
-                else value for name, value in whole.items()
-            }
+            batch = _part(whole, first, last, plan.global_batch)
             with precision(dtype):
                 output = model_output(model, batch, has_loss_fn=loss_fn is not None)
                 loss = loss_fn(output, batch) if loss_fn is not None else getattr(output, "loss", output)

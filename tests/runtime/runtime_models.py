@@ -148,3 +148,27 @@ def perceptron() -> tuple[nn.Module, dict[str, Tensor], Any]:
     generator = torch.Generator().manual_seed(3)
     batch = {"x": torch.randn(ROWS, 12, generator=generator), "y": torch.randn(ROWS, 5, generator=generator)}
     return Perceptron(), batch, mean_square
+
+
+class UnderAutocast(nn.Module):
+    """Residual layers in bfloat16 by the model's own autocast; parameters, sums and the loss in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, VOCABULARY)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(4)
+        )
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for layer in self.layers:
+                x = x + layer(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def under_autocast() -> tuple[nn.Module, tuple[Tensor, ...], Any]:
+    """Its batch is a tuple."""
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(5))
+    return UnderAutocast(), (ids, ids.roll(-1, 1)), None

@@ -41,3 +41,17 @@ def test_a_stage_without_parameters_trains(pool: LocalPool) -> None:
     )
     report = compare(runtime_models.perceptron, replace(plan, stages=stages), steps=2, pool=pool)
     assert report.passed, (report.loss_error, report.worst)
+
+
+@pytest.mark.parametrize("degrees", [dict(pp=2), dict(dp_shard=2, tp=2, zero=3)], ids=["pp2", "fsdp2xtp2"])
+def test_a_model_that_casts_by_its_own_autocast(pool: LocalPool, degrees: dict[str, Any]) -> None:
+    """The batch is a tuple. What one process rounds in bfloat16 the ranks round the same, or in sums of two halves."""
+    graph = capture_for(runtime_models.under_autocast, "float32").graph
+    size = degrees.get("pp", 1) * degrees.get("dp_shard", 1) * degrees.get("tp", 1)
+    wanted = Degrees(global_batch=8, dtype="float32", param_dtype="float32", optimizer="sgd", micro_batch=2, **degrees)
+    plan = plan_from_degrees(graph, local_cluster(size, device="cpu"), wanted)
+    report = compare(runtime_models.under_autocast, plan, steps=2, pool=pool)
+    assert report.passed and report.tolerance == 1e-1, (report.loss_error, report.worst)
+    assert report.loss_error < 1e-3 and any("16 bits" in note for note in report.notes)
+    if "pp" in degrees:
+        assert report.worst[1] < 1e-2, report.worst
