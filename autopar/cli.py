@@ -303,6 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if alone:
         keep_memory()
     code = _run(words)
+    ending.begins()
     if alone:
         ending.code = code
     return code

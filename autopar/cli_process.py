@@ -6,6 +6,7 @@ import atexit
 import gc
 import io
 import os
+import signal
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -37,6 +38,10 @@ class Ending:
     def __init__(self) -> None:
         self.code: int | None = None
         atexit.register(self._end)  # the first to be registered is the last to run
+
+    def begins(self) -> None:
+        """From here on Ctrl-C changes nothing: all has been done and said."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def _end(self) -> None:
         gc.freeze()

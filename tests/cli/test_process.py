@@ -27,3 +27,18 @@ def test_freed_memory_stays() -> None:
         for words in ((), ("keep",))
     )
     assert kept < plain / 4
+
+
+INTERRUPTED_AT_ITS_END = """
+import os, signal, sys
+from autopar import cli
+done = cli.Ending.begins
+cli.Ending.begins = lambda ending: (done(ending), os.kill(os.getpid(), signal.SIGINT))
+sys.argv[1:] = ["cluster", "show", "8xH100-80GB"]
+sys.exit(cli.main())
+"""
+
+
+def test_an_interrupt_when_all_is_done_changes_nothing() -> None:
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED_AT_ITS_END], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "") and "H100" in run.stdout
