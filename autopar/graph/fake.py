@@ -191,9 +191,37 @@ def masks_as_given() -> Iterator[None]:
         yield
 
 
+def _converted() -> Any:
+    """An nn.Module._apply (what `to`, `float` and `bfloat16` do) for fake parameters, which torch's cannot exchange.
+
+    Modules that shared a parameter share the new one.
+    """
+    from torch.nn import Parameter
+
+    new: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the old ones are kept, so that no other gets their ids
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        for module in self.children() if recurse else ():
+            module._apply(fn)  # type: ignore[no-untyped-call]
+        for name, param in self._parameters.items():
+            if param is None:
+                continue
+            with torch.no_grad():
+                applied = fn(param)
+            if applied is not param:
+                fresh = Parameter(applied, requires_grad=param.requires_grad)
+                self._parameters[name] = new.setdefault(id(param), (param, fresh))[1]  # type: ignore[assignment]
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        return self
+
+    return apply
+
+
 @contextlib.contextmanager
 def values_not_needed() -> Iterator[None]:
-    """While inside, under a fake mode, building a model does not ask fake tensors for values.
+    """While inside, under a fake mode, building a model does not ask fake tensors for values, and may convert it.
 
     `trunc_normal_`, which resamples, is left out. `torch.linspace` on the CPU gives real numbers: models read the rate
     of each layer from it.
@@ -212,7 +240,7 @@ def values_not_needed() -> Iterator[None]:
         with outside_other_modes():
             return linspace(*args, **kwargs).as_subclass(_RealTensor)
 
-    replaced: list[tuple[Any, str, Any]] = [(torch, "linspace", real_linspace)]
+    replaced: list[tuple[Any, str, Any]] = [(torch, "linspace", real_linspace), (nn.Module, "_apply", _converted())]
     if hasattr(init, "_no_grad_trunc_normal_"):
         replaced.append((init, "_no_grad_trunc_normal_", lambda tensor, *args, **kwargs: tensor))
     with _replaced(*replaced):

@@ -27,6 +27,7 @@ from autopar.graph.fake import shapes_alone, values_not_needed
 from autopar.graph.hugging_face import attention_of
 from autopar.graph.lean_transformers import lean_transformers
 from autopar.graph.model_graph import ModelGraph
+from autopar.graph.without_cuda import cpu_without_cuda
 
 Built = tuple[nn.Module, dict[str, Any] | tuple[Any, ...], LossFn | None]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -289,7 +290,7 @@ def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype:
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[dtype])
     try:
-        with _beside(path), values_not_needed():
+        with _beside(path), values_not_needed(), cpu_without_cuda():
             made = function()
     except AutoparError:
         raise

@@ -116,3 +116,44 @@ def test_images_and_sounds_have_the_models_dtype(values: dict[str, object], tmp_
     path.write_text(json.dumps(values))
     graph = capture_source(load_source(str(path), dtype="bfloat16"))
     assert {info.dtype for info in graph.inputs} == {"bfloat16", "int64"}
+
+
+TIED = """
+import torch
+
+class Tied(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.rnn = torch.nn.Embedding(32, 16), torch.nn.Linear(16, 16)
+        self.head = torch.nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("scale", torch.ones(16))
+
+    def forward(self, ids, labels):
+        x = self.head(self.rnn(self.embedding(ids) * self.scale))
+        return torch.nn.functional.cross_entropy(x.flatten(0, 1), labels.flatten())
+
+def build():
+    model = Tied()
+    model.rnn.weight.requires_grad_(False)
+    ids = torch.randint(0, 32, (4, 8){on})
+    return model{converted}, {{"ids": ids, "labels": ids{moved}}}
+"""
+
+
+@pytest.mark.parametrize(("converted", "dtype"), [
+    (".to(torch.bfloat16)", "bfloat16"), (".float()", "float32"), (".double().half()", "float16"),
+    (".to('cuda', dtype=torch.bfloat16)", "bfloat16"), (".cuda()", "float32"),
+])
+def test_a_factory_may_convert_its_model_and_name_a_gpu(converted: str, dtype: str, tmp_path: Path) -> None:
+    on, moved = (", device='cuda:0'", ".to('cuda')") if "cuda" in converted else ("", "")
+    path = tmp_path / "tied.py"
+    path.write_text(TIED.format(converted=converted, on=on, moved=moved))
+    source = load_source(f"{path}:build")
+    graph = capture_source(source)
+    assert {info.dtype for info in graph.params} == {dtype} and ("head.weight", "embedding.weight") in graph.aliases
+    assert [info.name for info in graph.params if not info.requires_grad] == ["rnn.weight"]
+    real, batch, _ = source.build()
+    assert real.head.weight is real.embedding.weight and real.scale.dtype == getattr(torch, dtype)
+    assert all(value.device == real.scale.device for value in batch.values())
+    assert torch.cuda.is_available() or real.scale.device.type == "cpu"
