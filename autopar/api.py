@@ -30,6 +30,7 @@ from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Plan
 from autopar.plan.verify import machine_of, verify_plan
 from autopar.runtime.engine import OptimizerFactory, Trainer
+from autopar.search.candidates import fixed_axes
 from autopar.search.fleet import choose_devices
 from autopar.search.objective import Objective, goal_of
 from autopar.search.planner import PlanRequest, find_plan
@@ -69,12 +70,14 @@ def plan(
     loss_fn: LossFn | None = None, dtype: str | None = None, optimizer: str = "adamw", micro_batch: int | None = None,
     max_search_seconds: float | None = None, compile: bool = False, offload: bool = True,  # noqa: A002
     objective: str = "time", max_step_seconds: float | None = None, idle_devices: bool = False,
+    mesh: Mapping[str, int] | None = None,
 ) -> PlannedModel:
     """The best plan found for a model on a cluster, with its certificate; no device is needed.
 
     `objective`: "time" is the fastest step, "cost" the cheapest (the cluster's devices need prices), and "devices" the
     fewest devices whose step takes at most `max_step_seconds`. The plan may then be for a part of the cluster, which
-    is its `cluster`; the fastest uses all devices, unless `idle_devices` allows to leave some unused.
+    is its `cluster`; the fastest uses all devices, unless `idle_devices` allows to leave some unused. `mesh` fixes the
+    sizes of axes, as in {"tp": 4, "pp": 2}: pp, dp, dp_replicate, dp_shard, ep, cp, tp; the rest is searched.
 
     The model may be real, fake or on the meta device. `dtype` ("bf16", "float32", ...) is the one to compute in, the
     model's own if left out. `offload`: activations and optimizer state may rest in host memory where that pays.
@@ -86,7 +89,7 @@ def plan(
     request = PlanRequest(
         global_batch=global_batch, seq_len=graph.sequence_length, dtype=compute, param_dtype=param_dtype(compute),
         optimizer=optimizer, micro_batch=micro_batch, max_search_seconds=max_search_seconds, compile=compile,
-        offload=offload,
+        offload=offload, mesh=fixed_axes(mesh or {}),
     )
     aim = Objective(goal=goal_of(objective), max_step_time_s=max_step_seconds)
     choice = choose_devices(graph, machine, request, aim, idle=idle_devices)
@@ -120,6 +123,7 @@ def parallelize(
     dtype: str | None = None, micro_batch: int | None = None, max_search_seconds: float | None = None,
     device: torch.device | str | None = None, timeout_s: float = 1800.0, offload: bool = False,
     weights: str | Path | None = None, stop_on_nan: bool = False, log_every: int = 0,
+    mesh: Mapping[str, int] | None = None,
 ) -> Trainer:
     """A Trainer that runs the model over all processes of the job, under torchrun or alone.
 
@@ -127,7 +131,8 @@ def parallelize(
     object with `.loss`, or `loss_fn(output, batch)` gives it, for which the batch may hold more than the model takes.
     Without `plan` (a Plan or its file), rank 0 plans for `cluster`, or for the job's machines as `auto` finds them, and
     `global_batch` rows a step, or as many as the example has.
-    `offload` lets that plan rest activations and optimizer state in host memory.
+    `offload` lets that plan rest activations and optimizer state in host memory, and `mesh` fixes sizes of its axes,
+    as in {"tp": 2}.
     `optimizer` makes a torch optimizer from parameters: `lambda p: torch.optim.AdamW(p, lr=3e-4)`. Every rank calls
     it with the same arguments; rank 0's weights are used, or those of the safetensors files in `weights`, of which
     each rank reads its own parts; the model may then be made in `autopar.empty_parameters()`.
@@ -154,7 +159,7 @@ def parallelize(
         request = PlanRequest(
             global_batch=rows, seq_len=captured.graph.sequence_length, dtype=compute,
             param_dtype=param_dtype(compute), optimizer=_optimizer_name(optimizer), micro_batch=micro_batch,
-            max_search_seconds=max_search_seconds, offload=offload,
+            max_search_seconds=max_search_seconds, offload=offload, mesh=fixed_axes(mesh or {}),
         )
         return plan_to_json(find_plan(captured.graph, machine, request))
 

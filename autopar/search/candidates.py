@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cluster.cluster import Cluster
@@ -105,14 +105,22 @@ def parse_mesh(text: str) -> tuple[tuple[str, int], ...]:
     found: dict[str, int] = {}
     for item in text.split(","):
         axis, equals, size = (part.strip() for part in item.partition("="))
-        if axis not in MESH_AXES:
-            raise InputError(f"--mesh has no axis {axis!r}; write AXIS=SIZE of {', '.join(MESH_AXES)}, as in dp=8,tp=4")
-        if not equals or not size.isdecimal() or int(size) < 1:
-            raise InputError(f"--mesh gives {axis} the size {size!r}; write a whole number from 1 on, as in {axis}=4")
+        is_size = bool(equals) and size.isdecimal()
+        ((axis, number),) = fixed_axes({axis: int(size) if is_size else size}, "--mesh")
         if axis in found:
             raise InputError(f"--mesh gives {axis} twice; give each axis one size")
-        found[axis] = int(size)
+        found[axis] = number
     return tuple(found.items())
+
+
+def fixed_axes(mesh: Mapping[str, object], word: str = "mesh") -> tuple[tuple[str, int], ...]:
+    """The axes of {"dp": 8, "tp": 4}; InputError, which calls it `word`, for an unknown axis or a size that is none."""
+    for axis, size in mesh.items():
+        if axis not in MESH_AXES:
+            raise InputError(f"{word} has no axis {axis!r}; write AXIS=SIZE of {', '.join(MESH_AXES)}, as in dp=8,tp=4")
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{word} gives {axis} the size {size!r}; write a whole number from 1 on, as in {axis}=4")
+    return tuple((axis, size) for axis, size in mesh.items() if isinstance(size, int))
 
 
 def divisors(number: int) -> list[int]:

@@ -120,6 +120,19 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         autopar.plan(module, batch, cluster="8xH100", global_batch=8, dtype="int4")
 
 
+def test_axes_can_be_fixed() -> None:
+    module, batch, _ = runtime_models.llama()
+    found = autopar.plan(module, batch, cluster="1x4xH100-80GB", global_batch=16, mesh={"tp": 2, "pp": 2})
+    assert {(stage.mesh.tp, stage.mesh.dp) for stage in found.stages} == {(2, 1)} and found.num_stages == 2
+    alone = autopar.parallelize(module, batch, sgd, mesh={"tp": 1}, device="cpu")
+    assert alone.plan.num_stages == 1
+    alone.close()
+    for mesh, message in (({"xp": 2}, "mesh has no axis 'xp'"), ({"tp": 0}, "mesh gives tp the size 0"),
+                          ({"tp": "2"}, "mesh gives tp the size '2'")):
+        with pytest.raises(autopar.InputError, match=message):
+            autopar.plan(module, batch, cluster="8xH100", global_batch=8, mesh=mesh)  # type: ignore[arg-type]
+
+
 @pytest.mark.processes
 @pytest.mark.slow
 def test_the_example_gives_the_same_losses_alone_and_under_torchrun(tmp_path: Path) -> None:
