@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from autopar.errors import InputError as InputError
     from autopar.errors import NotFiniteError as NotFiniteError
     from autopar.errors import PlanMismatchError as PlanMismatchError
+    from autopar.graph.empty_parameters import empty_parameters as empty_parameters
     from autopar.hugging_face import parallelize_trainer as parallelize_trainer
     from autopar.plan.file import load_plan as load_plan
     from autopar.plan.plan import Plan as Plan
     from autopar.runtime.engine import Trainer as Trainer
-    from autopar.runtime.weights import empty_parameters as empty_parameters
     from autopar.sharding.rules import register_rule as register_rule
     from autopar.simulate.timeline import Timeline as Timeline
 else:
@@ -48,7 +48,7 @@ _HOMES = {
     "PlannedModel": "autopar.api",
     "Timeline": "autopar.simulate.timeline",
     "Trainer": "autopar.runtime.engine",
-    "empty_parameters": "autopar.runtime.weights",
+    "empty_parameters": "autopar.graph.empty_parameters",
     "load_plan": "autopar.plan.file",
     "parallelize": "autopar.api",
     "parallelize_trainer": "autopar.hugging_face",

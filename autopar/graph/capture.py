@@ -240,9 +240,18 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
         loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else getattr(output, "loss", None)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
+        found = _scalar_at(output)
+        like = f", as lambda output, batch: output[{found!r}]" if found is not None and loss_fn is None else ""
         raise CaptureError(f"{type(model).__name__}: the model returns {what} and no scalar loss; "
-                           "put labels into the batch or give loss_fn(output, batch)")
+                           f"put labels into the batch or give loss_fn(output, batch){like}")
     return loss if loss.dim() == 0 else loss.reshape(())
+
+
+def _scalar_at(output: Any) -> Any:
+    """Where in a tuple or dict the one tensor of a single element lies; None if there is no such."""
+    items = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, tuple) else ()
+    found = [key for key, value in items if isinstance(value, Tensor) and value.numel() == 1]
+    return found[0] if len(found) == 1 else None
 
 
 def _check_trains(model: nn.Module, loss: Tensor, own_gradients: Iterable[str]) -> None:

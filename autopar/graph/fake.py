@@ -137,7 +137,8 @@ class _RealTensor(Tensor):
             return run(func, types, args, kwargs)
 
 
-def _is_in_fake_mode() -> bool:
+def is_in_fake_mode() -> bool:
+    """Whether tensors that are made now are fake."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -161,7 +162,7 @@ def shapes_alone() -> Iterator[None]:
     That is several times faster than fake tensors and skips the initialization. `torch.linspace` gives real numbers
     unless a device is named.
     """
-    if not _is_in_fake_mode():
+    if not is_in_fake_mode():
         yield
         return
     linspace = torch.linspace
@@ -228,7 +229,7 @@ def values_not_needed() -> Iterator[None]:
     """
     from torch.nn import init
 
-    if not _is_in_fake_mode():
+    if not is_in_fake_mode():
         yield
         return
     linspace = torch.linspace

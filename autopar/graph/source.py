@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -23,11 +23,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autopar.errors import AutoparError, InputError
 from autopar.graph.capture import LossFn, capture
-from autopar.graph.fake import shapes_alone, values_not_needed
+from autopar.graph.empty_parameters import empty_parameters
+from autopar.graph.fake import (
+    DATA_DEPENDENT_ERRORS,
+    is_in_fake_mode,
+    outside_other_modes,
+    shapes_alone,
+    values_not_needed,
+)
 from autopar.graph.hugging_face import attention_of
 from autopar.graph.lean_transformers import lean_transformers
 from autopar.graph.model_graph import ModelGraph
-from autopar.graph.without_cuda import cpu_without_cuda
+from autopar.graph.without_cuda import cpu_alone, cpu_without_cuda
 
 Built = tuple[nn.Module, dict[str, Any] | tuple[Any, ...], LossFn | None]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -290,8 +297,8 @@ def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype:
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[dtype])
     try:
-        with _beside(path), values_not_needed(), cpu_without_cuda():
-            made = function()
+        with _beside(path):
+            made = _called(function, f"{path}:{factory}")
     except AutoparError:
         raise
     except (Exception, SystemExit) as error:
@@ -300,6 +307,21 @@ def _build_factory(path: Path, factory: str, function: Callable[[], Any], dtype:
         torch.set_default_dtype(before)
     if isinstance(made, tuple) and len(made) in (2, 3) and isinstance(made[0], nn.Module):
         loss_fn = made[2] if len(made) == 3 else None
-        if isinstance(made[1], (dict, tuple)) and (loss_fn is None or callable(loss_fn)):
-            return made[0], made[1], loss_fn
-    raise InputError(f"{path}:{factory} must return (model, example_batch) or (model, example_batch, loss_fn)")
+        batch = dict(made[1]) if isinstance(made[1], Mapping) else made[1]
+        if isinstance(batch, (dict, tuple, list)) and (loss_fn is None or callable(loss_fn)):
+            return made[0], tuple(batch) if isinstance(batch, list) else batch, loss_fn
+    raise InputError(f"{path}:{factory} must return (model, example_batch) or (model, example_batch, loss_fn); the "
+                     "batch is a dict of keyword arguments or a tuple")
+
+
+def _called(function: Callable[[], Any], name: str) -> Any:
+    """What a factory returns. Under a fake mode, if it asks for the values of its data, only parameters have none."""
+    try:
+        with values_not_needed(), cpu_without_cuda():
+            return function()
+    except DATA_DEPENDENT_ERRORS as error:
+        if not is_in_fake_mode():
+            raise
+        logging.getLogger(__name__).info("%s reads its data (%s): its batch is real", name, _one_line(error))
+    with outside_other_modes(), empty_parameters(), cpu_alone():
+        return function()

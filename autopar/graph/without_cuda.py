@@ -31,8 +31,13 @@ def _stay(value: Any) -> Any:
     return "cpu" if isinstance(value, str) and _CUDA.fullmatch(value) else value
 
 
+def cpu_alone() -> contextlib.AbstractContextManager[Any]:
+    """While inside, what is made on a CUDA device or sent to one stays on the CPU, or on the meta device."""
+    return _OnCpu()
+
+
 @contextlib.contextmanager
 def cpu_without_cuda() -> Iterator[None]:
-    """While inside, where CUDA is not available, what is made on a CUDA device or sent to one stays on the CPU."""
-    with contextlib.nullcontext() if torch.cuda.is_available() else _OnCpu():
+    """`cpu_alone`, where CUDA is not available."""
+    with contextlib.nullcontext() if torch.cuda.is_available() else cpu_alone():
         yield

@@ -8,37 +8,18 @@ out, it then keeps its own rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from autopar.errors import InputError
 from autopar.runtime.collectives import Axis
 from autopar.runtime.layout import local_part
 from autopar.sharding.state import Kind, State
-
-
-@contextmanager
-def empty_parameters() -> Iterator[None]:
-    """Inside, modules are made with parameters that have a shape and no data; buffers are as ever.
-
-    One parameter at a time is real while it is made. For models whose weights are read from files.
-    """
-    register = nn.Module.register_parameter
-
-    def without_data(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(module, name, param)
-
-    with patch.object(nn.Module, "register_parameter", without_data):
-        yield
 
 
 class WeightFiles:

@@ -85,7 +85,14 @@ def test_item() -> None:
 
 def test_no_loss() -> None:
     text = message_of(capture, nn.Linear(8, 8), (torch.randn(3, 8),))
-    assert "no scalar loss" in text
+    assert "no scalar loss" in text and "lambda" not in text
+
+    class Pair(nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            y = super().forward(x)
+            return y, y.mean()
+
+    assert message_of(capture, Pair(8, 8), (torch.randn(3, 8),)).endswith("as lambda output, batch: output[1]")
 
 
 @pytest.mark.parametrize(("model", "word"), [

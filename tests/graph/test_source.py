@@ -157,3 +157,31 @@ def test_a_factory_may_convert_its_model_and_name_a_gpu(converted: str, dtype: s
     assert real.head.weight is real.embedding.weight and real.scale.dtype == getattr(torch, dtype)
     assert all(value.device == real.scale.device for value in batch.values())
     assert torch.cuda.is_available() or real.scale.device.type == "cpu"
+
+
+READS_DATA = """
+import collections, torch
+{tied}
+def build():
+    tokens = torch.arange(400) % 32
+    starts = torch.randint(len(tokens) - 9, (4,)).tolist()
+    rows = torch.stack([tokens[start:start + 8] for start in starts]){moved}
+    model = Tied().cuda() if {cuda} else Tied()
+    return model.bfloat16(), {batch}
+"""
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("batch", ["[rows, rows]", "collections.UserDict(ids=rows, labels=rows)"])
+def test_a_factory_may_read_its_data(batch: str, cuda: bool, tmp_path: Path) -> None:
+    """Its batch is made for real, its parameters are not; a loader's list will do, and a tokenizer's mapping."""
+    path = tmp_path / "data.py"
+    tied = TIED[TIED.index("class"):TIED.index("def build")].format(on="", converted="", moved="")
+    path.write_text(READS_DATA.format(tied=tied, moved=".to('cuda')" if cuda else "", cuda=cuda, batch=batch))
+    source = load_source(f"{path}:build")
+    with new_fake_mode():
+        model, example, _ = source.build()
+    assert all(param.is_meta for param in model.parameters()) and model.head.weight is model.embedding.weight
+    assert type(example) is (tuple if "[" in batch else dict)
+    graph = capture_source(source)
+    assert {info.dtype for info in graph.params} == {"bfloat16"} and len(graph.inputs) == 2
