@@ -16,6 +16,7 @@ from autopar.cluster.measured import CollectiveFit
 from autopar.gloo import one_worker_thread
 from autopar.profiler.fit_pieces import fit_pieces
 from autopar.profiler.link_groups import GroupKind, group_kinds, pair_kinds
+from autopar.profiler.step_collectives import step_collective
 
 SIZES_BYTES = (1024, 4096, 256 * 1024, 1024 * 1024, 4 * 1024 * 1024, 16 * 1024 * 1024)  # of the short profile
 MIN_ROUNDS = 3
@@ -24,6 +25,7 @@ SMALLEST_BYTES = 1024
 LARGEST_BYTES = 2**30
 LEAST_BYTES = 2**20  # up to here every size is measured: small ones tell nothing of a link's rate
 WORK_SIZE = 512  # of a product before a collective: 5 ms at 50 GFLOP/s
+CHAIN = 6  # collectives with work before each, one after another as in a step
 SHORTEST_S = 1e-6
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 
@@ -120,6 +122,7 @@ def _points(
     points: list[tuple[int, float]] = []
     work = WorkBefore(device, nothing=item.collective == "send_recv")
     work_s = largest(work.alone_s, device)  # whatever decides how often is the same on all ranks
+    chain = 1 if work.nothing else CHAIN
     size, start = SMALLEST_BYTES, time.perf_counter()
     count = 12  # sizes that are still to come, about
     while size <= largest_bytes:
@@ -130,13 +133,9 @@ def _points(
         if points and size > LEAST_BYTES and (left_s <= 0 or first_s > left_s / 2):
             break
         share_s = max(0.0, left_s) / max(2, count)
-        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(first_s + work_s, 1e-6))))
-        seen: list[float] = []
-        for _ in range(rounds):
-            largest(0.0, device)  # all begin together
-            begin = time.perf_counter()
-            work.run()
-            seen.append(_once_s(operation, device, begin) - work_s)  # unlike devices wait for the slowest
+        round_s = chain * (first_s + 2 * work_s)
+        rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(round_s, 1e-6))))
+        seen = [work.added_s(operation, device, chain) for _ in range(rounds)]
         halves = 2 if item.collective == "send_recv" else 1
         points.append((size, largest(max(median(seen), SHORTEST_S), device) / halves))
         del operation
@@ -146,11 +145,13 @@ def _points(
 
 
 class WorkBefore:
-    """What a CPU computes before a collective, as in a training step, and what that takes alone.
+    """What a CPU computes before each collective, as in a training step, and what that takes alone.
 
-    Processes that have just met have awake threads and warm caches, and no skew between them: after some milliseconds
-    of work a collective takes what it takes in a step. A GPU works on while its links do: there it is nothing. A
-    message between stages is waited for by itself, so that its sender's skew is no part of it.
+    Processes that have just met have awake threads and no skew between them. In a step they compute for some
+    milliseconds, wait for the slower one, and leave a collective at unlike times, so that the next finds them apart: a
+    collective takes what a chain of work and collectives takes beyond the work alone. A GPU works on while its links
+    do: there it is nothing. A message between stages is waited for by itself, so that its sender's skew is no part of
+    it.
     """
 
     def __init__(self, device: torch.device, *, nothing: bool = False) -> None:
@@ -158,21 +159,36 @@ class WorkBefore:
         self._data = torch.ones(1 if self.nothing else WORK_SIZE, 1 if self.nothing else WORK_SIZE)
         self.alone_s = 0.0
         if not self.nothing:
-            seen = []
-            for _ in range(MAX_ROUNDS):
-                largest(0.0, device)
-                seen.append(_once_s(self.run, device))
-            self.alone_s = median(seen)
+            self.alone_s = median(self._chain_s(_nothing, device, CHAIN) for _ in range(MAX_ROUNDS // MIN_ROUNDS))
 
     def run(self) -> None:
         """Computes for some milliseconds."""
         if not self.nothing:
             torch.mm(self._data, self._data)
 
+    def added_s(self, operation: Callable[[], object], device: torch.device, chain: int) -> float:
+        """Seconds that an operation adds to the work before it, in a chain of so many; all ranks call it."""
+        alone_s = 0.0 if self.nothing else self._chain_s(_nothing, device, chain)
+        return self._chain_s(operation, device, chain) - alone_s
 
-def _once_s(operation: Callable[[], object], device: torch.device, begin: float | None = None) -> float:
-    """Seconds of the operation, from `begin` on where that is given."""
-    begin = time.perf_counter() if begin is None else begin
+    def _chain_s(self, operation: Callable[[], object], device: torch.device, chain: int) -> float:
+        """Seconds of the work and the operation after it, on average over a chain that all ranks begin together."""
+
+        def one_after_another() -> None:
+            for _ in range(chain):
+                self.run()
+                operation()
+
+        largest(0.0, device)
+        return _once_s(one_after_another, device) / chain
+
+
+def _nothing() -> None:
+    """No operation."""
+
+
+def _once_s(operation: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
     operation()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -194,6 +210,8 @@ def _operation(
     numel = max(1, math.ceil(size_bytes / 4 / ranks)) * ranks
     if item.collective == "all_to_all":  # the size is that of all ranks' tensors together
         numel = max(1, numel // ranks // ranks) * ranks
+    if device.type == "cpu" and item.collective in COLLECTIVES:
+        return step_collective(item.collective, group, numel)
     whole = torch.zeros(numel, device=device)
     match item.collective:
         case "all_reduce":
