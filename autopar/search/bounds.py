@@ -314,6 +314,10 @@ class Bounds:
         """The cost of a block of each class on a stage of this kind."""
         return self._tables.block_costs(c, kind, expert_axis)
 
+    def block_table(self, c: Candidate, kind: StageKind) -> BlockTable:
+        """What blocks take and hold on a stage of this kind under the candidate, without data axes."""
+        return self._tables.blocks(c, kind)
+
     def stage_table(self, c: Candidate, kind: StageKind) -> StageTimes:
         """Times of each block on a stage of this kind under the candidate."""
         found, sort = self._tables.times(c, kind), self._sorts[c.pp > 1].sort

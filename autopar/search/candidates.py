@@ -145,6 +145,20 @@ def meshes(cluster: Cluster, num_blocks: int, *, tp_across_nodes: bool = False) 
                 yield pp, tp, cluster.num_devices // tp // pp
 
 
+def fewest_context_ranks(rows: int, ranks: int, tp: int, node_size: int, micro_batch: int | None) -> int | None:
+    """The size of a context axis that leaves just as many of the ranks to data axes as can share out the rows.
+
+    A longer one only sends more: a rank has as many tokens under all of them. `ranks`: of both axes, `tp` devices each;
+    the context axis lies inside nodes of `node_size`. `micro_batch`: the rows of a data rank, where they are fixed.
+    None where no such axis does.
+    """
+    for cp in divisors(ranks):
+        dp = ranks // cp
+        if rows % dp == 0 and micro_batch in (None, rows // dp):
+            return cp if cp == 1 or node_size % (cp * tp) == 0 else None
+    return None
+
+
 def data_settings(cluster: Cluster, tp: int, dp: int) -> list[tuple[int, int, int]]:
     """(zero, dp_replicate, dp_shard): replicas, and each ZeRO level over all data ranks or over those of a node."""
     found = [(0, dp, 1)]

@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.errors import AutoparError
-from autopar.plan.plan import Plan, Recompute, Stage
 from autopar.plan.verify import problems
 from autopar.search.best_first import Engine, Progress
-from autopar.search.candidates import Candidate, divisors
-from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
+from autopar.search.candidates import divisors
+from autopar.search.mixed_context import context_families, promising_counts
+from autopar.search.mixed_costs import ClusterPools, MixedCosts
+from autopar.search.mixed_plans import Part, mixed_plan, neighbours
 from autopar.search.plan_schedules import WORTH, busiest_s, other_schedule
 from autopar.search.runs import Passed, Runs, RunStage
 from autopar.search.simulated_plan import SimulatedPlan
@@ -32,21 +33,9 @@ MAX_PASSES = 6  # of one number of micro-batches, each after a better plan was f
 MAX_IMPROVED = 150  # simulations
 MAX_POOLS = 6
 MAX_OTHERS = 60  # simulations of stages of other numbers and orders than those of least bound
-SETTINGS_TRIED = 3  # of a stage, when a plan is improved
 STEP = 1.25  # by which limits of the step time rise while nothing is found below them
 FAR = 8.0  # times what all devices would take if work could be shared out at will: then there is no limit
 PUT_OFF = 3  # plans, the quickest of each number of micro-batches, that are tried with gradients of weights put off
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stage: blocks[first:last] under a setting on these ranks."""
-
-    first: int
-    last: int
-    setting: Setting
-    ranks: tuple[int, ...]
-    group: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +55,7 @@ class MixedOutcome:
     best: SimulatedPlan | None = None
     lower_bound_s: float = math.inf
     num_searched: int = 0  # settings of groups, over all numbers of micro-batches
+    num_context: int = 0  # those of them with a context axis
     num_simulated: int = 0
     complete: bool = True
     idle: IdleFound | None = None
@@ -121,12 +111,8 @@ class _Search:
 
     def run(self) -> None:
         self._make_problems()
-        open_ = []
-        for problem in sorted(self.problems, key=lambda own: (own.lower_s, own.index)):
-            if self._pass(problem):
-                open_.append(problem)
-            problem.costs.forget()
-            self._told()
+        open_ = self._still_open(self.problems)
+        open_ += self._still_open(self._make_context_problems())
         self._try_others(open_)
         open_.sort(key=lambda own: (own.lower_s, own.index))
         for problem in sorted(open_, key=lambda own: (self._step_s(own.parts), own.index))[:2]:
@@ -149,13 +135,36 @@ class _Search:
         for rewrites in _families(self.engine, self.pools):
             for count in divisors(self.engine.request.global_batch):
                 self._check_time()
-                costs = MixedCosts(self.engine, self.pools, count, rewrites)
-                if len({pool for pool, _ in costs.groups}) == len(self.pools.pools):
-                    self.outcome.num_searched += sum(map(len, costs.settings))
-                    fluid_s = costs.fluid_bound()
-                    self.problems.append(_Problem(
-                        index=len(self.problems), costs=costs, runs=Runs(costs), fluid_s=fluid_s, lower_s=fluid_s
-                    ))
+                self._add(MixedCosts(self.engine, self.pools, count, rewrites))
+
+    def _make_context_problems(self) -> list[_Problem]:
+        """Those with context axes that promise enough; some of their stages may have none."""
+        before = len(self.problems)
+        for count in promising_counts(self.engine, self.pools, self.best_s):
+            for rewrites in context_families(self.engine, self.pools, count):
+                self._check_time()
+                self._add(MixedCosts(self.engine, self.pools, count, rewrites, context=True))
+        return self.problems[before:]
+
+    def _add(self, costs: MixedCosts) -> None:
+        """Makes a problem of costs that have a setting for every pool."""
+        if len({pool for pool, _ in costs.groups}) == len(self.pools.pools):
+            self.outcome.num_context += costs.num_context
+            self.outcome.num_searched += costs.num_context or sum(map(len, costs.settings))  # others were counted
+            fluid_s = costs.fluid_bound()
+            self.problems.append(_Problem(
+                index=len(self.problems), costs=costs, runs=Runs(costs), fluid_s=fluid_s, lower_s=fluid_s
+            ))
+
+    def _still_open(self, problems: Sequence[_Problem]) -> list[_Problem]:
+        """Looks once for something better in each; those that may still have it."""
+        found = []
+        for problem in sorted(problems, key=lambda own: (own.lower_s, own.index)):
+            if self._pass(problem):
+                found.append(problem)
+            problem.costs.forget()
+            self._told()
+        return found
 
     def _pass(self, problem: _Problem) -> bool:
         """Looks once for something better; whether there may be any."""
@@ -315,7 +324,7 @@ class _Search:
         improved, before = True, self.outcome.num_simulated
         while improved:
             improved = False
-            for other in _neighbours(problem.costs, parts):
+            for other in neighbours(problem.costs, parts):
                 self._check_time()
                 if self.outcome.num_simulated - before > MAX_IMPROVED:
                     return
@@ -377,51 +386,3 @@ def _families(engine: Engine, pools: ClusterPools) -> list[tuple[Rewrite, ...]]:
                 if choice is not None:
                     found[choice.rewrites] = None
     return list(found)
-
-
-def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan:
-    """The parts as a plan whose layers recompute or offload so that they fit, where that is enough."""
-    first = parts[0].setting.candidate
-    # The plan's own shardings are those of the first stage that has a tensor axis; other stages hold theirs.
-    lead = next((part.setting.candidate for part in parts if part.setting.candidate.tp > 1), first)
-    base = engine.plan_of(replace(lead, micro_batch=first.micro_batch), (0, len(engine.graph.blocks)))
-    stages = []
-    for part in parts:
-        c = part.setting.candidate
-        alike = c.tp == 1 or _sharding_key(c) == _sharding_key(lead)
-        stages.append(Stage(
-            first=part.first, last=part.last, devices=part.ranks, mesh=c.mesh, zero=c.zero, recompute=Recompute.NONE,
-            rows=() if c.micro_batch == first.micro_batch else (c.micro_batch,) * c.dp,
-            shardings=() if alike else engine.chooser.shardings(
-                c.tp, first.micro_batch, sequence_parallel=c.sequence_parallel, split_weights=c.split_weights
-            ),
-        ))
-    plan = replace(
-        base, stages=tuple(stages), num_micro_batches=costs.num_micro_batches,
-        sequence_parallel=any(part.setting.candidate.sequence_parallel for part in parts),
-    )
-    fitted = []
-    for index, part in enumerate(parts):
-        options = engine.options(part.setting.candidate, part.setting.kind, plan, index)
-        stage = plan.stages[index]
-        fitted.append(stage if options is None else stage.with_variants([option.variant for option in options]))
-    return replace(plan, stages=tuple(fitted))
-
-
-def _sharding_key(c: Candidate) -> tuple[int, bool, bool]:
-    return c.tp, c.sequence_parallel, c.split_weights
-
-
-def _neighbours(costs: MixedCosts, parts: tuple[Part, ...]) -> Iterator[tuple[Part, ...]]:
-    """Every change of one stage's setting, and of one border by a block."""
-    for index in range(len(parts) - 1):
-        here, there = parts[index], parts[index + 1]
-        for border in (here.last - 1, here.last + 1):
-            if here.first < border < there.last:
-                moved = (replace(here, last=border), replace(there, first=border))
-                yield (*parts[:index], *moved, *parts[index + 2 :])
-    for index, part in enumerate(parts):
-        in_flight = min(len(parts) - index, costs.num_micro_batches)
-        for setting in costs.best_settings(part.group, in_flight, part.first, part.last)[:SETTINGS_TRIED]:
-            if setting != part.setting:
-                yield (*parts[:index], replace(part, setting=setting), *parts[index + 1 :])

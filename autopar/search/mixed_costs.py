@@ -1,8 +1,8 @@
 """What groups of a cluster's devices cost as stages of a model, as the tables that `runs` searches.
 
 Pools are the cluster's nodes of one kind and size. A group is a number of devices of one pool; on a range of blocks it
-stands for the best of its settings (tensor axis, ZeRO level, sequence parallelism), which may differ from stage to
-stage. No time here is above the simulator's under 1F1B (`bounds`).
+stands for the best of its settings (tensor axis, ZeRO level, sequence parallelism, and a context axis where rows are
+too few), which may differ from stage to stage. No time here is above the simulator's under 1F1B (`bounds`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autopar.cost_models.op_kinds import element_bytes
 from autopar.search.best_first import Engine
 from autopar.search.block_table import StageRanges
 from autopar.search.block_table import StageTimes as BlockTimes
-from autopar.search.candidates import Candidate, axis_variants, divisors
+from autopar.search.candidates import Candidate, axis_variants, divisors, fewest_context_ranks
 from autopar.search.elimination import Table
 from autopar.search.runs import RunPool, StageTimes
 from autopar.search.stage_kinds import StageKind
@@ -87,13 +87,17 @@ class ClusterPools:
 
 
 class MixedCosts:
-    """The costs of all stages with `num_micro_batches` micro-batches and these rewrites of layers."""
+    """The costs of all stages with `num_micro_batches` micro-batches and these rewrites of layers.
+
+    `context`: stages may have context axes too.
+    """
 
     def __init__(
-        self, engine: Engine, pools: ClusterPools, num_micro_batches: int, rewrites: tuple[Rewrite, ...]
+        self, engine: Engine, pools: ClusterPools, num_micro_batches: int, rewrites: tuple[Rewrite, ...],
+        *, context: bool = False,
     ) -> None:
         self.engine, self.cluster_pools, self.num_micro_batches = engine, pools, num_micro_batches
-        self.rewrites = rewrites
+        self.rewrites, self._context = rewrites, context
         self.run_pools = pools.pools
         self.num_layers = len(engine.graph.blocks)
         self.max_stages = min(MAX_STAGES, self.num_layers)
@@ -112,22 +116,30 @@ class MixedCosts:
         engine, found = self.engine, []
         ranks, node_size = self.cluster_pools.ranks(pool, 0, size), self.run_pools[pool].node_size
         for tp in divisors(min(size, node_size)):
-            dp = size // tp
-            if self._rows % dp or engine.request.micro_batch not in (None, self._rows // dp):
+            cp = fewest_context_ranks(self._rows, size // tp, tp, node_size, engine.request.micro_batch)
+            if cp is None or (cp > 1 and not self._context):
                 continue
+            dp = size // tp // cp
             # The last that splits weights: with sequence parallelism where hidden states allow it.
             for sequence_parallel, split_weights in [own for own in axis_variants(engine.chooser, tp) if own[1]][-1:]:
-                choice = engine.chooser.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights)
+                choice = engine.chooser.choose(
+                    tp, sequence_parallel=sequence_parallel, split_weights=split_weights, cp=cp
+                )
                 if choice is None or choice.rewrites != self.rewrites:
                     continue
-                for zero, replicate, shard in [(0, dp, 1)] + ([(z, 1, dp) for z in (1, 2, 3)] if dp > 1 else []):
+                for zero, replicate, shard in [(0, dp, 1)] + ([(z, 1, dp) for z in (1, 2, 3)] if dp * cp > 1 else []):
                     candidate = Candidate(
-                        pp=2, tp=tp, dp_replicate=replicate, dp_shard=shard, zero=zero,
+                        pp=2, tp=tp, cp=cp, dp_replicate=replicate, dp_shard=shard, zero=zero,
                         sequence_parallel=sequence_parallel, split_weights=split_weights, offload_optimizer=False,
                         micro_batch=self._rows // dp, num_micro_batches=self.num_micro_batches,
                     )
                     found.append(Setting(candidate, engine.layout.kind_of(candidate, ranks)))
         return found
+
+    @property
+    def num_context(self) -> int:
+        """How many of the settings have a context axis."""
+        return sum(own.candidate.cp > 1 for settings in self.settings for own in settings)
 
     def stage_times(self, group: int, limit_s: float) -> StageTimes:
         """By stages behind, times over all ranges of blocks, each the least of any setting.

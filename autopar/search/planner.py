@@ -41,9 +41,9 @@ OFFLOAD_NOTE = (
 )
 ALIKE = "stages with different meshes or ZeRO levels"
 IN_RUNS = (
-    "stages across unlike nodes or apart from others on nodes alike, more than 8, with a context axis, without "
-    "sequence parallelism where it can be, with the optimizer offloaded, or of other sizes than parts of a node and "
-    "whole nodes"
+    "stages across unlike nodes or apart from others on nodes alike, more than 8, with a context axis across nodes, of "
+    f"more ranks than rows leave over or where an estimate promised less than {PROMISE:.0%}, without sequence "
+    "parallelism where it can be, with the optimizer offloaded, or of other sizes than parts of a node and whole nodes"
 )
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
 MAX_TO_ORDER = 12  # simulations of pipelines that are looked for only to be tried in other orders
@@ -285,16 +285,17 @@ class _Searches:
 
     def certificate(self, step_s: float, searched_s: float) -> Certificate:
         """What was proved of the best plan, which takes `step_s`, and of which plans."""
-        offload, num_context = self._offloads, self.context.num_searched
-        if self.mixed.best is not None:
+        offload, mixed = self._offloads, self.mixed
+        num_context = self.context.num_searched if mixed.best is None else mixed.num_context
+        context = f", {num_context} of them with a context axis" if num_context else ""
+        if mixed.best is not None:
             what = (
-                f"{self.mixed.num_searched} settings of tp, dp, ZeRO and micro-batch of groups of devices, as stages "
-                "of their own mesh in all orders of the kinds of nodes and with warm-ups as deep as memory lets"
+                f"{mixed.num_searched} settings of tp, dp, ZeRO and micro-batch of groups of devices{context}, as "
+                "stages of their own mesh in all orders of the kinds of nodes and with warm-ups as deep as memory lets"
             )
             tried = ONE_MESH.format(tried=self._num_one_mesh, total=len(self.space))
             lacking: tuple[str, ...] = (IN_RUNS, tried, *UNLIKE_NOT_SEARCHED)
         else:
-            context = f", {num_context} of them with a context axis" if num_context else ""
             what = (
                 f"{len(self.space) + num_context} settings of pp, tp, sequence parallelism, dp, ZeRO"
                 f"{', optimizer offload' * offload} and micro-batch{context}{f' with ep {self.ep}' * (self.ep > 1)}"

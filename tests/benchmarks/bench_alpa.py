@@ -21,8 +21,8 @@ from autopar.cluster.parse import parse_cluster
 from autopar.graph.model_graph import ModelGraph
 from autopar.search.best_first import Engine
 from autopar.search.candidates import Candidate, divisors
-from autopar.search.mixed import Part, mixed_plan
 from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
+from autopar.search.mixed_plans import Part, mixed_plan
 from autopar.search.plan_schedules import other_schedule
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate

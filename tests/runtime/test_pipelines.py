@@ -16,6 +16,10 @@ from autopar.errors import InputError
 from autopar.plan.plan import Mesh, Plan, Recompute, Schedule
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import ParityReport, capture_for, compare
+from autopar.search.best_first import Engine
+from autopar.search.mixed_context import context_families
+from autopar.search.mixed_costs import ClusterPools, MixedCosts
+from autopar.search.mixed_plans import Part, mixed_plan
 from autopar.search.planner import PlanRequest, find_plan
 
 pytestmark = pytest.mark.processes
@@ -102,6 +106,8 @@ UNLIKE: dict[str, list[Layout]] = {
         Layout(blocks=2, mesh=TP2, sequence_parallel=True, recompute=Recompute.FULL),
         Layout(blocks=2, mesh=DP2, rows=(3, 1))],
     "cp2 | dp2": [Layout(blocks=2, mesh=Mesh(cp=2)), Layout(blocks=2, mesh=DP2)],
+    "tp2, sequence parallel | cp2": [
+        Layout(blocks=2, mesh=TP2, sequence_parallel=True), Layout(blocks=2, mesh=Mesh(cp=2), zero=3)],
 }
 
 
@@ -146,4 +152,27 @@ def test_a_plan_that_was_found_for_unlike_nodes(pool: LocalPool) -> None:
         global_batch=8, dtype="float64", param_dtype="float64", optimizer="sgd"))
     assert plan.num_stages > 1
     assert len({stage.mesh for stage in plan.stages}) > 1
+    check(pool, "llama_untied", plan)
+
+
+@pytest.mark.parametrize(("number", "zeros"), [(1, (3, 0)), (2, (1, 2)), (2, (0, 3))])
+def test_context_axes_that_are_searched_for_unlike_nodes(
+    pool: LocalPool, number: int, zeros: tuple[int, int]
+) -> None:
+    """Single rows, which each stage of two devices splits."""
+    quick = slow_cluster(2).nodes[0]
+    slow = replace(quick, device=replace(quick.device, name="slower"), num_devices=number)
+    machine = Cluster(name="unlike", nodes=(quick, slow))
+    engine = Engine(graph_of("llama_untied", "float64"), machine, PlanRequest(
+        global_batch=4, dtype="float64", param_dtype="float64", optimizer="sgd"))
+    pools = ClusterPools(machine)
+    (rewrites,) = context_families(engine, pools, 4)
+    costs = MixedCosts(engine, pools, 4, rewrites, context=True)
+    parts = []
+    for stage, (size, zero) in enumerate(zip((2, number), zeros, strict=True)):
+        group = costs.groups.index((stage, size))
+        (setting,) = (own for own in costs.settings[group] if (own.candidate.cp, own.candidate.zero) == (size, zero))
+        parts.append(Part(2 * stage, 2 * stage + 2, setting, pools.ranks(stage, 0, size), group))
+    plan = mixed_plan(engine, costs, tuple(parts))
+    assert [stage.mesh.cp for stage in plan.stages] == [2, number]
     check(pool, "llama_untied", plan)

@@ -12,8 +12,8 @@ from toy_graphs import cluster
 
 from autopar.cluster.cluster import Cluster
 from autopar.search.best_first import Engine
-from autopar.search.mixed import Part, mixed_plan
 from autopar.search.mixed_costs import ClusterPools, MixedCosts
+from autopar.search.mixed_plans import Part, mixed_plan
 from autopar.search.plan_schedules import other_schedule
 from autopar.search.planner import PlanRequest
 from autopar.search.runs import RunStage
