@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from autopar.graph.fake import fake_like, faked, masks_as_given, new_fake_mode, 
 from autopar.graph.fuse import fused_class
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
-from autopar.graph.model_call import model_output
+from autopar.graph.model_call import model_output, perhaps_label
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
 from autopar.graph.own_evaluation import lines_of_one_mode
@@ -71,9 +72,10 @@ def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...]
         raise InputError(f"unknown dtype {dtype!r}")
     float_dtype: torch.dtype | None = getattr(torch, dtype) if dtype is not None else None
     surrounding = autocast_state()
-    with outside_other_modes(), without_autocast():
-        return _capture(model, _Batch(example_batch), loss_fn, tag_rows, name or type(model).__name__, float_dtype,
-                        fuse, evaluates, surrounding)
+    batch = _Batch(example_batch)
+    with outside_other_modes(), without_autocast(), _perhaps_label_told(model, batch, loss_fn):
+        return _capture(model, batch, loss_fn, tag_rows, name or type(model).__name__, float_dtype, fuse, evaluates,
+                        surrounding)
 
 
 def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: bool, name: str,
@@ -118,8 +120,21 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
         blocks=chain.blocks, shared=chain.shared,
         loss=chain.loss, settings=batch.settings, notes=tuple(notes),
     )
-    return replace(_finish(graph, build.constant_values), own_gradients=tuple(own_gradients),
+    return replace(_finish(graph, build.constant_values, recording.replaced), own_gradients=tuple(own_gradients),
                    own_evaluation=own_evaluation)
+
+
+@contextlib.contextmanager
+def _perhaps_label_told(model: nn.Module, batch: _Batch, loss_fn: LossFn | None) -> Iterator[None]:
+    """Adds to a CaptureError which of the model's parameters got what a tuple may have meant for the loss function."""
+    try:
+        yield
+    except CaptureError as error:
+        name = perhaps_label(model, batch.values()) if loss_fn is not None and not batch.is_mapping else None
+        if name is None:
+            raise
+        raise CaptureError(f"{error}; the batch is a tuple, and the model's {name!r} got a part of it: give a dict if "
+                           "that was meant for loss_fn") from error
 
 
 def check_model(model: nn.Module) -> None:
@@ -139,10 +154,17 @@ def _info(name: str, tensor: Tensor) -> TensorInfo:
                       requires_grad=tensor.requires_grad)
 
 
-def _finish(graph: ModelGraph, values: dict[str, Tensor]) -> Captured:
-    """Adds the buffers that are used, and a note about parameters that are not."""
+def _finish(graph: ModelGraph, values: dict[str, Tensor], replaced: Iterable[str]) -> Captured:
+    """Adds the buffers that are used, and a note about parameters that are not.
+
+    CaptureError for a buffer that is used and then `replaced`: a next step would have to use the new one.
+    """
     blocks = (graph.shared, *graph.blocks)
     used = dict.fromkeys(name for block in blocks for name in block.buffers)
+    if stale := next((name for name in replaced if name in used), None):
+        own = stale.rpartition(".")[2]
+        raise CaptureError(f"{graph.name}: the forward reads its buffer {stale} and assigns another to it; write into "
+                           f"it (self.{own}.copy_(...)), so that the next step reads what this one wrote")
     read = {name for block in blocks for name in block.params}
     unread = [info.name for info in graph.params if info.name not in read]
     notes = graph.notes
@@ -207,6 +229,9 @@ class _Batch:
         given = dict(zip(self.names, tensors, strict=True))
         values = [given.get(key, value) for key, value in self.items]
         return dict(zip((key for key, _ in self.items), values, strict=True)) if self.is_mapping else tuple(values)
+
+    def values(self) -> tuple[Any, ...]:
+        return tuple(value for _, value in self.items)
 
     def notes(self, rows: int) -> list[str]:
         return [f"batch tensor {key!r} of shape {tuple(tensor.shape)} has no batch dim of {self.rows} rows"

@@ -15,13 +15,25 @@ def model_output(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], *, 
     Where a loss function reads the batch too, it may hold more than the model takes: labels, say. They come last in a
     sequence.
     """
-    taken = inspect.signature(model.forward).parameters if has_loss_fn else {}
-    kinds = [param.kind for param in taken.values()]
     if not isinstance(batch, Mapping):
-        if has_loss_fn and inspect.Parameter.VAR_POSITIONAL not in kinds:
-            batch = batch[: len(kinds) - kinds.count(inspect.Parameter.KEYWORD_ONLY)
-                          - kinds.count(inspect.Parameter.VAR_KEYWORD)]
-        return model(*batch)
-    if has_loss_fn and inspect.Parameter.VAR_KEYWORD not in kinds:
+        return model(*(batch[:_num_positional(model)] if has_loss_fn else batch))
+    taken = inspect.signature(model.forward).parameters if has_loss_fn else {}
+    if has_loss_fn and inspect.Parameter.VAR_KEYWORD not in [param.kind for param in taken.values()]:
         batch = {key: value for key, value in batch.items() if key in taken}
     return model(**batch)
+
+
+def _num_positional(model: nn.Module) -> int | None:
+    """How many positional arguments the model takes; None for any number."""
+    kinds = [param.kind for param in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    return len(kinds) - kinds.count(inspect.Parameter.KEYWORD_ONLY) - kinds.count(inspect.Parameter.VAR_KEYWORD)
+
+
+def perhaps_label(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any]) -> str | None:
+    """The first optional parameter of the model that a sequence reaches: what it gets may be meant for the loss."""
+    if isinstance(batch, Mapping):
+        return None
+    given = list(inspect.signature(model.forward).parameters.values())[:min(len(batch), _num_positional(model) or 0)]
+    return next((param.name for param in given[1:] if param.default is not param.empty), None)

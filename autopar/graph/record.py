@@ -20,6 +20,7 @@ from autopar.graph.attribute_reads import watch_reads
 from autopar.graph.autocast import AutocastState, autocast_state
 from autopar.graph.collected import collected_names, hand_on, taking_collected
 from autopar.graph.explain import explained
+from autopar.graph.left_behind import LeftBehind
 from autopar.graph.module_blocks import AttributeKey, Candidate, comparable
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Recording:
     calls: list[BlockCall] = field(default_factory=list)
     first: dict[Hashable, BlockCall] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    replaced: dict[str, None] = field(default_factory=dict)  # buffers that the forward assigns
 
 
 @contextlib.contextmanager
@@ -142,8 +144,10 @@ def record(run: Callable[[], Any], model: nn.Module, candidates: tuple[Candidate
     unfolded: dict[str, str] = {}  # FQN -> reason
     while True:
         recorder = _Recorder(candidates, reads, unfolded)
-        with patched_forwards(recorder.folded, recorder.call), explained(model):
+        left_behind = LeftBehind(model, [candidate.module for candidate in recorder.folded])
+        with left_behind.removed(), patched_forwards(recorder.folded, recorder.call), explained(model):
             run()
+        recorder.recording.replaced |= left_behind.replaced
         if not recorder.changed:
             break
     patched = [candidate.fqn for candidate in candidates if "forward" in candidate.module.__dict__]
@@ -161,8 +165,11 @@ class _Recorder:
                        if candidate.fqn not in unfolded and "forward" not in candidate.module.__dict__]
         self.recording = Recording()
         self.changed = False
+        self.is_inside = False  # of a block: one that is called there belongs to it
 
     def call(self, candidate: Candidate, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        if self.is_inside:
+            return type(candidate.module).forward(candidate.module, *arguments[0], **arguments[1])
         template, tensors, names = take_tensors(arguments)
         if opaque := [leaf for leaf in template.leaves if not _is_plain(leaf)]:
             return self._leave_unfolded(candidate, arguments, f"it takes a {type(opaque[0]).__name__}")
@@ -175,8 +182,15 @@ class _Recorder:
         )
         known = self.recording.first.get(key)
         if known is None:
-            with watch_reads(candidate.module, candidate.attributes) as seen, taking_collected() as collected:
-                result = type(candidate.module).forward(candidate.module, *arguments[0], **arguments[1])
+            left_behind = LeftBehind(candidate.module, name=candidate.fqn)
+            watch = watch_reads(candidate.module, candidate.attributes)
+            with left_behind.removed(), watch as seen, taking_collected() as collected:
+                self.is_inside = True
+                try:
+                    result = type(candidate.module).forward(candidate.module, *arguments[0], **arguments[1])
+                finally:
+                    self.is_inside = False
+            self.recording.replaced |= left_behind.replaced
             if not seen <= read:
                 read |= seen
                 self.changed = True

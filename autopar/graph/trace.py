@@ -19,6 +19,7 @@ from autopar.errors import CaptureError
 from autopar.graph.autocast import autocast_as
 from autopar.graph.collected import collecting
 from autopar.graph.explain import explained
+from autopar.graph.left_behind import LeftBehind
 from autopar.graph.module_blocks import Candidate
 from autopar.graph.record import BlockCall, Recording, patched_forwards, take_tensors
 from autopar.graph.stretches import Shortcut, Stretch
@@ -75,17 +76,20 @@ class _KeepContiguous(TorchFunctionMode):
 class _Whole(nn.Module):
     """The user's model from batch tensors to the scalar loss."""
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor], restart: Callable[[], None]):
+    def __init__(
+        self, model: nn.Module, loss: Callable[..., Tensor], restart: Callable[[], None], left_behind: LeftBehind
+    ):
         super().__init__()
         self.model = model
         self._loss = loss
         self._restart = restart
+        self._left_behind = left_behind
 
     def forward(self, *batch: Tensor) -> Tensor:
         self._restart()
         _Hidden.in_forward = True
         try:
-            with _KeepContiguous():
+            with self._left_behind.removed(), _KeepContiguous():
                 return self._loss(*batch)
         finally:
             _Hidden.in_forward = False
@@ -103,7 +107,8 @@ class _Alone(nn.Module):
         args, kwargs = self._call.arguments.fill(list(inputs))
         gradients = contextlib.nullcontext() if self._call.grad_enabled else torch.no_grad()
         casts, collects = autocast_as(self._call.autocast), collecting(self._call.collected)
-        with gradients, casts, _KeepContiguous(), collects as collected:
+        left_behind = LeftBehind(self.model)
+        with left_behind.removed(), gradients, casts, _KeepContiguous(), collects as collected:
             result = type(self.model).forward(self.model, *args, **kwargs)
         return take_tensors((result, collected))[1]
 
@@ -140,6 +145,7 @@ def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tenso
             index, tensors, lambda inputs: list(_BLOCK(inputs, index))))
 
     folded = list({call.candidate.fqn: call.candidate for call in recording.calls}.values())
+    whole = _Whole(model, loss, restart, LeftBehind(model, [candidate.module for candidate in folded]))
     _active_calls[:] = recording.calls
     try:
         with patched_forwards(folded, replace):
@@ -148,12 +154,12 @@ def trace_outer(model: nn.Module, loss: Callable[..., Tensor], batch: list[Tenso
                 # stretches, this is several times faster.
                 for shortcut in _shortcuts(recording):
                     with contextlib.suppress(Exception), _without_contents(folded):
-                        program = _export(_Whole(model, loss, restart), batch)
+                        program = _export(whole, batch)
                         if shortcut.holds(program, _BLOCK):
                             return Outer(program=program, stretches=shortcut.stretches)
             shortcut = Shortcut(())
             with explained(model):
-                return Outer(program=_export(_Whole(model, loss, restart), batch), stretches={})
+                return Outer(program=_export(whole, batch), stretches={})
     finally:
         _active_calls.clear()
 

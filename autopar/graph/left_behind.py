@@ -1,0 +1,72 @@
+"""What a forward leaves on the model's modules: caches, masks, counters. Every trace starts without them.
+
+A cache that a trace finds would be a tensor of another trace; what fills it would be missing from the ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class LeftBehind:
+    """What a forward of `model` leaves on its modules; of those in `without`, and what is inside, nothing is known.
+
+    `replaced` has the names of buffers in whose place a forward has put others.
+    """
+
+    def __init__(self, model: nn.Module, without: Iterable[nn.Module] = (), name: str = "") -> None:
+        self._modules = dict(_modules(model, set(map(id, without)), name))
+        self.replaced: dict[str, None] = {}
+
+    @contextlib.contextmanager
+    def removed(self) -> Iterator[None]:
+        """Afterwards the modules' attributes, tables, and lists and dicts among these, are as they were before."""
+        states = [(name, module, _State(module)) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for name, module, state in states:
+                self.replaced |= {f"{name}.{buffer}" if name else buffer: None for buffer in state.replaced(module)}
+                state.restore(module)
+
+
+def _modules(module: nn.Module, seen: set[int], name: str) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from _modules(child, seen, f"{name}.{child_name}" if name else child_name)
+
+
+class _State:
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = dict(module.__dict__)
+        # Tables of another kind are empty while the outside of blocks is traced.
+        self.containers = [(value, value.copy()) for name, value in self.attributes.items()
+                           if isinstance(value, (dict, list, set)) and (type(value) is dict or name not in _TABLES)]
+
+    def replaced(self, module: nn.Module) -> Iterator[str]:
+        """The names of the buffers that are others now."""
+        saved: Any = next((saved for table, saved in self.containers if table is self.attributes["_buffers"]), {})
+        now = module.__dict__["_buffers"]
+        return (name for name, buffer in saved.items() if buffer is not None and now.get(name) is not buffer)
+
+    def restore(self, module: nn.Module) -> None:
+        module.__dict__.clear()
+        module.__dict__.update(self.attributes)
+        for value, saved in self.containers:
+            _refill(value, saved)
+
+
+def _refill(value: Any, saved: Any) -> None:
+    if isinstance(value, list):
+        value[:] = saved
+    else:
+        value.clear()
+        value.update(saved)
