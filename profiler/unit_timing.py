@@ -1,7 +1,8 @@
 """Times what data parallelism adds to a layer: gathering its parameters and reducing its gradients, with all copies.
 
-The runtime leaves both to torch's FSDP2, so that this measures FSDP2: units of a few parameters in a forward and a
-backward, whose own work is one product, which is taken off.
+The runtime leaves both to torch's FSDP2 where states are in shards, so that this measures FSDP2: units of a few
+parameters in a forward and a backward, whose own work is one product, which is taken off. Whole copies gather nothing,
+and the runtime sums their gradients itself: joined to one tensor, while the backward goes on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -18,11 +20,12 @@ from autopar.cluster.measured import OpSample, OpTensor
 from autopar.cost_models.measured import SMALLEST_UNIT
 from autopar.profiler.clock import Clock
 from autopar.profiler.links import SHORTEST_S, WorkBefore
-from autopar.profiler.op_timing import Timed, time_passes
+from autopar.profiler.op_timing import NOTHING, Timed, time_passes
 
 NUM_UNITS = 4
 PARAMS_OF_UNIT = 8
 NUM_PASSES = 7
+_AXES = ("dp_replicate", "dp_shard")
 UNIT_ELEMENTS = tuple(SMALLEST_UNIT * 4**power for power in range(6))  # to 4 Mi
 
 
@@ -71,9 +74,50 @@ def time_unit(numel: int, num_ranks: int, *, sharded: bool, device: torch.device
     Forward: its parameters are gathered. Backward: its gradients are reduced, and its shards freed. `sharded`: its
     states are in shards; else every rank has a copy.
     """
-    shape, names = ((1, num_ranks) if sharded else (num_ranks, 1)), ("dp_replicate", "dp_shard")
-    mesh = DeviceMesh(device.type, torch.arange(num_ranks).view(shape), mesh_dim_names=names)
     work = WorkBefore(device)
+    timed = _time_sharded if sharded else _time_copies
+    gathered, reduced = timed(numel, num_ranks, device, clock, work)
+    return OpSample(
+        target=f"autopar.unit_{'sharded' if sharded else 'replicated'}", settings=str(num_ranks), dtype="float32",
+        operands=(OpTensor(shape=(numel,), dtype="float32"),), outputs=(),
+        forward_s=max(SHORTEST_S, gathered.device_s - work.alone_s) if sharded else 0.0,
+        backward_s=max(SHORTEST_S, reduced.device_s - work.alone_s),
+        forward_spread=gathered.spread, backward_spread=reduced.spread,
+        host_forward_s=gathered.host_s, host_backward_s=reduced.host_s,
+    )
+
+
+def _time_copies(
+    numel: int, num_ranks: int, device: torch.device, clock: Clock, work: WorkBefore
+) -> tuple[Timed, Timed]:
+    """Nothing, and summing the gradients of units one after another, each behind its work; all are waited for."""
+    size = max(1, numel // PARAMS_OF_UNIT)
+    gradients = [torch.ones(size, device=device) for _ in range(PARAMS_OF_UNIT)]
+
+    def backward() -> list[Tensor]:
+        sums, started = [], []
+        for _ in range(NUM_UNITS):
+            work.run()
+            sums.append(torch.cat(gradients))
+            started.append(dist.all_reduce(sums[-1], async_op=True))
+        for each in started:
+            assert each is not None
+            each.wait()
+        return sums
+
+    return NOTHING, time_passes(clock, lambda: backward, NUM_UNITS, _never, at_least=NUM_PASSES)
+
+
+def _never(spent_s: float) -> bool:
+    """Every pass communicates: all processes make the same number, whatever they spent."""
+    return False
+
+
+def _time_sharded(
+    numel: int, num_ranks: int, device: torch.device, clock: Clock, work: WorkBefore
+) -> tuple[Timed, Timed]:
+    """Gathering units in a forward, and reducing their gradients in a backward, by FSDP2."""
+    mesh = DeviceMesh(device.type, torch.arange(num_ranks).view(1, num_ranks), mesh_dim_names=_AXES)
     root = _Root(numel, device, work.run)
     for unit in root.units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=False)
@@ -101,16 +145,5 @@ def time_unit(numel: int, num_ranks: int, *, sharded: bool, device: torch.device
         loss = (root(x) if loss is None else loss).sum()
         return loss.backward
 
-    def never(spent_s: float) -> bool:
-        return False  # every pass communicates: all processes make the same number
-
-    gathered: Timed = time_passes(clock, prepare_forward, NUM_UNITS, never, at_least=NUM_PASSES)
-    reduced: Timed = time_passes(clock, prepare_backward, NUM_UNITS, never, at_least=NUM_PASSES)
-    return OpSample(
-        target=f"autopar.unit_{'sharded' if sharded else 'replicated'}", settings=str(num_ranks), dtype="float32",
-        operands=(OpTensor(shape=(numel,), dtype="float32"),), outputs=(),
-        forward_s=max(SHORTEST_S, gathered.device_s - work.alone_s),
-        backward_s=max(SHORTEST_S, reduced.device_s - work.alone_s),
-        forward_spread=gathered.spread, backward_spread=reduced.spread,
-        host_forward_s=gathered.host_s, host_backward_s=reduced.host_s,
-    )
+    gathered = time_passes(clock, prepare_forward, NUM_UNITS, _never, at_least=NUM_PASSES)
+    return gathered, time_passes(clock, prepare_backward, NUM_UNITS, _never, at_least=NUM_PASSES)

@@ -251,12 +251,12 @@ def measured_step_s(
 ) -> float | None:
     """Seconds of the optimizer's step as measured, parameter by parameter; None where it was not.
 
-    Parameters on data axes are shards of distributed tensors, which torch steps more slowly.
+    Parameters in shards over data axes are distributed tensors, which torch steps more slowly than whole copies.
     """
     mesh = stage.mesh
-    data = mesh.dp * mesh.cp > 1
+    sharded = mesh.dp * mesh.cp > 1 and stage.zero > 0
     shards = mesh.dp_shard * mesh.cp if stage.zero else 1
-    name = f"{plan.optimizer}{'_sharded' if data else ''}"
+    name = f"{plan.optimizer}{'_sharded' if sharded else ''}"
     total = 0.0
     seen: set[str] = set()
     for block, cost in zip(blocks, costs, strict=True):

@@ -4,9 +4,9 @@
 
 The machine is profiled first, with two processes at work at once: each op of each plan at the plan's local shapes, the
 collectives between the two, optimizer steps and passes over memory by size. Then every plan is simulated and run, and
-a line tells the median step, after two in which the process gets its memory from the system, and its prediction, and by
-how much the fuller process grew and should have. Plans are those of the data sheet's rates, so that they do not depend
-on what was measured. Nothing of a step is fitted.
+a line tells the median step, after some in which the process gets its memory from the system, and its prediction, and
+by how much the fuller process grew and should have. Plans are those of the data sheet's rates, so that they do not
+depend on what was measured. Nothing of a step is fitted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from autopar.simulate.measured_share import measured_share
 from autopar.simulate.simulator import simulate
 
 GLOBAL_BATCH = 8
-WARM_UP = 2  # steps: each fault of a page takes 5 to 10 us in a virtual machine, 20,000 of them the first step
+WARM_UP = 4  # steps until the C library holds what a step needs: in a virtual machine a page costs 5 to 10 us
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 6, "hidden_size": 384,
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--plans", default=",".join(str(i) for i in range(len(PLANS))))
-    parser.add_argument("--steps", type=int, default=8, help="at least three")
+    parser.add_argument("--steps", type=int, default=10, help="more than four")
     parser.add_argument("--save", type=Path, default=None, help="write profile and results to this folder")
     parser.add_argument("--profile", type=Path, default=None, help="use this profile, measure none")
     options = parser.parse_args()
