@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,9 +36,9 @@ class Candidate:
 def find_candidates(model: nn.Module) -> tuple[Candidate, ...]:
     """The block candidates of a model, in the order of its module hierarchy; none contains another.
 
-    In a container (ModuleList, Sequential, ModuleDict) whose elements repeat, each element is a block; elsewhere the
-    search goes on inside, and an element without containers of its own is a block. A model without any container has
-    its children as blocks.
+    In a container (ModuleList, Sequential, ModuleDict) whose elements repeat, each element is a block, and each module
+    in an element that is a list; elsewhere the search goes on inside, and an element without containers of its own is a
+    block. A model without any container has its children as blocks.
     """
     found: list[tuple[str, nn.Module]] = []
     if isinstance(model, _CONTAINERS):
@@ -73,7 +73,7 @@ def _search_container(prefix: str, container: nn.Module, found: list[tuple[str, 
     elements = [(_join(prefix, name), child) for name, child in container.named_children() if _has_parameters(child)]
     structures = [structure_of(child) for _, child in elements]
     if len(set(structures)) < len(structures):
-        found.extend(elements)
+        found.extend(called for fqn, element in elements for called in _called(fqn, element))
         return
     for fqn, element in elements:
         inside: list[tuple[str, nn.Module]] = []
@@ -82,6 +82,16 @@ def _search_container(prefix: str, container: nn.Module, found: list[tuple[str, 
         else:
             _search(element, fqn, inside)
         found.extend(inside or [(fqn, element)])
+
+
+def _called(fqn: str, element: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """An element of a container; of a list or dict, which is never called itself, the modules in it."""
+    if not isinstance(element, (nn.ModuleList, nn.ModuleDict)):
+        yield fqn, element
+        return
+    for name, child in element.named_children():
+        if _has_parameters(child):
+            yield from _called(_join(fqn, name), child)
 
 
 def _children_as_blocks(prefix: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
