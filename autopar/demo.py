@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 
+from autopar.cluster.cluster import Cluster
 from autopar.cluster.local import local_cluster, num_cores
 from autopar.errors import InputError
 from autopar.files import write_text
 from autopar.graph.capture import capture
+from autopar.graph.model_graph import ModelGraph
 from autopar.graph.source import capture_source, load_source
 from autopar.local_check import RealModel, check_locally
 from autopar.plan.file import save_plan
 from autopar.plan.plan import Plan
 from autopar.plan.text import plan_json, plan_table, seconds
 from autopar.profiler.local import profile_local
+from autopar.profiler.op_cases import plan_cases
+from autopar.profiler.worker import UNIT, runtime_cases
 from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import make_batch
@@ -37,6 +41,8 @@ SEQ_LEN = 64
 CHECKED_STEPS = 3
 TRAINED_STEPS = 6
 PROFILE_BUDGET_S = 4.0
+OPS_BUDGET_S, LINK_BUDGET_S = 1.0, 0.5
+SMALLEST_UNIT, LARGEST_PASS = 2**16, 2**22  # elements of the units, and of all passes, that are measured
 MODEL: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 6, "hidden_size": 256,
     "intermediate_size": 688, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048,
@@ -97,7 +103,10 @@ def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
         losses, times_s = pool.run(train, factory, plan, TRAINED_STEPS)[0]
     measured_s = median(times_s[1:])
     show(f"5. Trained {TRAINED_STEPS} steps with AdamW: loss {losses[0]:.4f} -> {losses[-1]:.4f}; a step took "
-         f"{seconds(measured_s)}, predicted {seconds(timeline.step_time_s)}.")
+         f"{seconds(measured_s)}, predicted {seconds(timeline.step_time_s)} from the rates of line 2 alone.")
+    told_s, num_ops = predicted_from_ops(graph, cluster, plan)
+    show(f"   Predicted {seconds(told_s)} once the plan's {num_ops} ops, its communication and its optimizer were "
+         "measured one by one, as `autopar profile all` does.")
     if plan.certificate is not None and parity.passed:
         bound = plan.certificate
         show(f"6. Proved: in the cost model no searched plan is under {seconds(bound.lower_bound_s)}, and this one "
@@ -108,11 +117,31 @@ def run_demo(folder: Path, *, show: Callable[..., None]) -> dict[str, Any]:
         "plan": plan_json(plan, timeline.report()),
         "parity": parity.to_dict(),
         "training": {"losses": losses, "step_times_s": times_s, "median_step_time_s": measured_s,
-                     "predicted_step_time_s": timeline.step_time_s},
+                     "predicted_step_time_s": timeline.step_time_s, "profiled_step_time_s": told_s},
         "files": {"model": str(model_path), "plan": str(plan_path), "page": str(page_path),
                   "trace": str(trace_path)},
         "seconds": time.perf_counter() - start,
     }
+
+
+def predicted_from_ops(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[float, int]:
+    """Seconds of a step of the plan on this machine, its ops measured, and how many ops these are."""
+    cases = plan_cases(graph, plan, cluster)
+    data = any(stage.mesh.dp * stage.mesh.cp > 1 for stage in plan.stages)
+    sharded = data and any(stage.zero for stage in plan.stages)
+    kinds = {("accumulate", False), (plan.optimizer, sharded)} | ({(UNIT, sharded)} if data else set())
+    runtime = [
+        case for case in runtime_cases("float32", grouped=True)
+        if (case.name, case.sharded) in kinds and case.numel <= LARGEST_PASS
+        and (case.name != UNIT or case.numel >= SMALLEST_UNIT)
+    ]
+    exchanges = any(stage.mesh.tp > 1 or stage.mesh.cp > 1 for stage in plan.stages)
+    profile = profile_local(
+        cluster.num_devices, budget_s=OPS_BUDGET_S, dtypes=("float32",), device="cpu", date=date.today().isoformat(),
+        cases=cases, runtime=runtime, link_budget_s=LINK_BUDGET_S if exchanges else 0.0,
+    )
+    local = local_cluster(cluster.num_devices, device="cpu")
+    return simulate(graph, profile.apply(local), plan).step_time_s, len(cases)
 
 
 def train(factory: RealModel, plan: Plan, steps: int) -> tuple[list[float], list[float]]:

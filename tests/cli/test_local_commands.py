@@ -3,15 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from autopar import local_check
-from autopar.demo import demo_processes
+from autopar import demo, local_check
+from autopar.cluster.local import local_cluster
+from autopar.demo import demo_processes, predicted_from_ops
+from autopar.graph.source import capture_source, load_source
 from autopar.plan.file import load_plan, save_plan
 from autopar.plan.plan import Plan, Recompute, Variant
 from autopar.profiler import LinkFit, MatmulRate, Profile
 from autopar.runtime.parity import ParityReport
+from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.simulate.simulator import simulate
 
 LINK = LinkFit(backend="gloo", latency_s=1e-4, bytes_per_s=1e9, relative_error=0.1, points=((4096, 1e-4),))
 PROFILE = Profile(
@@ -123,6 +128,34 @@ def test_a_profile_of_another_machine_is_refused(autopar, llama: Path, tmp_path:
 
 def test_the_demo_s_processes_have_a_core_each() -> None:
     assert [demo_processes(cores) for cores in (1, 2, 3, 4, 64)] == [2, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(("degrees", "kinds", "exchanges"), [
+    ({"dp_shard": 2, "zero": 2}, {("accumulate", False), ("adamw", True), ("unit", True)}, False),
+    ({"dp_replicate": 2}, {("accumulate", False), ("adamw", False), ("unit", False)}, False),
+    ({"tp": 2}, {("accumulate", False), ("adamw", False)}, True),
+])
+def test_the_demo_measures_what_its_plan_runs(
+    degrees: dict[str, int], kinds: set[tuple[str, bool]], exchanges: bool, llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def measured(num_processes: int, **options: Any) -> Profile:
+        asked.update(options)
+        return PROFILE
+
+    monkeypatch.setattr(demo, "profile_local", measured)
+    graph = capture_source(load_source(str(llama), seq_len=16, dtype="float32"))
+    cluster = local_cluster(2, device="cpu")
+    plan = plan_from_degrees(graph, cluster, Degrees(
+        global_batch=4, micro_batch=2, seq_len=16, dtype="float32", **degrees
+    ))
+    step_s, num_ops = predicted_from_ops(graph, cluster, plan)
+    assert {(case.name, case.sharded) for case in asked["runtime"]} == kinds
+    assert num_ops == len(asked["cases"]) > 10
+    assert (asked["link_budget_s"] > 0) == exchanges
+    assert step_s == simulate(graph, PROFILE.apply(cluster), plan).step_time_s
 
 
 def test_demo_in_a_folder_that_cannot_be(autopar, tmp_path: Path) -> None:
