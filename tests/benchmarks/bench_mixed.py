@@ -32,8 +32,10 @@ CASES = {
     "unequal memory": ("llama-3.1-8b", 2048, 512, "bfloat16", "1x8xA100-80GB+1x8xA100-40GB@100Gbps"),
     "four types, 64 nodes": (
         "llama-3.1-70b", 4096, 1024, "bfloat16", "16x8xH100-80GB+16x8xA100-80GB+16x4xA100-40GB+16x4xL4@400Gbps"),
+    "a100+v100, 32k tokens": ("llama-3.1-8b", 32768, 16, "float16", "1x8xA100-80GB+1x8xV100-32GB@100Gbps"),
+    "2 a100 + 3 v100 nodes, 32k": ("llama-3.1-70b", 32768, 32, "float16", "2x8xA100-80GB+3x8xV100-32GB@400Gbps"),
 }
-FOR_UNIFORM = tuple(CASES)[:5]  # the last has too many uniform plans
+FOR_UNIFORM = tuple(CASES)[:5]  # the others have too many uniform plans, or context axes, which such plans lack
 
 
 def cpu_s() -> float:
@@ -69,7 +71,7 @@ def print_row(name: str, plan: Plan, other: float, seconds: float) -> None:
     baselines = [own.step_time_s for own in plan.baselines if own.step_time_s is not None]
     stages = "; ".join(
         f"{stage.last - stage.first} blocks on {stage.devices[0]}-{stage.devices[-1]}: dp {stage.mesh.dp} "
-        f"tp {stage.mesh.tp} zero {stage.zero}" for stage in plan.stages
+        f"cp {stage.mesh.cp} tp {stage.mesh.tp} zero {stage.zero}" for stage in plan.stages
     )
     order = "in an order of its own" if plan.actions else str(plan.schedule)
     print(
