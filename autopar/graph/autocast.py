@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from autopar.errors import InputError
+
 AutocastState: TypeAlias = "tuple[tuple[str, torch.dtype], ...]"
 _DEVICE_TYPES = ("cpu", "cuda")
 _CAST = (torch.float16, torch.bfloat16, torch.float32)  # autocast leaves float64 alone
@@ -39,6 +41,22 @@ def without_autocast() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind, _ in autocast_state():
             stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def as_captured(captured: AutocastState) -> Iterator[None]:
+    """While inside, what a graph has computes as captured: its casts are ops, and autocast adds none.
+
+    InputError where autocast is on now and was not around the capture.
+    """
+    if missed := [item for item in autocast_state() if item not in captured]:
+        kind, dtype = missed[0]
+        raise InputError(
+            f"torch.autocast({kind!r}, {dtype}) is on, and was not when the model was captured: call parallelize "
+            "inside of it too, and its casts are part of the program; or give parallelize a dtype, as in dtype='bf16'"
+        )
+    with without_autocast():
         yield
 
 

@@ -45,12 +45,14 @@ class Captured:
     forward made (`_constants.N`). `own_gradients` says, in words, what of the gradients is code of the model's own,
     which the graph does not hold (`autopar.graph.own_gradients`). `own_evaluation` are the lines of the model's code
     that compute in training alone, or in evaluation alone, if that was asked for (`autopar.graph.own_evaluation`).
+    `autocast` is what was on around the capture, whose casts the graph has.
     """
 
     graph: ModelGraph
     constants: dict[str, Tensor]
     own_gradients: tuple[str, ...] = ()
     own_evaluation: tuple[str, ...] = ()
+    autocast: AutocastState = ()
 
 
 def capture(model: nn.Module, example_batch: Mapping[str, Any] | tuple[Any, ...], *, loss_fn: LossFn | None = None,
@@ -121,7 +123,7 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
         loss=chain.loss, settings=batch.settings, notes=tuple(notes),
     )
     return replace(_finish(graph, build.constant_values, recording.replaced), own_gradients=tuple(own_gradients),
-                   own_evaluation=own_evaluation)
+                   own_evaluation=own_evaluation, autocast=surrounding)
 
 
 @contextlib.contextmanager

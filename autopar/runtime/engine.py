@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autopar.errors import InputError, NotFiniteError, PlanMismatchError
 from autopar.gloo import one_worker_thread
+from autopar.graph.autocast import as_captured
 from autopar.graph.capture import Captured
 from autopar.graph.model_graph import ModelGraph
 from autopar.graph.rows import at_rows
@@ -109,6 +110,7 @@ class Trainer:
             (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(planned))
         ))
         self.batch, self.own_evaluation = BatchReader(captured.graph, plan), captured.own_evaluation
+        self.autocast = captured.autocast
         self.watch = self._meet()
         self._seed()
         persistent = frozenset(model.state_dict(keep_vars=True))
@@ -207,7 +209,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         place = self.groups.place
         self.watch.step = self.num_steps + 1
-        with self.watch.names_failures():
+        with as_captured(self.autocast), self.watch.names_failures():
             rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
             total = self.executor.run(rows, self._factors(rows), observe)
             with self._recorded(REDUCE):
@@ -242,7 +244,7 @@ class Trainer:
         recorder, self.executor.recorder = self.executor.recorder, None  # a trace is of training steps alone
         try:
             # What is random in training draws, and drops nothing.
-            with self.watch.names_failures(), torch.random.fork_rng(devices=devices):
+            with as_captured(self.autocast), self.watch.names_failures(), torch.random.fork_rng(devices=devices):
                 rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
                 return self._global_loss(*self._sum_loss(self.executor.evaluate(rows, self._factors(rows))))
         finally:

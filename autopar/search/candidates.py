@@ -217,7 +217,8 @@ def no_mesh(cluster: Cluster, request: PlanRequest) -> str:
     return (
         f"no plan on the {cluster.num_devices} devices of {cluster.name} has the mesh {words} with a global batch of "
         f"{request.global_batch}: sizes must divide the devices, dp the batch, tp a node, pp the layers and cp the "
-        "sequence; change or leave out an axis"
+        "sequence; tp must split the work of some op, and a loss that couples rows allows no dp; change or leave out "
+        "an axis"
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import runtime_models
+import torch
 
+import autopar
 from autopar.cluster.local import local_cluster
 from autopar.plan.plan import Recompute
 from autopar.runtime.local import LocalPool
@@ -55,3 +57,28 @@ def test_a_model_that_casts_by_its_own_autocast(pool: LocalPool, degrees: dict[s
     assert report.loss_error < 1e-3 and any("16 bits" in note for note in report.notes)
     if "pp" in degrees:
         assert report.worst[1] < 1e-2, report.worst
+
+
+def test_autocast_around_a_step_must_be_around_the_capture_too() -> None:
+    """Else a stage would send what its autocast rounds to one that takes what was captured."""
+    model, (ids, labels), _ = runtime_models.under_autocast()
+    plain = {"ids": ids, "labels": labels}
+
+    def half() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    trainer = autopar.parallelize(model, plain, lambda params: torch.optim.SGD(params, lr=0.1), device="cpu")
+    with half():
+        for call in (trainer.step, trainer.forward_backward, trainer.evaluate):
+            with pytest.raises(autopar.InputError, match="call parallelize inside of it too"):
+                call(plain)
+    without = trainer.step(plain)
+    trainer.close()
+    model, _, _ = runtime_models.under_autocast()
+    with half():
+        expected = model(**plain)
+        trainer = autopar.parallelize(model, plain, lambda params: torch.optim.SGD(params, lr=0.1), device="cpu")
+        assert trainer.evaluate(plain).item() == expected.item()
+        assert trainer.forward_backward(plain).item() == expected.item() != without.item()
+    assert trainer.forward_backward(plain).item() == expected.item()
+    trainer.close()
