@@ -15,9 +15,10 @@ with the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from autopar.simulate.class_costs import CostAxis
 from autopar.simulate.stage_cost import is_layer
 
 Cuts = tuple[int, ...]
+Kind = TypeVar("Kind", bound=Hashable)
 MANY_CUTS = 1024  # kept at once
 PARTS = 16  # into which the cuts over unlike stages are parted
 
@@ -109,11 +111,12 @@ class Bounds:
             return float(loads.later[0][0] + loads.first[0][0] + loads.once[-1])
         number, first = self._sorts[True].number, self._sorts[True].sort[0]
         work = np.minimum.reduce([t.forward_s + t.backward_s for t in tables.values()])
-        load = np.minimum.reduce([(m - 1) * t.backward_s + (m - most) * t.forward_s for t in tables.values()])
-        through = float(work @ number) + max(float(load @ number) / c.pp, float(load.max()))
+        later = {kind: (m - 1) * t.backward_s + (m - most) * t.forward_s for kind, t in tables.items()}
+        longest = float(np.minimum.reduce(list(later.values())).max())
+        through = float(work @ number) + max(spread_s(later, kinds, number), longest)
         through += float(tables[kinds[0]].once_beside_s[first])
-        own = np.minimum.reduce([m * (t.forward_s + t.backward_s) + t.once_beside_s for t in tables.values()])
-        return max(through, float(own @ number) / c.pp)
+        owns = {kind: m * (t.forward_s + t.backward_s) + t.once_beside_s for kind, t in tables.items()}
+        return max(through, spread_s(owns, kinds, number))
 
     def best_cut(self, c: Candidate, limit_s: float = np.inf) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
@@ -350,3 +353,20 @@ class Bounds:
             (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
+
+
+def spread_s(times: Mapping[Kind, Table], kinds: Sequence[Kind], number: Table) -> float:
+    """The longest of the stages takes no less, were the blocks spread over stages of these kinds at will.
+
+    `times`: of a kind what each entry takes, of which there are so many (`number`). A second of a stage is priced by
+    the share of all blocks that its kind does in it; each block is done where it costs least, and the stages together
+    have so many priced seconds a second. Or all kinds have one price.
+    """
+    even = float(np.minimum.reduce(list(times.values())) @ number) / len(kinds)
+    if len(times) == 1:
+        return even
+    whole = {kind: float(own @ number) for kind, own in times.items()}
+    if min(whole.values()) <= 0:
+        return even
+    priced = np.minimum.reduce([own / whole[kind] for kind, own in times.items()])
+    return max(even, float(priced @ number) / sum(1 / whole[kind] for kind in kinds))

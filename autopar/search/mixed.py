@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 
 from autopar.cluster.cluster import Cluster
 from autopar.errors import AutoparError
@@ -29,7 +30,6 @@ from autopar.simulate.simulator import simulate
 
 log = logging.getLogger(__name__)
 CLOSE = 0.005  # what is not better by so much is not looked for
-MAX_PASSES = 6  # of one number of micro-batches, each after a better plan was found
 MAX_IMPROVED = 150  # simulations
 MAX_POOLS = 6
 MAX_OTHERS = 60  # simulations of stages of other numbers and orders than those of least bound
@@ -85,6 +85,11 @@ class _Problem:
     partly: dict[int, tuple[Part, ...]] = field(default_factory=dict)  # on some of the pools
     partly_s: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def fill(self) -> float:
+        """About what the best plan takes of the work spread evenly: a stage of each pool is to be filled."""
+        return 1 + (len(self.costs.run_pools) - 1) / self.costs.num_micro_batches
+
 
 class _Search:
     """A search under way."""
@@ -118,18 +123,20 @@ class _Search:
         for problem in sorted(open_, key=lambda own: (self._step_s(own.parts), own.index))[:2]:
             self._improve(problem)
         for problem in open_:
-            for _ in range(MAX_PASSES):
-                before_s = self.best_s
-                if not self._pass(problem) or self.best_s == before_s:
-                    break
+            self._raise(problem)
             problem.costs.forget()
         self._try_idle()
         self._put_off_weights()
-        for problem in open_:
+
+    def _raise(self, problem: _Problem) -> None:
+        """Raises what is left of the bound, and simulates the stages that are met."""
+        def met(stages: tuple[RunStage, ...]) -> None:
             self._check_time()
-            if problem.lower_s < self.goal_s:
-                problem.lower_s = problem.runs.least_limit(problem.lower_s, self.goal_s)
-                problem.costs.forget()
+            self._try(problem, self._parts(problem.costs, stages))
+
+        self._check_time()
+        if problem.lower_s < self.goal_s:
+            problem.lower_s = problem.runs.least_limit(problem.lower_s, self.goal_s, met=met)
 
     def _make_problems(self) -> None:
         for rewrites in _families(self.engine, self.pools):
@@ -157,40 +164,43 @@ class _Search:
             ))
 
     def _still_open(self, problems: Sequence[_Problem]) -> list[_Problem]:
-        """Looks once for something better in each; those that may still have it."""
-        found = []
-        for problem in sorted(problems, key=lambda own: (own.lower_s, own.index)):
-            if self._pass(problem):
-                found.append(problem)
-            problem.costs.forget()
-            self._told()
-        return found
+        """Looks for something better in each; those that may still have it.
 
-    def _pass(self, problem: _Problem) -> bool:
-        """Looks once for something better; whether there may be any."""
-        passed, every = self._passed(problem), problem.runs.all_pools
-        if passed is not None:
-            problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
-            self._try(problem, self._parts(problem.costs, passed.stages[every]))
-            problem.others = tuple((bound, self._parts(problem.costs, stages)) for bound, stages in passed.others)
-        return problem.lower_s < self.goal_s
-
-    def _passed(self, problem: _Problem) -> Passed | None:
-        """The stages of least bound below the goal; None where there are none.
-
-        They are looked for below lower limits first, for which fewer tables have to be made.
+        Limits rise in all problems together, those first that promise most: the sooner a good plan is found, the fewer
+        limits others are looked at below. Below low limits fewer tables have to be made.
         """
-        limit_s = problem.lower_s * STEP if problem.lower_s > 0 else math.inf
-        while problem.lower_s < self.goal_s:
-            self._check_time()
-            limit_s = min(limit_s, self.goal_s)
-            passed = problem.runs.passed(limit_s)
-            self._keep_partly(problem, passed)
-            if problem.runs.all_pools in passed.bounds_s:
-                return passed
+        open_, waiting = [], [
+            (own.lower_s * STEP * own.fill, own.index, own.lower_s * STEP if own.lower_s > 0 else math.inf)
+            for own in problems
+        ]
+        heapify(waiting)
+        while waiting:
+            _, index, limit_s = heappop(waiting)
+            problem = self.problems[index]
+            if problem.lower_s < self.best_s and not self._pass(problem, limit_s):
+                limit_s = limit_s * STEP if limit_s < problem.fluid_s * FAR else math.inf
+                heappush(waiting, (limit_s * problem.fill, index, limit_s))
+            else:
+                if problem.lower_s < self.goal_s:
+                    open_.append(problem)
+                self._told()
+            problem.costs.forget()
+        return open_
+
+    def _pass(self, problem: _Problem, limit_s: float) -> bool:
+        """Looks for the stages of least bound below the limit, or the best step if near; whether there are any."""
+        self._check_time()
+        if limit_s * STEP >= self.best_s:
+            limit_s = self.best_s
+        passed, every = problem.runs.passed(limit_s), problem.runs.all_pools
+        self._keep_partly(problem, passed)
+        if every not in passed.bounds_s:
             problem.lower_s = limit_s
-            limit_s = limit_s * STEP if limit_s < problem.fluid_s * FAR else math.inf
-        return None
+            return False
+        problem.lower_s = max(problem.lower_s, passed.bounds_s[every])
+        self._try(problem, self._parts(problem.costs, passed.stages[every]))
+        problem.others = tuple((bound, self._parts(problem.costs, stages)) for bound, stages in passed.others)
+        return True
 
     def _try(self, problem: _Problem, parts: tuple[Part, ...]) -> None:
         """Simulates the parts, which are the problem's where none of it were better."""

@@ -24,7 +24,7 @@ halves it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from autopar.search.elimination import Table
 
 GENEROUS = 1e-9  # relative; sums are rounded
+PRECISE = 1e-3  # relative; what is less between limits is not halved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,18 +142,27 @@ class Runs:
     def all_pools(self) -> int:
         return (1 << len(self._pools)) - 1
 
-    def least_limit(self, lower_s: float, upper_s: float, rounds: int = 6) -> float:
-        """A step time that no stages of all pools are under, between what is known and a limit that lets some pass."""
-        for _ in range(rounds):
-            if upper_s - lower_s <= 1e-3 * upper_s:
+    def least_limit(
+        self, lower_s: float, upper_s: float, rounds: int = 6,
+        met: Callable[[tuple[RunStage, ...]], None] | None = None,
+    ) -> float:
+        """A step time that no stages of all pools are under, between what is known and a limit that lets some pass.
+
+        Just above what is known comes first: stages that really take it pass below any limit. `met` gets the stages
+        of least bound below each limit that lets some pass.
+        """
+        for done in range(rounds):
+            if upper_s - lower_s <= PRECISE * upper_s:
                 break
-            middle = (lower_s + upper_s) / 2
-            bound = self.passed(middle, partly=False).bounds_s.get(self.all_pools)
-            if bound is None:
+            middle = (lower_s + upper_s) / 2 if done else lower_s + PRECISE / 2 * upper_s
+            passed = self.passed(middle, partly=False)
+            if self.all_pools not in passed.bounds_s:
                 lower_s = middle
             else:
                 upper_s = middle
-                lower_s = max(lower_s, min(bound, middle))
+                lower_s = max(lower_s, min(passed.bounds_s[self.all_pools], middle))
+                if met is not None:
+                    met(passed.stages[self.all_pools])
         return lower_s
 
     def passed(self, limit_s: float, *, partly: bool = True) -> Passed:

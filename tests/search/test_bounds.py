@@ -1,7 +1,9 @@
 import math
 import random
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from autopar.errors import InfeasibleError
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan, Recompute, Variant
 from autopar.search.best_first import Engine
-from autopar.search.bounds import Cuts
+from autopar.search.bounds import Cuts, spread_s
 from autopar.search.candidates import Candidate, PlanRequest, candidates
 from autopar.search.context import context_candidates
 from autopar.simulate.simulator import simulate
@@ -104,3 +106,27 @@ def with_random_variants(plan: Plan, rng: random.Random, *, offload: bool) -> Pl
     return replace(plan, stages=tuple(
         stage.with_variants([rng.choice(every) for _ in range(plan.num_layers(stage))]) for stage in plan.stages
     ))
+
+
+@given(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=3),
+    st.lists(st.tuples(*(st.floats(0.0, 10.0),) * 3), min_size=1, max_size=3), st.integers(0, 10**6),
+)
+def test_blocks_spread_at_will_bound_every_assignment(
+    kinds: list[str], each: list[tuple[float, float, float]], seed: int
+) -> None:
+    number = [random.Random(seed + i).randint(1, 2) for i in range(len(each))]
+    times = {kind: np.array([own["abc".index(kind)] for own in each]) for kind in dict.fromkeys(kinds)}
+    bound = spread_s(times, kinds, np.array(number, dtype=np.float64))
+    blocks = [entry for entry, count in enumerate(number) for _ in range(count)]
+    longest = min(
+        max(sum(times[kind][b] for b, at in zip(blocks, stages, strict=True) if at == stage)
+            for stage, kind in enumerate(kinds))
+        for stages in product(range(len(kinds)), repeat=len(blocks))
+    )
+    assert bound <= longest * (1 + 1e-9)
+
+
+def test_blocks_spread_over_unlike_stages_keep_them_busy() -> None:
+    """Twelve like blocks that take three times as long on one of two stages: nine and three of them."""
+    assert spread_s({"fast": np.ones(1), "slow": np.full(1, 3.0)}, ["fast", "slow"], np.full(1, 12.0)) == 9.0
