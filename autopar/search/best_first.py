@@ -77,12 +77,14 @@ class _State:
     below_s: float
     most: int  # simulations
     proves: bool
+    most_refined: float = math.inf  # candidates of which the best cut is looked for
     # (bound, how it was found, candidate, the cuts to simulate); a candidate that cannot fit is not there.
     queue: list[tuple[float, Level, Candidate, tuple[Cuts, ...]]] = field(default_factory=list)
     lower: float = math.inf
     bound: float = 0.0  # of the candidate in hand
     open: list[tuple[float, Candidate]] = field(default_factory=list)  # with bounds of the cuts that were not tried
     simulations: int = 0
+    refined: int = 0
     actions: int = 0  # of those
     timed_out: bool = False
     stopped: bool = False
@@ -109,15 +111,17 @@ class Engine:
     def search(
         self, candidates: Sequence[Candidate], *, even: bool = False, incumbent: Found | None = None,
         deadline: float | None = None, progress: Progress | None = None, below_s: float = math.inf,
-        max_simulations: int | None = None, proves: bool = True,
+        max_simulations: int | None = None, max_refined: float = math.inf, proves: bool = True,
     ) -> Outcome:
         """The best of the candidates over all cuts, or over even ones alone; never worse than the incumbent.
 
-        What takes `below_s` or more is not looked for. Not `proves`: what no simulation is left for is not bounded.
+        What takes `below_s` or more is not looked for. Not `proves`: what no simulation is left for is not bounded, and
+        of at most `max_refined` candidates the best cut is looked for.
 
         An interrupt ends it as the time limit does where a plan was found before; else the caller gets the interrupt.
         """
-        state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS, proves=proves)
+        state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS, proves=proves,
+                       most_refined=max_refined)
         try:
             self._fill(state, candidates, deadline)
             self._settle(state, len(candidates), even, deadline, progress)
@@ -182,7 +186,11 @@ class Engine:
                 if closer < math.inf:
                     heapq.heappush(queue, (max(bound, closer), Level.QUICK, candidate, ()))
                 continue
+            if level is Level.QUICK and state.refined >= state.most_refined:
+                state.stopped = True
+                continue
             if level is Level.QUICK:
+                state.refined += 1
                 entry = self._refine(candidate, even, min(state.below_s, best.step_time_s if best else math.inf))
                 if entry is not None:
                     heapq.heappush(queue, (max(bound, entry[0]), Level.OF_CUTS, candidate, entry[1]))

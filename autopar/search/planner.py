@@ -48,6 +48,7 @@ IN_RUNS = (
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
 MAX_TO_ORDER = 12  # simulations of pipelines that are looked for only to be tried in other orders
 MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
+MAX_REFINED = 250  # of them, those of least quick bound, of which the best cut is looked for
 OTHER_ORDERS = (
     f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
     "best pipelines"
@@ -188,7 +189,7 @@ class _Searches:
         else:
             outcome = engine.search(
                 self.space, incumbent=engine.best, deadline=self.deadline, progress=self.progress,
-                below_s=mixed.step_time_s, max_simulations=MAX_BESIDE, proves=False,
+                below_s=mixed.step_time_s, max_simulations=MAX_BESIDE, max_refined=MAX_REFINED, proves=False,
             )
         unsettled = outcome.best is None and not outcome.timed_out and self.no_mesh is None
         if unsettled and not self.request.mesh and mixed is None:
