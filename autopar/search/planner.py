@@ -48,7 +48,7 @@ IN_RUNS = (
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
 MAX_TO_ORDER = 12  # simulations of pipelines that are looked for only to be tried in other orders
 MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
-MAX_REFINED = 250  # of them, those of least quick bound, of which the best cut is looked for
+MAX_REFINED = 150  # of them, those of least quick bound, of which the best cut is looked for
 OTHER_ORDERS = (
     f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
     "best pipelines"

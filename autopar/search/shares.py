@@ -44,7 +44,7 @@ def search_shares(engine: Engine, request: PlanRequest, best_s: float, deadline:
             key = (candidate.tp, candidate.sequence_parallel, candidate.split_weights, total)
             if copies_s.get(key, 0.0) >= best_s * FAR:
                 continue
-            estimate = _estimate(engine, candidate, total)
+            estimate = _estimate(engine, candidate, total, best_s)
             if candidate.zero == 0 and estimate is not None:
                 copies_s[key] = estimate[0]
             if estimate is not None and estimate[0] < best_s:
@@ -78,8 +78,13 @@ def _settings(engine: Engine, request: PlanRequest) -> Iterator[tuple[Candidate,
                         yield candidate, total
 
 
-def _estimate(engine: Engine, candidate: Candidate, total: int) -> tuple[float, tuple[int, ...]] | None:
-    """Seconds of a step by the slowest data rank, and the rows of each; None where even shares are as good."""
+def _estimate(
+    engine: Engine, candidate: Candidate, total: int, limit_s: float
+) -> tuple[float, tuple[int, ...]] | None:
+    """Seconds of a step by the slowest data rank, and the rows of each; None where even shares are as good.
+
+    Without the rows, and no more than the step takes, where a single row takes a data rank the limit or longer.
+    """
     plan = engine.plan_of(candidate, (0, len(engine.graph.blocks)))
     graph, stage = rewritten(engine.graph, plan.rewrites), plan.stages[0]
     kinds: list[DeviceType] = []
@@ -98,6 +103,9 @@ def _estimate(engine: Engine, candidate: Candidate, total: int) -> tuple[float, 
             known[kind, rows] = plan.num_micro_batches * (cost.forward_s + cost.backward_s) + cost.step_once_s
         return known[kind, rows]
 
+    for kind in range(len(kinds)):
+        if (least_s := time_of(kind, 1)) >= limit_s:
+            return least_s, ()
     rows = share_out(total, kind_of, time_of)
     if min(rows) == max(rows):
         return None

@@ -14,7 +14,7 @@ from toy_graphs import cluster
 from autopar.plan.verify import verify_plan
 from autopar.search.best_first import Engine
 from autopar.search.planner import PlanRequest, find_plan
-from autopar.search.shares import NOT_SHARED, search_shares, share_out
+from autopar.search.shares import NOT_SHARED, _estimate, _settings, search_shares, share_out
 from autopar.simulate.simulator import simulate
 
 
@@ -68,3 +68,17 @@ def test_alike_devices_and_what_is_fixed_are_left_alone() -> None:
     ):
         assert search_shares(Engine(GRAPH, own, wanted), wanted, float("inf"), None) is None
     assert search_shares(Engine(GRAPH, machine, request), request, 1e-9, None) is None, "none is better than that"
+
+
+def test_what_one_row_takes_is_no_more_than_the_estimate() -> None:
+    machine, request = unlike_nodes(bandwidth=1e12, speeds=(1.0, 0.5)), PlanRequest(global_batch=20)
+    engine = Engine(GRAPH, machine, request)
+    for candidate, total in list(_settings(engine, request))[:20]:
+        whole = _estimate(engine, candidate, total, float("inf"))
+        if whole is not None:
+            early = _estimate(engine, candidate, total, 0.0)
+            assert early is not None and 0 < early[0] <= whole[0] and early[1] == ()
+            assert _estimate(engine, candidate, total, whole[0] * 1.001) == whole
+    found = search_shares(engine, request, float("inf"), None)
+    assert found is not None
+    assert search_shares(engine, request, found.step_time_s * 1.01, None) == found
