@@ -119,7 +119,7 @@ def fixed_axes(mesh: Mapping[str, object], word: str = "mesh") -> tuple[tuple[st
         if axis not in MESH_AXES:
             raise InputError(f"{word} has no axis {axis!r}; write AXIS=SIZE of {', '.join(MESH_AXES)}, as in dp=8,tp=4")
         if not isinstance(size, int) or size < 1:
-            raise InputError(f"{word} gives {axis} the size {size!r}; write a whole number from 1 on, as in {axis}=4")
+            raise InputError(f"{word} gives {axis} the size '{size}'; write a whole number from 1 on, as in {axis}=4")
     return tuple((axis, size) for axis, size in mesh.items() if isinstance(size, int))
 
 

@@ -127,7 +127,7 @@ def test_axes_can_be_fixed() -> None:
     alone = autopar.parallelize(module, batch, sgd, mesh={"tp": 1}, device="cpu")
     assert alone.plan.num_stages == 1
     alone.close()
-    for mesh, message in (({"xp": 2}, "mesh has no axis 'xp'"), ({"tp": 0}, "mesh gives tp the size 0"),
+    for mesh, message in (({"xp": 2}, "mesh has no axis 'xp'"), ({"tp": 0}, "mesh gives tp the size '0'"),
                           ({"tp": "2"}, "mesh gives tp the size '2'")):
         with pytest.raises(autopar.InputError, match=message):
             autopar.plan(module, batch, cluster="8xH100", global_batch=8, mesh=mesh)  # type: ignore[arg-type]
