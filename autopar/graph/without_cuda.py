@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,8 +35,6 @@ def cpu_alone() -> contextlib.AbstractContextManager[Any]:
     return _OnCpu()
 
 
-@contextlib.contextmanager
-def cpu_without_cuda() -> Iterator[None]:
+def cpu_without_cuda() -> contextlib.AbstractContextManager[Any]:
     """`cpu_alone`, where CUDA is not available."""
-    with contextlib.nullcontext() if torch.cuda.is_available() else cpu_alone():
-        yield
+    return contextlib.nullcontext() if torch.cuda.is_available() else cpu_alone()

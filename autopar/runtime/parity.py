@@ -147,8 +147,13 @@ class Numbers:
 
 
 def coarsest_dtype(graph: ModelGraph, dtype: str) -> str:
-    """The key of TOLERANCE for a model that runs in `dtype`: "bfloat16" where its own casts (autocast) go that low."""
-    halves = any(info.dtype in ("bfloat16", "float16") for cls in graph.classes for info in cls.tensors)
+    """The key of TOLERANCE for a model that runs in `dtype`: "bfloat16" where its own casts (autocast) go that low.
+
+    What carries no gradient, as a bias that attention adds, is the same on all ranks.
+    """
+    halves = any(
+        info.requires_grad and info.dtype in ("bfloat16", "float16") for cls in graph.classes for info in cls.tensors
+    )
     return "bfloat16" if halves else dtype
 
 

@@ -12,9 +12,10 @@ import torch
 
 import autopar
 from autopar.cluster.local import local_cluster
+from autopar.graph.capture import capture
 from autopar.plan.plan import Recompute
 from autopar.runtime.local import LocalPool
-from autopar.runtime.parity import capture_for, compare
+from autopar.runtime.parity import capture_for, coarsest_dtype, compare
 from autopar.search.degrees import Degrees, plan_from_degrees
 
 pytestmark = pytest.mark.processes
@@ -82,3 +83,14 @@ def test_autocast_around_a_step_must_be_around_the_capture_too() -> None:
         assert trainer.forward_backward(plain).item() == expected.item() != without.item()
     assert trainer.forward_backward(plain).item() == expected.item()
     trainer.close()
+
+
+def test_16_bits_without_gradient_loosen_nothing() -> None:
+    class Biased(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            bias = torch.arange(x.shape[-1]).bfloat16() * 0.5
+            return super().forward(x + bias).square().mean()
+
+    x = torch.randn(4, 8)
+    assert coarsest_dtype(capture(Biased(8, 8), (x,)).graph, "float32") == "float32"
+    assert coarsest_dtype(capture_for(runtime_models.under_autocast, "float32").graph, "float32") == "bfloat16"
