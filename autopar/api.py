@@ -24,6 +24,7 @@ from autopar.errors import AutoparError, InputError, PlanMismatchError
 from autopar.files import write_text
 from autopar.gloo import one_worker_thread
 from autopar.graph.capture import Captured, capture, check_model
+from autopar.graph.model_call import each_tensor
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
@@ -300,14 +301,6 @@ def _captured(
     """The model captured in a compute dtype, with tagged rows."""
     check_model(model)
     wanted: torch.dtype = getattr(torch, dtype)
-    batch: Example
-
-    def cast(value: Any) -> Any:
-        return value.to(wanted) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    if isinstance(example, Mapping):
-        batch = {key: cast(value) for key, value in example.items()}
-    else:
-        batch = tuple(cast(value) for value in example)
+    batch = each_tensor(example, lambda value: value.to(wanted) if value.is_floating_point() else value)
     with _parameters_in(model, dtype):
         return capture(model, batch, loss_fn=loss_fn, tag_rows=True, evaluates=evaluates)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+
+Batch: TypeAlias = "Mapping[str, Any] | tuple[Any, ...]"
 
 
 def model_output(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], *, has_loss_fn: bool) -> Any:
@@ -21,6 +23,16 @@ def model_output(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], *, 
     if has_loss_fn and inspect.Parameter.VAR_KEYWORD not in [param.kind for param in taken.values()]:
         batch = {key: value for key, value in batch.items() if key in taken}
     return model(**batch)
+
+
+def each_tensor(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with its tensors changed."""
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return {name: changed(value) for name, value in batch.items()}
+    return tuple(changed(value) for value in batch)
 
 
 def _num_positional(model: nn.Module) -> int | None:

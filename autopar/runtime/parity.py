@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from autopar.graph.capture import Captured, capture
 from autopar.graph.loss_terms import Term, loss_terms
-from autopar.graph.model_call import model_output
+from autopar.graph.model_call import Batch, each_tensor, model_output
 from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Plan
 from autopar.plan.text import recompute_text
@@ -26,7 +26,6 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-1}  # a sum of bfl
 
 TRACED_STEPS = 3
 
-Batch: TypeAlias = "Mapping[str, Any] | tuple[Any, ...]"
 ModelFactory = Callable[[], tuple[nn.Module, Batch, Any]]
 
 
@@ -199,23 +198,13 @@ def make_model(factory: ModelFactory, dtype: str, seed: int) -> tuple[nn.Module,
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.to(wanted)
-        batch = _each(batch, lambda value: value.to(wanted) if value.is_floating_point() else value)
+        batch = each_tensor(batch, lambda value: value.to(wanted) if value.is_floating_point() else value)
     return model, batch, loss_fn
-
-
-def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with its tensors changed."""
-    def changed(value: Any) -> Any:
-        return change(value) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return {name: changed(value) for name, value in batch.items()}
-    return tuple(changed(value) for value in batch)
 
 
 def _part(batch: Batch, first: int, last: int, rows: int) -> Batch:
     """Rows `first` up to `last` of a batch of `rows`."""
-    return _each(batch, lambda value: value[first:last] if value.dim() and len(value) == rows else value)
+    return each_tensor(batch, lambda value: value[first:last] if value.dim() and len(value) == rows else value)
 
 
 class _Widened(TorchFunctionMode):
@@ -257,7 +246,7 @@ def make_batch(example: Batch, rows: int, step: int) -> Batch:
     values = example.values() if isinstance(example, Mapping) else example
     size = max(value.shape[0] for value in values if isinstance(value, Tensor) and value.dim())
     index = (torch.arange(rows) + step) % size
-    return _each(example, lambda value: value[index] if value.dim() and value.shape[0] == size else value)
+    return each_tensor(example, lambda value: value[index] if value.dim() and value.shape[0] == size else value)
 
 
 def distributed_numbers(
