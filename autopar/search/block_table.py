@@ -268,7 +268,7 @@ class RangeTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageRanges:
-    """Of a stage of blocks[first:last], not above the simulator's: a forward, that and its backward, and once a step.
+    """Of a stage by sort of range, not above the simulator's: a forward, that and its backward, and once a step.
 
     `through_s` and `later_s`, what is left to do after the first backward, have a table for each number of
     micro-batches in flight, or one for all. `once_beside_s` and `start_beside_s` as in `StageTable`.

@@ -7,17 +7,19 @@ too few), which may differ from stage to stage. No time here is above the simula
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, reduce
+from operator import and_
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
 from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.search.best_first import Engine
-from autopar.search.block_table import StageRanges
 from autopar.search.block_table import StageTimes as BlockTimes
 from autopar.search.candidates import Candidate, axis_variants, divisors, fewest_context_ranks
 from autopar.search.elimination import Table
@@ -142,7 +144,7 @@ class MixedCosts:
         return sum(own.candidate.cp > 1 for settings in self.settings for own in settings)
 
     def stage_times(self, group: int, limit_s: float) -> StageTimes:
-        """By stages behind, times over all ranges of blocks, each the least of any setting.
+        """By stages behind, times of all sorts of ranges, each the least of any setting.
 
         They may be infinite where a stage takes the limit. Settings that are nowhere the best even with all activations
         kept are left out.
@@ -151,40 +153,71 @@ class MixedCosts:
             self._made[group] = self._make(group, limit_s)
         return self._made[group].times
 
+    def choices(self, group: int, limit_s: float) -> tuple[StageTimes, ...]:
+        """The times of settings apart, without those of which others take no more at any time.
+
+        They may be infinite where a stage takes the limit, or where another setting takes no more at any time.
+        """
+        made: list[StageTimes] = []
+        for setting, _ in self._tables[group]:
+            if _none_below(self.times_of(group, setting), made, limit_s).any():
+                own = self.times_of(group, setting, limit_s)
+                if (left := _none_below(own, made, limit_s)).any():
+                    made.append(replace(own, first_s=np.where(left, own.first_s, np.inf)))
+        return tuple(map(self._by_level, made))
+
     def _make(self, group: int, limit_s: float) -> _Made:
-        m, n = self.num_micro_batches, self.num_layers + 1
-        numbers = [min(level + 1, m) for level in range(self.max_stages)]  # in flight
-        counts = tuple(dict.fromkeys(numbers))
-        least = StageTimes(*(np.full((len(counts), n, n), np.inf) for _ in fields(StageTimes)))
+        least: StageTimes | None = None
         useful = []
         for setting, _ in self._tables[group]:
-            c, kind = setting.candidate, setting.kind
-            rough = self.engine.bounds.ranges.stage_ranges(c, kind, counts, closer=False)
-            if not _is_less(self._times_of(group, setting, rough), least, limit_s):
-                continue
-            found = self.engine.bounds.ranges.stage_ranges(c, kind, counts, closer=True, limit_s=limit_s)
-            own = self._times_of(group, setting, found)
-            least = StageTimes(*map(np.minimum, _values(least), _values(own)))
-            useful.append((setting, own.alone_s))
-        of_level = np.array(numbers) - 1
-        return _Made(
-            times=StageTimes(*(own[of_level] for own in _values(least))), useful=tuple(useful), limit_s=limit_s
+            if least is None or _is_less(self.times_of(group, setting), least, limit_s):
+                own = self.times_of(group, setting, limit_s)
+                least = own if least is None else StageTimes(*map(np.minimum, _values(least), _values(own)))
+                useful.append((setting, own.alone_s))
+        assert least is not None, "groups have settings"
+        return _Made(times=self._by_level(least), useful=tuple(useful), limit_s=limit_s)
+
+    @cached_property
+    def _counts(self) -> tuple[int, ...]:
+        """The numbers of micro-batches that stages have in flight at least."""
+        return tuple(range(1, min(self.max_stages, self.num_micro_batches) + 1))
+
+    def _by_level(self, times: StageTimes) -> StageTimes:
+        """The times by stages behind, from those by micro-batches in flight."""
+        of_level = np.minimum(np.arange(self.max_stages), len(self._counts) - 1)
+        return StageTimes(*(own[of_level] for own in _values(times)))
+
+    def times_of(self, group: int, setting: Setting, limit_s: float | None = None) -> StageTimes:
+        """The times of one setting by micro-batches in flight; rough ones, where there is no limit."""
+        found = self.engine.bounds.ranges.stage_ranges(
+            setting.candidate, setting.kind, self._counts, closer=limit_s is not None,
+            limit_s=np.inf if limit_s is None else limit_s,
+        )
+        m, once, tied_s = self.num_micro_batches, found.once_beside_s, self._tied_s(group, setting)
+        shape = len(self._counts), len(once)
+        through = np.broadcast_to(found.through_s, shape)
+        start = np.maximum(found.start_beside_s, 0.0)
+        end = np.where(self._first, once + tied_s, np.maximum(once - found.start_beside_s, 0.0))
+        own_once = np.where(self._first, once + tied_s, 0.0)
+        fits = np.isfinite(through)
+        return StageTimes(
+            first_s=through + own_once, own_s=m * through + own_once, first_end_s=through + end,
+            own_end_s=m * through + end, later_s=found.later_s, alone_s=m * through + once,
+            forward_s=np.where(fits, found.forward_s + np.where(self._first, start, 0.0), np.inf),
+            start_s=np.where(fits, np.where(self._first, 0.0, start), np.inf),
         )
 
-    def _times_of(self, group: int, setting: Setting, found: StageRanges) -> StageTimes:
-        """The times of one setting, from what its ranges take."""
-        m, once, tied_s = self.num_micro_batches, found.once_beside_s, self._tied_s(group, setting)
-        empty = np.isinf(once)
-        end = np.maximum(np.where(empty, 0.0, once) - np.where(empty, 0.0, found.start_beside_s), 0.0)
-        all_s = m * found.through_s
-        first, own = _with_once(found.through_s, once[0] + tied_s), _with_once(all_s, once[0] + tied_s)
-        first_end, own_end = found.through_s + end, all_s + end
-        first_end[:, 0], own_end[:, 0] = first[:, 0], own[:, 0]
-        forward = np.where(np.isfinite(found.through_s), found.forward_s, np.inf)
-        return StageTimes(
-            first_s=first, own_s=own, first_end_s=first_end, own_end_s=own_end, later_s=found.later_s,
-            forward_s=_with_once(forward, np.maximum(found.start_beside_s[0], 0.0)), alone_s=all_s + once,
-        )
+    @cached_property
+    def ranges(self) -> NDArray[np.intp]:
+        """[first, last]: the sort of each range of blocks."""
+        return self.engine.bounds.ranges.ranges
+
+    @cached_property
+    def _first(self) -> NDArray[np.bool_]:
+        """Of each sort of range whether it begins the chain: no other has its first block."""
+        found = np.zeros(int(self.ranges.max()), dtype=np.bool_)
+        found[self.ranges[0, 1:]] = True
+        return found
 
     def forget(self) -> None:
         """Drops tables that can be made again."""
@@ -226,7 +259,8 @@ class MixedCosts:
         """The settings that fit a range, the best first."""
         if group not in self._made:
             self._made[group] = self._make(group, np.inf)
-        times = [(float(alone[in_flight - 1, first, last]), own) for own, alone in self._made[group].useful]
+        at = in_flight - 1, self.ranges[first, last]
+        times = [(float(alone[at]), own) for own, alone in self._made[group].useful]
         return [own for time, own in sorted(times, key=lambda each: each[0]) if np.isfinite(time)]
 
     def fluid_bound(self) -> float:
@@ -285,15 +319,16 @@ class MixedCosts:
         return (0.0, *forward, 0.0), (0.0, *backward, 0.0)
 
 
-def _with_once(times: Table, once: Table) -> Table:
-    """The times with what the first stage does once; `once` by the end of its range."""
-    found = times.copy()
-    found[:, 0] = times[:, 0] + once
-    return found
-
-
 def _values(times: StageTimes) -> tuple[Table, ...]:
     return tuple(getattr(times, own.name) for own in fields(StageTimes))
+
+
+def _none_below(one: StageTimes, others: Sequence[StageTimes], limit_s: float) -> NDArray[np.bool_]:
+    """Which ranges of one take less than the limit, and are not such that another takes no more at any time."""
+    found = one.alone_s < limit_s
+    for other in others:
+        found = found & ~reduce(and_, (a <= b for a, b in zip(_values(other), _values(one), strict=True)))
+    return found
 
 
 def _is_less(one: StageTimes, other: StageTimes, limit_s: float) -> bool:

@@ -37,12 +37,12 @@ class RangeLoads:
     def stage_ranges(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], *, closer: bool, limit_s: float = np.inf
     ) -> StageRanges:
-        """For all ranges what a stage takes with at least so many micro-batches in flight, ascending numbers.
+        """By sort of range what a stage takes with at least so many micro-batches in flight, ascending numbers.
 
         Infinite where a range does not fit into memory, and maybe where all micro-batches take `limit_s` or more. Not
         `closer`: as if all activations could be kept and all that can hide behind compute did.
         """
-        table, sorts = self._tables.times(c, kind), self._sorts[c.pp > 1]
+        table = self._tables.times(c, kind)
         times = self.times(c, kind, table) if closer else summed(table)
         through = [times.forward_s + times.backward_s]
         if closer:
@@ -54,10 +54,15 @@ class RangeLoads:
             ]
         later = self._later(c, kind, table.blocks, times)
         return StageRanges(
-            forward_s=sorts.table(times.forward_s), through_s=np.stack([sorts.table(own) for own in through]),
-            later_s=np.stack([sorts.table(later[min(count, len(later)) - 1]) for count in counts]),
-            once_beside_s=sorts.table(times.once_beside_s), start_beside_s=sorts.table(times.start_beside_s),
+            forward_s=times.forward_s, through_s=np.stack(through), later_s=later[np.minimum(counts, len(later)) - 1],
+            once_beside_s=times.once_beside_s, start_beside_s=times.start_beside_s,
         )
+
+    @property
+    def ranges(self) -> NDArray[np.intp]:
+        """[first, last]: the sort of blocks[first:last] in chains of several stages; one beyond the last where empty.
+        """
+        return self._sorts[True].ranges
 
     def _later(self, c: Candidate, kind: StageKind, blocks: BlockTable, times: RangeTimes) -> Table:
         """[in flight - 1, sort of range]: what is left after a stage's first backward with at least so many in flight.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from test_mixed import GRAPH, unlike_nodes
@@ -12,12 +13,14 @@ from toy_graphs import cluster
 
 from autopar.cluster.cluster import Cluster
 from autopar.search.best_first import Engine
-from autopar.search.mixed_costs import ClusterPools, MixedCosts
+from autopar.search.mixed_costs import ClusterPools, MixedCosts, Setting
 from autopar.search.mixed_plans import Part, mixed_plan
 from autopar.search.plan_schedules import other_schedule
 from autopar.search.planner import PlanRequest
-from autopar.search.runs import RunStage
+from autopar.search.runs import RunStage, StageTimes
 from autopar.simulate.simulator import simulate
+
+NAMES = [own.name for own in fields(StageTimes)]
 
 
 def with_memory(machine: Cluster, share: float) -> Cluster:
@@ -49,9 +52,11 @@ def test_no_bound_of_stages_is_above_their_simulated_step(machine: Cluster, glob
         plans = every_plan(costs)
         for stages in draw.sample(plans, min(25, len(plans))):
             parts = tuple(part for stage in stages for part in [drawn(costs, pools, stage, draw)] if part is not None)
-            bound = bound_of(costs, stages)
             if len(parts) < len(stages):
                 continue
+            ways = [choice(costs, stage, part.setting) for stage, part in zip(stages, parts, strict=True)]
+            bound = bound_of(costs, stages, ways)
+            assert bound >= bound_of(costs, stages) * (1 - 1e-9)
             plan = mixed_plan(engine, costs, parts)
             for own in (plan, other_schedule(GRAPH, machine, plan, split_backward=False)):
                 timeline = simulate(GRAPH, machine, own, detail=False) if own is not None else None
@@ -59,6 +64,16 @@ def test_no_bound_of_stages_is_above_their_simulated_step(machine: Cluster, glob
                     assert bound <= timeline.step_time_s * (1 + 1e-9)
                     seen, deeper = seen + 1, deeper + (own is not plan)
     assert seen > 20 and deeper > 5, (seen, deeper)
+
+
+def choice(costs: MixedCosts, stage: RunStage, setting: Setting) -> StageTimes:
+    """One of the choices of a stage's group that takes no more than the setting at any time."""
+    level, sort = stage.in_flight - 1, int(costs.ranges[stage.first, stage.last])
+    whole = costs.times_of(stage.group, setting, math.inf)
+    return next(
+        own for own in costs.choices(stage.group, math.inf)
+        if all(getattr(own, name)[level, sort] <= getattr(whole, name)[level, sort] for name in NAMES)
+    )
 
 
 def drawn(costs: MixedCosts, pools: ClusterPools, stage: RunStage, draw: random.Random) -> Part | None:
