@@ -28,7 +28,7 @@ from autopar.search.balance import smallest_bottleneck, smallest_sum, windows_of
 from autopar.search.block_table import BlockTable, RangeTimes, Sorts, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
-from autopar.search.loops import PipelineBound, cut_time_s, rounds_between
+from autopar.search.loops import PipelineBound, cut_time_s
 from autopar.search.memory_bounds import MemoryBounds
 from autopar.search.range_loads import RangeLoads, summed
 from autopar.search.shardings import ShardingChooser
@@ -51,17 +51,20 @@ class _Loads:
     """Tables over ranges of blocks, one for each stage.
 
     `later`: what micro-batches after the first take, infinite where the range does not fit; `first`: what the first
-    takes; `later_with_first`: `later` and what variants add to the first. `once`, by the end of stage 0's range: what
-    it does once a step, and the first micro-batch's time on links; `once_alone`: the same, where what variants add to
-    the first micro-batch on stage 0 is not counted. `chain_s`: the first micro-batch's time through all blocks where
-    all stages are alike, but for what variants add. `own`: what a stage does in a step, whatever others do: it counts
-    where the step's end is long.
+    takes; `with_ends`: the same with what the stage does once a step; `later_with_first`: `later` and what variants add
+    to the first. `sends`, by stage: what the links behind it take for a micro-batch, both ways. `once`, by the end of
+    stage 0's range: what it does once a step, and the first micro-batch's time on links; `once_alone`: the same, where
+    what variants add to the first micro-batch on stage 0 is not counted. `chain_s`: the first micro-batch's time
+    through all blocks where all stages are alike, but for what variants add. `own`: what a stage does in a step,
+    whatever others do: it counts where the step's end is long.
     """
 
     later: list[Table]
     later_with_first: list[Table]
     first: list[Table]
+    with_ends: list[Table]
     own: list[Table]
+    sends: Table
     once: Table
     once_alone: Table
     chain_s: float | None
@@ -176,15 +179,19 @@ class Bounds:
         if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
             return self.of_cut(c, cuts)
         loads, sorts = self._make_loads(c, closer=True, cuts=cuts), self._sorts_of(cuts)
-        works, laters, owns = (np.array(sorts.of_ranges(each, cuts)) for each in (loads.first, loads.later, loads.own))
-        return cut_time_s(works, laters, owns, float(loads.once[cuts[1]]), rounds_between(c.pp, c.num_micro_batches))
+        tables = (loads.first, loads.with_ends, loads.later, loads.own)
+        works, with_ends, laters, owns = (np.array(sorts.of_ranges(each, cuts)) for each in tables)
+        once_s = float(loads.once[cuts[1]] - loads.sends[0])
+        return cut_time_s(works, with_ends, laters, owns, loads.sends, once_s, c.num_micro_batches)
 
     @staticmethod
     def _pipeline(c: Candidate, loads: _Loads, sorts: Sorts) -> PipelineBound:
         assert loads.chain_s is not None, "stages are alike"
-        works, laters, owns = (sorts.windows(each) for each in (loads.first, loads.later, loads.own))
+        tables = (loads.first, loads.with_ends, loads.later, loads.own)
+        works, with_ends, laters, owns = (sorts.windows(each) for each in tables)
         return PipelineBound(
-            works=works, laters=laters, owns=owns, once=loads.once, once_alone=loads.once_alone,
+            works=works, with_ends=with_ends, laters=laters, owns=owns, sends=loads.sends,
+            once=loads.once - loads.sends[0], once_alone=loads.once_alone - loads.sends[0],
             chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches,
         )
 
@@ -259,22 +266,25 @@ class Bounds:
             each = self.ranges.loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any, chain_s or 0.0)
             made |= {(kind, in_flight): own for in_flight, own in zip(stages, each, strict=True)}
         every = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)]
+        with_ends = [self._with_ends(times[kind], every[stage][2]) for stage, kind in enumerate(kinds)]
         return _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
-            first=[first for _, _, first in every],
+            first=[first for _, _, first in every], with_ends=with_ends,
             own=[
-                self._own(times[kind], every[stage][0], every[stage][2], min(c.pp - stage, m))
+                every[stage][0] + with_ends[stage] + (min(c.pp - stage, m) - 1) * times[kind].plain_forward_s
                 for stage, kind in enumerate(kinds)
             ],
+            sends=self._sends_s(c),
             once=self._once(c, alike.blocks, of_first, every[0][2] if closer else None),
             once_alone=self._once(c, alike.blocks, replace(of_first, once_beside_s=of_first.once_s), None),
             chain_s=chain_s,
         )
 
-    def _own(self, table: RangeTimes, later: Table, first: Table, in_flight: int) -> Table:
-        """For all ranges: what a stage does in a step. `later` lacks the forwards that the warm-up does."""
+    @staticmethod
+    def _with_ends(table: RangeTimes, first: Table) -> Table:
+        """For all ranges: what a stage does for the first micro-batch and once a step."""
         alone = table.forward_s + table.backward_s + table.once_s  # what variants add hides no more of `once_s`
-        return later + np.maximum(first + table.once_beside_s, alone) + (in_flight - 1) * table.plain_forward_s
+        return np.maximum(first + table.once_beside_s, alone)
 
     def _once(self, c: Candidate, blocks: BlockTable, table: RangeTimes, first: Table | None) -> Table:
         """By the end of stage 0's range: what stage 0 does once a step, and the first micro-batch's time on links.
@@ -291,8 +301,11 @@ class Bounds:
             more = np.where(np.isfinite(first), first - table.forward_s - table.backward_s, np.inf)
             least = np.maximum(table.once_beside_s, table.once_s - more)
         once, beside = sorts.from_start(table.once_s), sorts.from_start(least)
-        sends_s = self._layout.sends_s(c, *self._least_sent(c))
-        return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + sends_s)
+        return np.asarray(np.where(keeps_all, np.maximum(once, beside), beside) + self._sends_s(c)[0])
+
+    def _sends_s(self, c: Candidate) -> Table:
+        """[stage]: what the links behind it take at least for one micro-batch, both ways."""
+        return self._layout.sends_s(c, *self._least_sent(c))
 
     def smallest_need(self, c: Candidate) -> float:
         """The bytes that the fullest device holds, over its limit, under the cut and the variants that need least."""

@@ -6,6 +6,10 @@ again (see `simulate/closed_form.py`). With m micro-batches, k of them in flight
 ceil((m - k) / k) times at least, each time for all that this stage and those after it take, beside the first
 micro-batch's way through all stages.
 
+Nor does a stage end before it has gathered its parameters, done that first micro-batch with all behind it, borne the
+largest load or loop among them, and summed its gradients. Only the first stage's ends count in the sum above, so that a
+first stage of few weights would seem to spare the others' ends.
+
 That sum and the largest load of a stage pull in different directions: early stages are quick where they have few
 layers, for they hold the most micro-batches and recompute or offload the more. So the cuts are parted by their largest
 load; each part has the least sums of its own, and the part of the smallest bound is parted on.
@@ -40,14 +44,17 @@ class LeastTime:
 class PipelineBound:
     """Stages that are alike but for what they hold; windows of tables over ranges of blocks (see `balance`).
 
-    `works`: what the first micro-batch takes; `laters`: what those after it take beside that; `owns`: all that a stage
-    does in a step. `once`, by the end of stage 0: what counts once a step; `once_alone`: the same where what variants
-    add to the first micro-batch does not count in `works`, which then sum to `chain_s`.
+    `works`: what the first micro-batch takes; `with_ends`: the same with what the stage does once a step; `laters`:
+    what those after it take beside that; `owns`: all that a stage does in a step. `sends`, by stage: what a micro-batch
+    takes on the links behind it, both ways. `once`, by the end of stage 0: what it does once a step; `once_alone`: the
+    same where what variants add to the first micro-batch does not count in `works`, which then sum to `chain_s`.
     """
 
     works: Table
+    with_ends: Table
     laters: Table
     owns: Table
+    sends: Table
     once: Table
     once_alone: Table
     chain_s: float
@@ -58,11 +65,16 @@ class PipelineBound:
         """rounds[first, last]: how often the loop between two stages is gone round; see `rounds_between`."""
         return rounds_between(len(self.works), self.num_micro_batches)
 
+    @cached_property
+    def spare_rounds(self) -> Table:
+        """By stage, the rounds that it and those behind it go beside one each."""
+        return spare_rounds(len(self.works), self.num_micro_batches)
+
     def least(self, limit_s: float = np.inf) -> LeastTime:
         """The bound over all cuts, infinite where none is below the limit, and the most promising cut."""
         alone, least = smallest_bottleneck(self.owns), smallest_bottleneck(self.laters)
         most = float(np.max(self.laters, initial=0.0, where=np.isfinite(self.laters)))
-        most = min(most, limit_s - self.chain_s)  # of loads; with a larger one no cut is below the limit
+        most = min(most, limit_s - self.chain_s - self.sends[0])  # of loads; with larger ones no cut is below the limit
         if alone is None or least is None or least.value > most:
             return LeastTime(np.inf, None)
         parts: list[tuple[float, float, float]] = []
@@ -93,23 +105,32 @@ class PipelineBound:
         suffixes, quickest = least_sums(works)
         if quickest is None:
             return
+        last = np.zeros(size)
+        slowest = np.stack([*least_worst(works[1:])[0], last])
+        behind = np.stack([*suffixes[1:], last]) + self.sends[:, None]
+        through = works + behind[:, None]  # of each stage and all behind it
         loads = np.where(fits, self.laters, np.inf)
-        rounds = self.rounds_between[:, -1]
-        for load, suffix, count in zip(loads, suffixes, rounds, strict=True):
-            if count:
-                np.maximum(load, (count * suffix)[:, None], out=load)
+        for load, own, each, worst, loops, spare in zip(
+            loads, works, through, slowest, self.rounds_between[:, -1], self.spare_rounds, strict=True
+        ):
+            if loops > 1:
+                np.maximum(load, loops * each, out=load)
+            if spare >= 0:
+                np.maximum(load, each + spare * np.maximum(own, worst) if spare else each, out=load)
         worst, nexts = least_worst(loads[1:])
+        # What each stage takes with its ends and all behind it, and by the end of stage 0 the longest of all.
+        heaviest = np.stack([*worst, last])
+        ended = self.with_ends + behind[:, None] + np.maximum(loads, heaviest[:, None])
+        longest, to_end = least_worst(ended[1:])
         # By the end of stage 0: the first micro-batch's time, and the largest load or loop.
-        through = works[0, 0] + suffixes[1]
         load = np.maximum(np.maximum(loads[0, 0], worst[0]), lower)
-        if rounds[0]:
-            load = np.maximum(load, rounds[0] * through)
         once, alone = self.once[1 : size + 1], self.once_alone[1 : size + 1]
-        bounds = np.maximum(load + once + through, load + alone + self.chain_s)
+        bounds = np.maximum(load + once + through[0, 0], load + alone + self.chain_s + self.sends[0])
+        bounds = np.maximum(bounds, np.maximum(ended[0, 0], longest[0]))
         first = np.argmin(bounds)
         if not np.isfinite(bounds[first]):
             return
-        tried += [cut_of([np.array([first]), *nexts], size), quickest.cuts]
+        tried += [cut_of([np.array([first]), *choices], size) for choices in (nexts, to_end)] + [quickest.cuts]
         heapq.heappush(parts, (max(known_s, float(bounds[first])), lower, upper))
 
     def time_s(self, cuts: Sequence[int]) -> float:
@@ -117,7 +138,8 @@ class PipelineBound:
         at = np.arange(len(self.works))
         spans = at, np.array(cuts[:-1]) - at, np.array(cuts[1:]) - at - 1
         return cut_time_s(
-            self.works[spans], self.laters[spans], self.owns[spans], float(self.once[cuts[1]]), self.rounds_between
+            self.works[spans], self.with_ends[spans], self.laters[spans], self.owns[spans], self.sends,
+            float(self.once[cuts[1]]), self.num_micro_batches,
         )
 
     def _moved(self, cuts: tuple[int, ...]) -> tuple[int, ...]:
@@ -148,11 +170,30 @@ def rounds_between(num_stages: int, num_micro_batches: int) -> Table:
     return np.asarray(np.triu(-(-(m - in_flight[:, None]) // ahead), 1), dtype=np.float64)
 
 
-def cut_time_s(works: Table, laters: Table, owns: Table, once_s: float, rounds: Table) -> float:
+def spare_rounds(num_stages: int, num_micro_batches: int) -> Table:
+    """By stage, how many rounds are left when it and every stage behind it go one; below 0 where there are too few.
+
+    A round on a stage is a forward and the backward after it: a micro-batch that comes back lets the stage send another
+    one. What is sent may be waited for where it arrives, after one that is as many micro-batches earlier as are in
+    flight from there on, one fewer than on the stage before. So after the first backward on a stage rounds on it, on
+    the next one, and so on to the last follow one another, as many as there are micro-batches after the first. Each
+    stage goes one, whose forwards and backwards are the way from the first to the last of them and back; all others may
+    be on the slowest.
+    """
+    return np.arange(num_stages, dtype=np.float64) + (num_micro_batches - 1 - num_stages)
+
+
+def cut_time_s(
+    works: Table, with_ends: Table, laters: Table, owns: Table, sends: Table, once_s: float, num_micro_batches: int
+) -> float:
     """The bound of one cut by what each of its stages takes, with the loops between any two of them."""
-    passed = np.concatenate([[0.0], np.cumsum(works)])
-    worst = float(laters.max())
-    if not np.isfinite(passed[-1] + worst):
+    through = np.cumsum(works[::-1])[::-1] + sends  # of each stage and all behind it
+    if not np.isfinite(through[0] + laters.max()):
         return np.inf
-    loops = rounds * (passed[None, 1:] - passed[:-1, None])
-    return float(max(owns.max(), max(worst, loops.max()) + passed[-1] + once_s))
+    loops = rounds_between(len(works), num_micro_batches) * (through[:, None] + (works - through)[None, :])
+    spare, slowest = spare_rounds(len(works), num_micro_batches), np.maximum.accumulate(works[::-1])[::-1]
+    rounds = np.where(spare >= 0, through + spare * slowest, 0.0)
+    # Of each stage and all behind it the largest load or loop, and all that the first of them ends with.
+    heaviest = np.maximum.accumulate(np.maximum(np.maximum(laters, loops.max(axis=1)), rounds)[::-1])[::-1]
+    ended = with_ends + through - works + heaviest
+    return float(max(owns.max(), ended.max(), heaviest[0] + through[0] + once_s))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
 from autopar.search.candidates import Candidate
+from autopar.search.elimination import Table
 from autopar.sharding.reshard import Collective
 from autopar.simulate.class_costs import CostAxis
 from autopar.simulate.stage_cost import inner_axis, slowest_device
@@ -49,7 +52,7 @@ class StageLayout:
         self._on_ranks: dict[tuple[int, int, int, int, tuple[int, ...]], StageKind] = {}
         self._of_candidate: dict[tuple[int, ...], tuple[StageKind, ...]] = {}
         self._pairs: dict[tuple[int, int], list[list[tuple[GroupShape, int]]]] = {}
-        self._sends: dict[tuple[int, int, float, float], float] = {}
+        self._sends: dict[tuple[int, int, float, float], Table] = {}
         self._equal: dict[tuple[object, ...], StageKind] = {}
         self._compute: dict[tuple[object, ...], int] = {}
 
@@ -60,14 +63,18 @@ class StageLayout:
             self._of_candidate[key] = tuple(self._kind(candidate, stage) for stage in range(candidate.pp))
         return self._of_candidate[key]
 
-    def sends_s(self, c: Candidate, forward_bytes: float, backward_bytes: float) -> float:
-        """Seconds of sending so much from each stage to the next, and so much back, one after another."""
+    def sends_s(self, c: Candidate, forward_bytes: float, backward_bytes: float) -> Table:
+        """[stage]: seconds of sending so much from it on from stage to stage, and so much back, one after another."""
         key = c.pp, c.mesh.size, forward_bytes, backward_bytes
         if key not in self._sends:
-            self._sends[key] = sum(
-                max((send_recv_time_s(size, group, flows_per_node=flows) for group, flows in links), default=0.0)
-                for links in self._links(c.pp, c.mesh.size) for size in (forward_bytes, backward_bytes)
-            )
+            each = [
+                sum(
+                    max((send_recv_time_s(size, group, flows_per_node=flows) for group, flows in links), default=0.0)
+                    for size in (forward_bytes, backward_bytes)
+                )
+                for links in self._links(c.pp, c.mesh.size)
+            ]
+            self._sends[key] = np.append(np.cumsum(each[::-1])[::-1], 0.0)
         return self._sends[key]
 
     def _links(self, num_stages: int, size: int) -> list[list[tuple[GroupShape, int]]]:

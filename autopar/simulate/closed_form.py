@@ -73,6 +73,7 @@ def one_f_one_b_s(
     )
     each = forward + m * (forward_s + backward_s) + backward
     longest = np.maximum(one + (m - 1) * links, each.max(axis=-1))
+    work, falls = forward_s + backward_s, np.all(np.diff(depth) <= 0, axis=-1)[..., None]
     for last in range(p):
         # A backward on `last` leads to one on each stage before, to that one's next forward, and with it back to
         # `last`, `ahead` micro-batches on.
@@ -89,6 +90,12 @@ def one_f_one_b_s(
         forwards, backwards = m - depth[..., last, None] - rounds * ahead, m - 1 - rounds * ahead
         loops = one[..., None] + rounds * loop + forwards * here_forward + backwards * here_backward
         longest = np.maximum(longest, np.where(can, loops, 0.0).max(axis=-1))
+        # The loop once, and the rounds beside it on the slowest of its stages: see `search/loops.py`.
+        spare = m - 1 - depth[..., own]
+        slowest = np.where(falls, np.maximum.accumulate(work[..., last::-1], axis=-1)[..., ::-1], work[..., own])
+        slowest = np.maximum(slowest, work[..., last, None])
+        paths = one[..., None] + loop + spare * slowest + (depth[..., last, None] - 1) * here_backward
+        longest = np.maximum(longest, np.where(can & (spare >= 0), paths, 0.0).max(axis=-1))
     return np.asarray(longest)
 
 

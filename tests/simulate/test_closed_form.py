@@ -63,7 +63,14 @@ def test_the_best_cut_with_that_head() -> None:
     cuts = [(*cut, 38 - sum(cut)) for cut in product(range(8, 12), repeat=3) if sum(cut) < 32]
     lists = schedule_actions("1f1b", 4, 32)
     assert min(execute(lists, layers(cut)).end_s for cut in cuts) == 1038
-    assert min(closed_form_s("1f1b", layers(cut), 32) for cut in cuts) == 1024
+    assert min(closed_form_s("1f1b", layers(cut), 32) for cut in cuts) == 1038
+
+
+def test_rounds_on_the_slowest_stage_behind() -> None:
+    stages = [StageTimes(forward_s=f, backward_s=b) for f, b in ((1, 1), (1, 2), (2, 4), (3, 2))]
+    exact = execute(schedule_actions("1f1b", 4, 10), stages).end_s
+    # The first micro-batch, a round on each of the last two stages, and the seven that are left on the slower one.
+    assert closed_form_s("1f1b", stages, 10) == exact == 16 + (6 + 5) + 7 * 6
 
 
 def test_a_slow_link_in_the_middle() -> None:
