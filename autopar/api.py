@@ -30,7 +30,8 @@ from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Plan
 from autopar.plan.verify import machine_of, verify_plan
-from autopar.runtime.engine import OptimizerFactory, Trainer
+from autopar.runtime.engine import Trainer
+from autopar.runtime.optimizers import OptimizerFactory
 from autopar.search.candidates import fixed_axes
 from autopar.search.fleet import choose_devices
 from autopar.search.objective import Objective, goal_of
@@ -159,7 +160,7 @@ def parallelize(
         rows = global_batch if global_batch is not None else _rows(example_batch)
         request = PlanRequest(
             global_batch=rows, seq_len=captured.graph.sequence_length, dtype=compute,
-            param_dtype=param_dtype(compute), optimizer=_optimizer_name(optimizer), micro_batch=micro_batch,
+            param_dtype=param_dtype(compute), optimizer=_optimizer_name(optimizer, model), micro_batch=micro_batch,
             max_search_seconds=max_search_seconds, offload=offload, mesh=fixed_axes(mesh or {}),
         )
         return plan_to_json(find_plan(captured.graph, machine, request))
@@ -258,9 +259,13 @@ def _dtype(name: str | None, model: nn.Module) -> str:
     return torch_dtype(name)
 
 
-def _optimizer_name(factory: OptimizerFactory) -> str:
-    """What the planner calls the optimizer that the factory makes."""
-    made = type(factory([nn.Parameter(torch.zeros(1))])).__name__
+def _optimizer_name(factory: OptimizerFactory, model: nn.Module) -> str:
+    """What the planner calls the optimizer that the factory makes (of parameters of the model's shapes, unwritten)."""
+    params = [
+        nn.Parameter(torch.zeros((), dtype=param.dtype).expand(param.shape), requires_grad=param.requires_grad)
+        for param in model.parameters()
+    ]
+    made = type(factory(params or [nn.Parameter(torch.zeros(1))])).__name__
     if made not in _OPTIMIZERS:
         log.warning("planning the memory of optimizer %s as that of AdamW", made)
     return _OPTIMIZERS.get(made, "adamw")

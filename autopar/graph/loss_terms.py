@@ -10,7 +10,6 @@ where the batch is computed in parts.
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NoReturn
@@ -22,10 +21,12 @@ _LINEAR = frozenset({
     "add", "sub", "neg", "mul", "div", "clone", "view", "reshape", "squeeze", "unsqueeze", "to", "_to_copy", "alias",
     "contiguous",
 })
-# Where each loss has its reduction: the position in ATen's schema. Both reduce over all elements alike.
+# Where each loss has its reduction: the position in ATen's schema. All reduce over elements, or rows, alike.
 _REDUCTION_AT = {
     "mse_loss": 2, "l1_loss": 2, "smooth_l1_loss": 2, "huber_loss": 2, "binary_cross_entropy": 3,
-    "binary_cross_entropy_with_logits": 4, "kl_div": 2,
+    "binary_cross_entropy_with_logits": 4, "kl_div": 2, "soft_margin_loss": 2, "multilabel_margin_loss": 2,
+    "hinge_embedding_loss": 3, "cosine_embedding_loss": 4, "margin_ranking_loss": 4, "multi_margin_loss": 5,
+    "poisson_nll_loss": 5, "triplet_margin_loss": 7,
 }
 _OVER_TARGETS = ("cross_entropy_loss", "cross_entropy", "nll_loss", "nll_loss_nd")
 _MEAN, _SUM = 1, 2  # torch's numbers of the reductions
@@ -40,12 +41,16 @@ class Term(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """Terms of the loss inside the class that computes it, by the op's name; `notes` says what was assumed."""
+    """Terms of the loss inside the class that computes it, by the op's name; `notes` says what was assumed.
+
+    `path` has the names of the terms' ops and of those between them and the loss.
+    """
 
     block: Block
     cls: BlockClass
     terms: tuple[tuple[str, Term], ...]
     notes: tuple[str, ...] = ()
+    path: frozenset[str] = frozenset()
 
     @property
     def ops(self) -> tuple[Op, ...]:
@@ -101,8 +106,10 @@ def loss_terms(graph: ModelGraph, tagged: ModelGraph | None = None, *, num_parts
                     raise
                 terms = {}  # one part: whatever it is, it is the whole loss
             if num_parts > 1:
-                notes = (*walk.notes, *mixed_rows(followed, block.cls, walk.path))
-            return LossTerms(block=block, cls=cls, terms=tuple(terms.items()), notes=notes)
+                notes = (*walk.notes, *row_statistics(followed))
+            return LossTerms(
+                block=block, cls=cls, terms=tuple(terms.items()), notes=notes, path=frozenset(walk.path)
+            )
     raise AssertionError(f"no block of {graph.name} computes the loss {graph.loss}")
 
 
@@ -189,7 +196,7 @@ class _Walk:
             other = second if first == Ref(operands[0]) else first
             if isinstance(other, Ref):
                 if kind == "mul" and self._histogram(other.name) == 0:
-                    self.notes[f"{op.target}{_place(op)} weighs the loss by a histogram of the batch: that of one "
+                    self.notes[f"{op.target}{op_place(op)} weighs the loss by a histogram of the batch: that of one "
                                "micro-batch of one data rank"] = None
                 elif other.name not in self.fixed or (kind == "div" and first == other):
                     self._fail(op)
@@ -205,6 +212,7 @@ class _Walk:
         if op is None or self.cls.tensor[name].requires_grad:
             return None
         kind = base_name(op)
+        self.path.add(op.name)
         if kind == "histc":
             return int(self.graph.depends_on_rows(self.cls.tensor[op.operands[0]].numel))
         if kind == "add":
@@ -231,50 +239,23 @@ class _Walk:
 
     def _fail(self, op: Op) -> NoReturn:
         raise InputError(
-            f"the loss{_place(op)} takes {op.target} of the batch, and the loss of the whole batch does not follow "
+            f"the loss{op_place(op)} takes {op.target} of the batch, and the loss of the whole batch does not follow "
             f"from those of its parts; {_ADVICE}"
         )
 
 
-def _place(op: Op) -> str:
+def op_place(op: Op) -> str:
     return f" at {op.source}" if op.source else ""
 
 
-def mixed_rows(graph: ModelGraph, loss_class: str, path: Container[str]) -> tuple[str, ...]:
-    """A note for each kind of op outside the loss's own `path` that computes across rows, as batch normalization does.
-
-    Such an op sees the rows of one micro-batch on one data rank. None are found where rows are not tagged.
-    """
-    if not graph.rows_are_tagged:
+def row_statistics(graph: ModelGraph) -> tuple[str, ...]:
+    """A note for the batch norms that take the statistics of the rows that they see: those of a part of the batch."""
+    places = [
+        f"{op.target}{op_place(op)} in {cls.name}" for cls in graph.classes for op in cls.ops
+        if base_name(op) == "batch_norm" and argument(op, 5, "training", False) is True
+    ]
+    if not places or not graph.rows_are_tagged:
         return ()
-    places: dict[str, list[str]] = {}
-    for cls in graph.classes:
-        for op in cls.ops:
-            if cls.name == loss_class and op.name in path:
-                continue
-            taken = [cls.tensor[name] for name in op.operands if name not in cls.params]
-            made = [
-                cls.tensor[name] for name in op.outputs
-                if name and cls.tensor[name].requires_grad and cls.tensor[name].numel
-            ]
-            reduced = any(info.requires_grad and graph.depends_on_rows(info.numel) for info in taken) and any(
-                not graph.depends_on_rows(info.numel) for info in made
-            )
-            crossed = any(info.numel % graph.rows**2 == 0 for info in made)
-            trained_norm = base_name(op) == "batch_norm" and argument(op, 5, "training", False) is True
-            if reduced or crossed or trained_norm:
-                places.setdefault(op.target, []).append(f"{_place(op)} in {cls.name}")
-    return tuple(
-        f"{target}{first}" + (f" (and in {len(more)} more)" if more else "")
-        + " mixes rows: it sees one micro-batch of one data rank"
-        for target, (first, *more) in places.items()
-    )
-
-
-def needs_whole_batch(graph: ModelGraph) -> str:
-    """Why the loss cannot be put together from those of parts of the batch; "" where it can."""
-    try:
-        loss_terms(graph)
-    except InputError as error:
-        return str(error)
-    return ""
+    first, *more = places
+    return (f"{first}" + (f" (and in {len(more)} more)" if more else "")
+            + " mixes rows: it sees one micro-batch of one data rank",)

@@ -24,6 +24,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime import engine
 from autopar.runtime.data_parallel import local_tensor
 from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode, fused_attention
+from autopar.runtime.optimizers import OptimizerFactory
 from autopar.runtime.watch import Watch
 from autopar.simulate.schedules import Action
 from autopar.simulate.timeline import Timeline
@@ -196,7 +197,7 @@ def run_rank(
         )
 
 
-def _optimizer(name: str) -> engine.OptimizerFactory:
+def _optimizer(name: str) -> OptimizerFactory:
     kinds: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
         "adam": lambda params: torch.optim.Adam(params, lr=1e-3),

@@ -6,7 +6,7 @@ import atexit
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ from autopar.runtime.layout import parameter_layout
 from autopar.runtime.loss import Term, loss_terms
 from autopar.runtime.metrics import StepLog
 from autopar.runtime.optimizer_offload import OffloadedState
-from autopar.runtime.optimizers import needs_whole
+from autopar.runtime.optimizers import OptimizerFactory, made_optimizer, needs_whole
 from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
 from autopar.runtime.replicas import Replicas
@@ -49,6 +49,7 @@ from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.runtime.watch import Watch
 from autopar.runtime.weights import WeightFiles
 from autopar.runtime.whole_steps import WholeSteps
+from autopar.sharding.coupled_rows import coupled_rows
 from autopar.sharding.rewrites import rewritten
 from autopar.sharding.state import RP
 from autopar.simulate.schedules import plan_actions
@@ -56,7 +57,6 @@ from autopar.simulate.splitting import as_run, unsplit_reason
 
 log = logging.getLogger(__name__)
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Batch = Mapping[str, Any] | Sequence[Any]  # tensors, and the plain values that the model was captured with
 
 
@@ -105,7 +105,10 @@ class Trainer:
         self.ties = ties_of(self.layout, plan)
         with one_worker_thread():
             self.groups = make_groups(plan, self.ties.by_lane, self.ties.whole, self.device, timeout)
-        self.terms = loss_terms(graph, tagged, num_parts=plan.num_micro_batches * plan.stages[-1].mesh.dp)
+        num_parts = plan.num_micro_batches * plan.stages[-1].mesh.dp
+        self.terms = loss_terms(graph, tagged, num_parts=num_parts)
+        if num_parts > 1 and (problem := coupled_rows(captured.graph)):
+            raise InputError(f"{captured.graph.name}: the plan computes the batch in {num_parts} parts, and {problem}")
         self.notes = tuple(dict.fromkeys(
             (*plan.notes, *graph.notes, *self.layout.notes, *self.terms.notes, *self._unsplit(planned))
         ))
@@ -147,12 +150,7 @@ class Trainer:
         self.executor = Executor(self.stages, mine, self.device)
         counts_here = bool(self.terms.counted) and any(stage.loss for stage in self.stages)
         self._count = row_counter(self.terms, graph, builder.run_ops, constants) if counts_here else None
-        held: list[Any] = list(self.named_parameters().values())
-        # A stage of activations alone trains nothing: its optimizer is made with a parameter that is then taken out.
-        self.optimizer = optimizer(held or [nn.Parameter(torch.zeros(1, device=self.device))])
-        if not held:
-            for group in self.optimizer.param_groups:
-                group["params"] = []
+        self.optimizer = made_optimizer(optimizer, list(self.named_parameters().values()), self.device)
         if self.device.type == "cuda":  # as the memory of a plan is counted
             prefer_fused(self.optimizer)
         own = {id(param) for param in self.named_parameters().values()}

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from autopar.graph.loss_terms import LossTerms, Term, argument, base_name, ignored_index, loss_terms, mixed_rows
+from autopar.graph.loss_terms import LossTerms, Term, argument, base_name, ignored_index, loss_terms
 from autopar.graph.model_graph import Op, Ref, refs_in
 
 __all__ = [
-    "LossTerms", "Term", "argument", "base_name", "count_function", "ignored_index", "loss_terms", "mixed_rows",
-    "target_ops",
+    "LossTerms", "Term", "argument", "base_name", "count_function", "ignored_index", "loss_terms", "target_ops",
 ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import nn
 
 from autopar.errors import InputError
 from autopar.plan.plan import Plan
@@ -14,10 +16,31 @@ from autopar.sharding.state import Kind
 
 log = logging.getLogger(__name__)
 
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
 # Each element's step follows from that element's gradient and state alone, whatever `foreach` and `fused` say.
 ELEMENTWISE = frozenset((
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 ))
+
+
+def made_optimizer(
+    factory: OptimizerFactory, params: Sequence[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of a rank's parameters, which may be none, or none of those that the factory picks.
+
+    torch makes no optimizer of nothing: it is then made with parameters that are taken out again.
+    """
+    spare = [nn.Parameter(torch.zeros((1,) * rank, device=device)) for rank in (1, 2)]
+    try:
+        optimizer = factory(params or spare)
+    except ValueError as error:
+        if "empty parameter list" not in str(error):
+            raise
+        optimizer = factory([*params, *spare])
+    for group in optimizer.param_groups:
+        group["params"] = [param for param in group["params"] if all(param is not other for other in spare)]
+    return optimizer
 
 
 def sharded_because(plan: Plan, layout: Layout) -> str:

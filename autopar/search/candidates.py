@@ -203,7 +203,7 @@ def candidates(
                 ]
     fixed = [candidate for candidate in found if request.allows(candidate)]
     if (found or others) and not fixed and "cp" not in fixed_sizes:
-        raise InputError(no_mesh(cluster, request))
+        raise InputError(no_mesh(cluster, request, one_part))
     if not found and not row_counts:
         raise InfeasibleError(f"no plan computes the batch in one part: {one_part}")
     if not found and not request.mesh:
@@ -211,14 +211,18 @@ def candidates(
     return sorted(fixed)
 
 
-def no_mesh(cluster: Cluster, request: PlanRequest) -> str:
-    """What to say where no candidate has the fixed axes."""
+def no_mesh(cluster: Cluster, request: PlanRequest, one_part: str) -> str:
+    """What to say where no candidate has the fixed axes; `one_part`: why the batch is computed in one part, or ""."""
     words = ",".join(f"{axis}={size}" for axis, size in request.mesh)
-    return (
+    start = (
         f"no plan on the {cluster.num_devices} devices of {cluster.name} has the mesh {words} with a global batch of "
-        f"{request.global_batch}: sizes must divide the devices, dp the batch, tp a node, pp the layers and cp the "
-        "sequence; tp must split the work of some op, and a loss that couples rows allows no dp; change or leave out "
-        "an axis"
+        f"{request.global_batch}"
+    )
+    if one_part and any(axis in ("dp", "dp_replicate", "dp_shard") and size > 1 for axis, size in request.mesh):
+        return f"{start}: {one_part}"
+    return (
+        f"{start}: sizes must divide the devices, dp the batch, tp a node, pp the layers and cp the sequence; tp must "
+        "split the work of some op; change or leave out an axis"
     )
 
 

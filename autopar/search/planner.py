@@ -276,7 +276,7 @@ class _Searches:
         if self.no_mesh is not None:
             return self.no_mesh
         if not self.space:
-            return InputError(no_mesh(self.cluster, self.request))
+            return InputError(no_mesh(self.cluster, self.request, self.engine.chooser.needs_whole_batch))
         if self.ep > 1:
             return InputError(why_none(self.engine, self.ep))
         return InfeasibleError(

@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import TypeVar
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
-from autopar.graph.loss_terms import needs_whole_batch
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
 from autopar.search.block_problem import is_hidden, is_image
 from autopar.search.intra_op import shard_class, shard_class_jointly
 from autopar.search.rewriting import Variants, Weighed, best_rewrites
 from autopar.search.ties import Options, TieSearch
+from autopar.sharding.coupled_rows import needs_whole_batch
 from autopar.sharding.joint import JointStrategy, Placement, joint_strategies
 from autopar.sharding.propagate import ClassStrategies, class_strategies
 from autopar.sharding.rewrite import Rewrite
@@ -68,7 +68,7 @@ class ShardingChooser:
 
     @cached_property
     def needs_whole_batch(self) -> str:
-        """Why the loss is only right where the global batch is computed in one part; "" where it is not so."""
+        """Why numbers are only right where the global batch is computed in one part; "" where it is not so."""
         return needs_whole_batch(self._graph)
 
     @property

@@ -41,6 +41,7 @@ class OpFactors:
     is this factor alone, and whatever the op computes from padding is padding again, its gradient zero.
     `linear` lists the sets of operand positions in which the op is jointly linear. `joint` names splits of several
     factors by one axis, also of factors that are blocked alone; the first may be split below its outermost level.
+    `is_opaque`: nothing is known of how the op loops, and all is blocked.
     """
 
     sizes: Mapping[str, int]
@@ -56,6 +57,7 @@ class OpFactors:
     padded: frozenset[str] = frozenset()
     linear: tuple[tuple[int, ...], ...] = ()
     joint: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    is_opaque: bool = False
 
     def problem(self, operands: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...] | None]) -> str | None:
         """What contradicts the tensors' shapes, or None. An output shape of None is not checked."""

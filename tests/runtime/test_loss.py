@@ -178,16 +178,19 @@ def test_a_slice_that_holds_nothing_mixes_no_rows() -> None:
     assert not loss_terms(capture(Rotated().double(), rows(), tag_rows=True).graph).notes
 
 
-def test_an_op_across_rows_is_noted() -> None:
-    class Centred(Classifier):
-        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-            hidden = torch.tanh(self.body(x))
-            hidden = hidden - hidden.mean(dim=0)
-            return (self.head(hidden) - self.head(hidden).mean(dim=0)).mean()
+def test_batch_norms_are_noted() -> None:
+    class Normed(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm1d(width) for width in (7, CLASSES))
 
-    graph = capture(Centred().double(), rows(), tag_rows=True).graph
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            hidden = self.norms[0](self.body(x).flatten(0, 1))
+            return self.norms[1](self.head(hidden)).square().mean()
+
+    graph = capture(Normed().double(), rows(), tag_rows=True).graph
     (note,) = loss_terms(graph).notes
-    assert "aten.mean.dim" in note
+    assert "aten.batch_norm.default" in note
     assert "(and in 1 more) mixes rows: it sees one micro-batch of one data rank" in note
     assert not loss_terms(graph, num_parts=1).notes
     assert not loss_terms(capture(Classifier().double(), rows(), loss_fn=mean_entropy, tag_rows=True).graph).notes

@@ -127,7 +127,9 @@ class Call:
             self.factors(f"y{i}_", self.tensors[name].shape, reason) if name else ()
             for i, name in enumerate(self.op.outputs)
         ]
-        return OpFactors(sizes=self.sizes, operands=tuple(operands), outputs=tuple(outputs), blocked=self.blocked)
+        return OpFactors(
+            sizes=self.sizes, operands=tuple(operands), outputs=tuple(outputs), blocked=self.blocked, is_opaque=True
+        )
 
 
 def aligned(shape: Sequence[int], dims: Dims) -> Dims:
