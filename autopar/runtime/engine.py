@@ -44,6 +44,7 @@ from autopar.runtime.recording import OPTIMIZER, REDUCE, Recorder, write_trace
 from autopar.runtime.regions import crossings
 from autopar.runtime.replicas import Replicas
 from autopar.runtime.stage import StageBuilder
+from autopar.runtime.step_checks import StepChecks
 from autopar.runtime.target_counts import row_counter
 from autopar.runtime.tied import Copy, sum_in_place, sum_tied, ties_of
 from autopar.runtime.watch import Watch
@@ -164,6 +165,9 @@ class Trainer:
         self.metrics = StepLog(captured.graph, plan, self.device, every=log_every, peak_flops=peak_flops)
         units = self._offloaded_units()
         self.offloaded_state = OffloadedState(self.optimizer, units) if units else None
+        self.checks = StepChecks(
+            self.named_parameters(), self.optimizer, steps_itself=bool(self.whole_steps or self.offloaded_state)
+        )
 
     # -- what users call
 
@@ -186,7 +190,7 @@ class Trainer:
     def optimizer_step(self) -> None:
         """Step the optimizer with the gradients that are there."""
         self.num_steps += 1
-        with self._recorded(OPTIMIZER):
+        with self._recorded(OPTIMIZER), self.checks.own_step():
             if self.whole_steps is not None:
                 self.whole_steps.step()
             elif self.offloaded_state is not None:
@@ -195,7 +199,10 @@ class Trainer:
                 self.optimizer.step()
 
     def forward_backward(self, batch: Batch, observe: Callable[[Action], None] | None = None) -> Tensor:
-        """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters."""
+        """The loss of the global batch; gradients, reduced over all ranks, are left in the parameters.
+
+        They take the place of those before: a step's rows are one batch, which the plan cuts into micro-batches.
+        """
         return self._loss(*self._backward(batch, observe))
 
     def _backward(
@@ -204,14 +211,18 @@ class Trainer:
         """Computes all gradients, and begins to sum the loss over ranks."""
         if self.executor.recorder is not None:
             self.executor.recorder.begin_step()
+        self.checks.before_backward()
         self.optimizer.zero_grad(set_to_none=True)
         place = self.groups.place
         self.watch.step = self.num_steps + 1
         with as_captured(self.autocast), self.watch.names_failures():
+            if self.watch.size > 1:
+                self.checks.same_batch(batch, "step")
             rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
             total = self.executor.run(rows, self._factors(rows), observe)
             with self._recorded(REDUCE):
                 self._reduce_gradients()
+            self.checks.after_backward()
             return self._sum_loss(total)
 
     def _loss(self, total: Tensor, summing: dist.Work | None) -> Tensor:
@@ -243,6 +254,8 @@ class Trainer:
         try:
             # What is random in training draws, and drops nothing.
             with as_captured(self.autocast), self.watch.names_failures(), torch.random.fork_rng(devices=devices):
+                if self.watch.size > 1:
+                    self.checks.same_batch(batch, "evaluate")
                 rows = self.batch.micro_batches(batch, self.plan.stages[place.stages[0]], place.data_rank, self.device)
                 return self._global_loss(*self._sum_loss(self.executor.evaluate(rows, self._factors(rows))))
         finally:

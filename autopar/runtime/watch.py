@@ -32,7 +32,7 @@ DECIDE_S = 4 * BEAT_S  # a rank that gave no sign for so long is gone
 _LOST = ("connection", "broken pipe", "timed out", "timeout", "pair closure", "socket", "gloo", "nccl", "store")
 _OWN_WAITS = frozenset((
     "executor.py", "collectives.py", "replicas.py", "tied.py", "clipping.py", "checkpoint.py", "halo.py",
-    "ring_attention.py", "expert_exchange.py",
+    "ring_attention.py", "expert_exchange.py", "step_checks.py",
 ))
 
 
