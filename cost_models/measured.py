@@ -5,6 +5,9 @@ and operands that carry gradients). Work is the number of multiplications of pro
 operands and results of everything else. The fit is used where leaving out each sample in turn and telling it from the
 others gives a median error of at most `MAX_ERROR`, and where the op is near measured ones; else there is no answer, and
 the efficiency curves of `compute` tell.
+
+The runtime's own work (optimizer steps, passes over memory, layers of data parallelism) has one size, the number of its
+elements, and is measured at every fourth power: it takes what lies on the line between the two sizes beside it.
 """
 
 from __future__ import annotations
@@ -189,6 +192,11 @@ class OpTable:
         between = _between(self.families[key], *features(target, operands, outputs))
         return None if between is None else Found(time=between, host=self.host[key], source=Source.INTERPOLATED)
 
+    def own_work(self, target: str, settings: str, tensor: LocalTensor, dtype: str) -> OpTime | None:
+        """The time of a piece of the runtime's own work on so many elements; None where too few sizes near it are."""
+        points = self.families.get(family_key(target, settings, dtype, [tensor], is_copy=False), ())
+        return _on_the_line(points, *features(target, [tensor], [])) if len(points) >= MIN_SAMPLES else None
+
 
 _tables: dict[int, tuple[MeasuredOps, OpTable]] = {}
 
@@ -215,8 +223,8 @@ def measured_pass_s(device: DeviceType, name: str, numel: float, dtype: str) -> 
     if table is None or numel <= 0:
         return 0.0 if table is not None else None
     tensor = LocalTensor((max(float(numel), SMALLEST_PASS),), DTYPE_BYTES[dtype], False)
-    found = table.look_up(f"autopar.{name}", "", [tensor], [], dtype)
-    return None if found is None else found.time.forward_s
+    found = table.own_work(f"autopar.{name}", "", tensor, dtype)
+    return None if found is None else found.forward_s
 
 
 def measured_unit_s(device: DeviceType, numel: float, num_ranks: int, *, sharded: bool) -> OpTime | None:
@@ -231,8 +239,25 @@ def measured_unit_s(device: DeviceType, numel: float, num_ranks: int, *, sharded
         return FREE
     tensor = LocalTensor((max(float(numel), SMALLEST_UNIT),), 4, False)
     name = f"autopar.unit_{'sharded' if sharded else 'replicated'}"
-    found = table.look_up(name, str(num_ranks), [tensor], [], "float32")
-    return None if found is None else found.time
+    return table.own_work(name, str(num_ranks), tensor, "float32")
+
+
+def _on_the_line(points: Sequence[_Point], work: float, where: Sequence[float]) -> OpTime | None:
+    """The time on the line between the sizes below and above; beyond the largest in proportion; None far from all."""
+    if min(math.dist(point.features, where) for point in points) > MAX_DISTANCE:
+        return None
+    below = max((point for point in points if point.work <= work), key=lambda point: point.work, default=None)
+    above = min((point for point in points if point.work >= work), key=lambda point: point.work, default=None)
+    one = below or above
+    assert one is not None
+    if below is None or above is None:
+        share = work / one.work if above is None else 1.0
+        return OpTime(share * one.sample.forward_s, share * one.sample.backward_s)
+    share = (work - below.work) / (above.work - below.work) if above.work > below.work else 0.0
+    ends = (below.sample, 1 - share), (above.sample, share)
+    return OpTime(
+        sum(part * sample.forward_s for sample, part in ends), sum(part * sample.backward_s for sample, part in ends)
+    )
 
 
 def _between(points: Sequence[_Point], work: float, where: Sequence[float]) -> OpTime | None:

@@ -118,11 +118,11 @@ def device(samples: tuple[OpSample, ...]) -> DeviceType:
     return replace(local_cluster(1, device="cpu").device(0), measured=MeasuredOps(samples=samples))
 
 
-def runtime(target: str, settings: str = "") -> tuple[OpSample, ...]:
+def runtime(target: str, settings: str = "", powers: range = range(4, 11)) -> tuple[OpSample, ...]:
     return tuple(
         OpSample(target=target, settings=settings, dtype="float32", outputs=(), forward_s=1e-5 + numel * 1e-9,
                  backward_s=2e-5 + numel * 1e-9, operands=(OpTensor(shape=(numel,), dtype="float32"),))
-        for numel in (4**power for power in range(4, 11))
+        for numel in (4**power for power in powers)
     )
 
 
@@ -140,6 +140,22 @@ def test_pieces_of_the_runtimes_work() -> None:
     plain = replace(own, measured=None)
     assert op_table(plain) is None
     assert measured_pass_s(plain, "adamw", 5, "float32") is None
+
+
+def test_the_runtimes_work_is_told_on_the_line_between_two_sizes() -> None:
+    seconds = {4**power: 1e-9 * 4**power * (3 if power % 2 else 1) for power in range(4, 13)}
+    samples = tuple(
+        replace(sample, forward_s=seconds[sample.operands[0].shape[0]], backward_s=0.0)
+        for sample in runtime("autopar.adamw", powers=range(4, 13))
+    )
+    assert interpolation_errors(samples)[0].median_error > 0.25, "the line through the nearest sizes is no use"
+    own = device(samples)
+    for numel, time_s in seconds.items():
+        assert measured_pass_s(own, "adamw", numel, "float32") == pytest.approx(time_s)
+    middle = (4**9 + 4**10) / 2
+    assert measured_pass_s(own, "adamw", middle, "float32") == pytest.approx((seconds[4**9] + seconds[4**10]) / 2)
+    assert measured_pass_s(own, "adamw", 2 * 4**12, "float32") == pytest.approx(2 * seconds[4**12])
+    assert measured_pass_s(own, "adamw", 64 * 4**12, "float32") is None, "far from all that was measured"
 
 
 def test_a_table_is_made_once() -> None:
