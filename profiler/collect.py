@@ -1,4 +1,8 @@
-"""The processes' records as one Profile: the median over the processes, and what was cut short left out."""
+"""The processes' records as one Profile, what was cut short left out.
+
+An op takes what the slowest process took, on average over the sweeps: all were timed at once, and in a step they wait
+for one another. Processes that share a machine are seldom equally fast at one time, though they are in the long run.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -18,7 +22,9 @@ from autopar.profiler.fit import fit_link
 from autopar.profiler.profile import MatmulRate, Profile, with_ops
 from autopar.profiler.worker import Job
 
-TIMES = ("forward_s", "backward_s", "forward_spread", "backward_spread", "host_forward_s", "host_backward_s")
+DEVICE_TIMES = ("forward_s", "backward_s")
+SPREADS = ("forward_spread", "backward_spread")
+HOST_TIMES = ("host_forward_s", "host_backward_s")
 
 
 def collect(job: Job, texts: Sequence[str], date: str, measuring_s: float) -> Profile | None:
@@ -55,14 +61,26 @@ def _whole(text: str) -> list[dict[str, Any]]:
 
 
 def _samples(each: Sequence[Sequence[dict[str, Any]]], kind: str) -> list[dict[str, Any]]:
-    """The samples that every process has, with medians over the processes."""
-    found: list[dict[int, dict[str, Any]]] = [
-        {record[kind]: record["sample"] for record in own if kind in record and "sample" in record} for own in each
-    ]
-    return [
-        {**sample, **{name: median(own[index][name] for own in found) for name in TIMES}}
-        for index, sample in found[0].items() if all(index in own for own in found)
-    ]
+    """The samples that every process has, of as many sweeps as all of them have, in the order of the cases."""
+    found: list[dict[int, list[dict[str, Any]]]] = []
+    for own in each:
+        sweeps: dict[int, list[dict[str, Any]]] = {}
+        for record in own:
+            if kind in record and "sample" in record:
+                sweeps.setdefault(record[kind], []).append(record["sample"])
+        found.append(sweeps)
+    whole = sorted(index for index in found[0] if all(index in sweeps for sweeps in found))
+    return [_together(list(zip(*(sweeps[index] for sweeps in found), strict=False))) for index in whole]
+
+
+def _together(sweeps: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """One sample of what all processes saw in each sweep. What disturbs the host only adds: of its times the least."""
+    return {
+        **sweeps[0][0],
+        **{name: fmean(max(seen[name] for seen in sweep) for sweep in sweeps) for name in DEVICE_TIMES},
+        **{name: fmean(median(seen[name] for seen in sweep) for sweep in sweeps) for name in SPREADS},
+        **{name: min(median(seen[name] for seen in sweep) for sweep in sweeps) for name in HOST_TIMES},
+    }
 
 
 def _profile(

@@ -118,10 +118,10 @@ def measure_links(
 def _points(
     item: LinkWork, group: dist.ProcessGroup | None, device: torch.device, budget_s: float, largest_bytes: int
 ) -> tuple[tuple[int, float], ...]:
-    """(size_bytes, median seconds of the slowest rank), until time or memory runs out."""
+    """(size_bytes, median of what the slowest rank takes), until time or memory runs out."""
     points: list[tuple[int, float]] = []
     work = WorkBefore(device, nothing=item.collective == "send_recv")
-    work_s = largest(work.alone_s, device)  # whatever decides how often is the same on all ranks
+    work_s = work.slowest_s(device, CHAIN)  # whatever decides how often is the same on all ranks
     chain = 1 if work.nothing else CHAIN
     size, start = SMALLEST_BYTES, time.perf_counter()
     count = 12  # sizes that are still to come, about
@@ -137,7 +137,7 @@ def _points(
         rounds = int(max(MIN_ROUNDS, min(MAX_ROUNDS, share_s / max(round_s, 1e-6))))
         seen = [work.added_s(operation, device, chain) for _ in range(rounds)]
         halves = 2 if item.collective == "send_recv" else 1
-        points.append((size, largest(max(median(seen), SHORTEST_S), device) / halves))
+        points.append((size, max(median(seen), SHORTEST_S) / halves))
         del operation
         size *= 4 if size < 2**18 else 2
         count -= 1
@@ -149,27 +149,32 @@ class WorkBefore:
 
     Processes that have just met have awake threads and no skew between them. In a step they compute for some
     milliseconds, wait for the slower one, and leave a collective at unlike times, so that the next finds them apart: a
-    collective takes what a chain of work and collectives takes beyond the work alone. A GPU works on while its links
-    do: there it is nothing. A message between stages is waited for by itself, so that its sender's skew is no part of
-    it.
+    collective takes what a chain of work and collectives takes beyond the work alone. Work takes as long as the slowest
+    process needs, as all that is measured of ops does, so that waiting for it is no part of the collective. A GPU works
+    on while its links do: there it is nothing. A message between stages is waited for by itself, so that its sender's
+    skew is no part of it.
     """
 
     def __init__(self, device: torch.device, *, nothing: bool = False) -> None:
         self.nothing = nothing or device.type != "cpu"
         self._data = torch.ones(1 if self.nothing else WORK_SIZE, 1 if self.nothing else WORK_SIZE)
-        self.alone_s = 0.0
-        if not self.nothing:
-            self.alone_s = median(self._chain_s(_nothing, device, CHAIN) for _ in range(MAX_ROUNDS // MIN_ROUNDS))
 
     def run(self) -> None:
         """Computes for some milliseconds."""
         if not self.nothing:
             torch.mm(self._data, self._data)
 
+    def slowest_s(self, device: torch.device, count: int) -> float:
+        """Seconds of the work alone, on average over so many in a row, of the slowest process; all ranks call it."""
+        return 0.0 if self.nothing else largest(self._chain_s(_nothing, device, count), device)
+
     def added_s(self, operation: Callable[[], object], device: torch.device, chain: int) -> float:
-        """Seconds that an operation adds to the work before it, in a chain of so many; all ranks call it."""
-        alone_s = 0.0 if self.nothing else self._chain_s(_nothing, device, chain)
-        return self._chain_s(operation, device, chain) - alone_s
+        """Seconds that an operation adds to the work before it, in a chain of so many; all ranks call it.
+
+        Of the slowest process in the chain, over the slowest with the work alone: the same on all ranks.
+        """
+        alone_s = self.slowest_s(device, chain)
+        return largest(self._chain_s(operation, device, chain), device) - alone_s
 
     def _chain_s(self, operation: Callable[[], object], device: torch.device, chain: int) -> float:
         """Seconds of the work and the operation after it, on average over a chain that all ranks begin together."""

@@ -39,15 +39,13 @@ class Timed:
     spread: float
 
 
-def time_passes(
-    clock: Clock, prepare: Callable[[], Work], count: int, go_on: Together, *, at_least: int = MIN_PASSES
-) -> Timed:
+def time_passes(clock: Clock, prepare: Callable[[], Work], count: int, go_on: Together) -> Timed:
     """Seconds of one of `count` instances: the median over passes, the first of them a warm-up that does not count."""
     device: list[float] = []
     host: list[float] = []
     clock.measure(prepare)
     spent = 0.0
-    while len(device) < at_least or (len(device) < MAX_PASSES and go_on(spent)):
+    while len(device) < MIN_PASSES or (len(device) < MAX_PASSES and go_on(spent)):
         on_device, on_host = clock.measure(prepare)
         spent += on_device
         device.append(on_device / count)

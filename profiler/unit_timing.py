@@ -1,13 +1,15 @@
 """Times what data parallelism adds to a layer: gathering its parameters and reducing its gradients, with all copies.
 
 The runtime leaves both to torch's FSDP2 where states are in shards, so that this measures FSDP2: units of a few
-parameters in a forward and a backward, whose own work is one product, which is taken off. Whole copies gather nothing,
-and the runtime sums their gradients itself: joined to one tensor, while the backward goes on.
+parameters in a forward and a backward, whose own work is one product, which is timed in turn with them and taken off.
+Whole copies gather nothing, and the runtime sums their gradients itself: joined to one tensor, while the backward goes
+on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import quantiles
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from autopar.cluster.measured import OpSample, OpTensor
 from autopar.cost_models.measured import SMALLEST_UNIT
-from autopar.profiler.clock import Clock
-from autopar.profiler.links import SHORTEST_S, WorkBefore
-from autopar.profiler.op_timing import NOTHING, Timed, time_passes
+from autopar.profiler.clock import Clock, Work
+from autopar.profiler.links import SHORTEST_S, WorkBefore, largest
+from autopar.profiler.op_timing import NOTHING, Timed
 
 NUM_UNITS = 4
 PARAMS_OF_UNIT = 8
@@ -80,8 +82,8 @@ def time_unit(numel: int, num_ranks: int, *, sharded: bool, device: torch.device
     return OpSample(
         target=f"autopar.unit_{'sharded' if sharded else 'replicated'}", settings=str(num_ranks), dtype="float32",
         operands=(OpTensor(shape=(numel,), dtype="float32"),), outputs=(),
-        forward_s=max(SHORTEST_S, gathered.device_s - work.alone_s) if sharded else 0.0,
-        backward_s=max(SHORTEST_S, reduced.device_s - work.alone_s),
+        forward_s=max(SHORTEST_S, gathered.device_s) if sharded else 0.0,
+        backward_s=max(SHORTEST_S, reduced.device_s),
         forward_spread=gathered.spread, backward_spread=reduced.spread,
         host_forward_s=gathered.host_s, host_backward_s=reduced.host_s,
     )
@@ -105,12 +107,24 @@ def _time_copies(
             each.wait()
         return sums
 
-    return NOTHING, time_passes(clock, lambda: backward, NUM_UNITS, _never, at_least=NUM_PASSES)
+    return NOTHING, _added(lambda: backward, device, clock, work)
 
 
-def _never(spent_s: float) -> bool:
-    """Every pass communicates: all processes make the same number, whatever they spent."""
-    return False
+def _added(prepare: Callable[[], Work], device: torch.device, clock: Clock, work: WorkBefore) -> Timed:
+    """What a unit adds to its work: of the slowest process, the median over passes, after one that does not count.
+
+    Every pass communicates: all processes make the same number.
+    """
+    clock.measure(prepare)
+    added: list[float] = []
+    host: list[float] = []
+    for _ in range(NUM_PASSES):
+        alone_s = work.slowest_s(device, NUM_UNITS)
+        on_device, on_host = clock.measure(prepare)
+        added.append(largest(on_device / NUM_UNITS, device) - alone_s)
+        host.append(on_host / NUM_UNITS)
+    low, middle, high = quantiles(added, n=4)
+    return Timed(device_s=middle, host_s=min(host), spread=(high - low) / 2 / middle if middle > 0 else 0.0)
 
 
 def _time_sharded(
@@ -145,5 +159,5 @@ def _time_sharded(
         loss = (root(x) if loss is None else loss).sum()
         return loss.backward
 
-    gathered = time_passes(clock, prepare_forward, NUM_UNITS, _never, at_least=NUM_PASSES)
-    return gathered, time_passes(clock, prepare_backward, NUM_UNITS, _never, at_least=NUM_PASSES)
+    gathered = _added(prepare_forward, device, clock, work)
+    return gathered, _added(prepare_backward, device, clock, work)

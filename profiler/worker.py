@@ -1,7 +1,13 @@
-"""What one process measures, one record after another; all processes of a job do the same at the same time."""
+"""What one process measures, one record after another; all processes of a job do the same at the same time.
+
+A shared machine has slow seconds, in which everything takes up to half as long again. So everything of a device is
+measured in several sweeps, and neighbours, which are ops of one model, far from each other in each: then slow seconds
+meet a few ops of every plan and not most ops of one.
+"""
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +27,8 @@ from autopar.profiler.unit_timing import UNIT_ELEMENTS, time_unit
 SIZES = {"cpu": (256, 768), "cuda": (2048, 8192)}
 OPS_SHARE = 0.6  # of the budget for rates; the rest is the links'
 UNIT = "unit"  # a layer of data parallelism
-CASE_BUDGET_S = 0.06  # of the passes of one op, forward and backward each
+SWEEPS = 2  # over all that is measured of a device
+CASE_BUDGET_S = 0.06  # of the passes of one op in all sweeps, forward and backward each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +85,16 @@ def ignore_interrupts() -> None:
 
 def num_steps(job: Job) -> int:
     """How many records there will be."""
-    return 1 + len(job.cases) + len(job.runtime) + len(_links(job))
+    return num_device_steps(job) + len(_links(job))
+
+
+def num_device_steps(job: Job) -> int:
+    """How many of the records are of devices; they come before those of links."""
+    return 1 + SWEEPS * (len(job.cases) + len(job.runtime))
 
 
 def records(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The rates, then each op, then each collective; every record has a "label"."""
+    """The rates, then each op in every sweep, then each collective; every record has a "label"."""
     grouped = job.num_processes > 1
 
     def together() -> None:
@@ -93,36 +105,45 @@ def records(job: Job, device: torch.device) -> Iterator[dict[str, Any]]:
     clock = clock_of(device)
 
     def go_on(spent_s: float) -> bool:
-        return spent_s < CASE_BUDGET_S
+        return spent_s < CASE_BUDGET_S / SWEEPS
 
     mesh = None
     if any(case.sharded for case in job.runtime):
         from torch.distributed.device_mesh import init_device_mesh
 
         mesh = init_device_mesh(device.type, (job.num_processes,))
-    for index, case in enumerate(job.runtime):
-        together()
-        if case.name == UNIT:
-            one = time_unit(case.numel, job.num_processes, sharded=case.sharded, device=device, clock=clock)
-        else:
-            one = time_runtime(
-                case.name, case.dtype, case.numel, device, clock, go_on, mesh if case.sharded else None
-            )
-        yield {"label": one.target, "runtime": index, "sample": asdict(one)}
-    for index, item in enumerate(job.cases):
-        together()
-        try:
-            sample = time_case(item, device, clock, go_on)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            yield {"label": item.target, "op": index, "failed": str(error).splitlines()[0]}
-        else:
-            yield {"label": item.target, "op": index, "sample": asdict(sample)}
+    for _ in range(SWEEPS):
+        for index in apart(len(job.runtime)):
+            case = job.runtime[index]
+            together()
+            if case.name == UNIT:
+                one = time_unit(case.numel, job.num_processes, sharded=case.sharded, device=device, clock=clock)
+            else:
+                one = time_runtime(
+                    case.name, case.dtype, case.numel, device, clock, go_on, mesh if case.sharded else None
+                )
+            yield {"label": one.target, "runtime": index, "sample": asdict(one)}
+        for index in apart(len(job.cases)):
+            item = job.cases[index]
+            together()
+            try:
+                sample = time_case(item, device, clock, go_on)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                yield {"label": item.target, "op": index, "failed": str(error).splitlines()[0]}
+            else:
+                yield {"label": item.target, "op": index, "sample": asdict(sample)}
     work = _links(job)
     for own, fit in zip(
         work, measure_links(work, device, budget_s=job.link_budget_s, largest_bytes=job.largest_message_bytes),
         strict=True,
     ):
         yield {"label": f"{own.collective}, {own.kind.name}", "fit": asdict(fit)}
+
+
+def apart(count: int) -> tuple[int, ...]:
+    """0 to count - 1 in an order in which neighbours are about the square root of `count` from each other."""
+    step = max(1, math.isqrt(count))
+    return tuple(place for first in range(step) for place in range(first, count, step))
 
 
 def _links(job: Job) -> tuple[Any, ...]:

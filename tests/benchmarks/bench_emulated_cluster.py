@@ -55,7 +55,7 @@ from autopar.profiler.collect import collect_records
 from autopar.profiler.file import load_profile, save_profile
 from autopar.profiler.op_cases import OpCase, model_cases
 from autopar.profiler.profile import Profile, merge_profiles
-from autopar.profiler.worker import Job, records, runtime_cases
+from autopar.profiler.worker import Job, num_device_steps, records, runtime_cases
 from autopar.runtime.engine import Trainer
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.search.planner import PlanRequest, find_plan
@@ -110,7 +110,7 @@ def profile_here(folder: Path, speed: float, *, ops: bool) -> None:
     with one_worker_thread():
         dist.init_process_group("gloo")
     measuring = records(job, device)
-    num_paced = 1 + len(job.runtime) + len(job.cases)  # then come messages, which no device computes
+    num_paced = num_device_steps(job)  # then come messages, which no device computes
     # A paced device has no caches to fill, and its work keeps no core from those of the messages.
     with (
         patch.object(op_timing, "MAX_INSTANCES", op_timing.MIN_INSTANCES), patch.object(links, "WORK_SIZE", 16),

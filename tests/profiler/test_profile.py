@@ -4,10 +4,13 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.file import cluster_from_json, cluster_to_json
@@ -34,7 +37,7 @@ from autopar.profiler.collect import collect
 from autopar.profiler.fit import fit_link
 from autopar.profiler.local import ProfileInterrupted
 from autopar.profiler.profile import with_ops
-from autopar.profiler.worker import UNIT, Job, RuntimeCase
+from autopar.profiler.worker import UNIT, Job, RuntimeCase, apart
 
 SIZES = (1024, 4096, 2**18, 2**20, 2**22, 2**24)
 
@@ -250,10 +253,26 @@ def test_records_that_are_cut_short_make_a_whole_profile() -> None:
     texts = [rates + record(0, 1.0) + record(1, 1.0) + failed + record(2, 1.0)[:30], rates + record(0, 3.0)]
     found = collect(job(), texts, "today", 1.0)
     assert found is not None
-    assert [(item.operands[0].shape, item.forward_s) for item in found.ops.samples] == [((1,), 2.0)]
+    assert [(item.operands[0].shape, item.forward_s) for item in found.ops.samples] == [((1,), 3.0)]
     assert found.notes[-1:] == ("aten.bad.default could not be measured: no such kernel",)
     assert profile_from_json(profile_to_json(found)) == found
     assert collect(job(), [rates[:10], ""], "today", 1.0) is None, "no rates yet"
+
+
+def test_an_op_takes_the_slowest_process_of_each_sweep_on_average() -> None:
+    rates = json.dumps({"label": "rates", "rates": RATES}) + "\n"
+    # The first process is the slower one in the first sweep, the second in the second; a third sweep is cut short.
+    texts = [rates + record(0, 4.0) + record(0, 1.0) + record(0, 9.0), rates + record(0, 2.0) + record(0, 3.0)]
+    found = collect(job(), texts, "today", 1.0)
+    assert found is not None
+    assert [(item.forward_s, item.backward_s) for item in found.ops.samples] == [(3.5, 7.0)]
+
+
+@given(count=st.integers(min_value=0, max_value=500))
+def test_neighbours_are_measured_apart(count: int) -> None:
+    order = apart(count)
+    assert sorted(order) == list(range(count))
+    assert all(abs(a - b) ** 2 * 4 >= count for a, b in pairwise(order)), "at least half the square root"
 
 
 def test_samples_that_are_far_apart_tell_nothing_of_one_another_and_can_be_written() -> None:

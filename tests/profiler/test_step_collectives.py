@@ -55,13 +55,22 @@ def test_a_collective_takes_what_it_adds_to_a_chain_of_work(monkeypatch: pytest.
     monkeypatch.setattr(links, "largest", lambda value, device: met.append(clock.now) or value)
     monkeypatch.setattr(torch, "mm", lambda left, right: clock.add(3.0))
     work = WorkBefore(CPU)
-    assert work.alone_s == 3.0
+    assert work.slowest_s(CPU, 5) == 3.0
     met.clear()
     # Each collective waits 2 s; what the first finds right after all have met says nothing of the others.
     waits = iter([0.0, 2.0, 2.0, 2.0])
-    start = clock.now
+    start, middle, end = clock.now, clock.now + 12.0, clock.now + 30.0
     assert work.added_s(lambda: clock.add(next(waits)), CPU, 4) == pytest.approx(1.5)
-    assert met == [start, start + 4 * 3.0], "all meet before the work alone and before the chain, not in it"
+    assert met == [start, middle, middle, end], "all meet before the work alone and before the chain, not in them"
+
+
+def test_waiting_for_a_slower_process_is_no_part_of_a_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(links, "largest", lambda value, device: max(value, 5.0))  # the other needs 5 s for its work
+    monkeypatch.setattr(torch, "mm", lambda left, right: clock.add(3.0))
+    added_s = WorkBefore(CPU).added_s(lambda: clock.add(2.0 + 0.5), CPU, 4)  # waits 2 s, then the sum takes 0.5 s
+    assert added_s == pytest.approx(0.5)
 
 
 def test_a_message_between_stages_has_no_work_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,4 +79,4 @@ def test_a_message_between_stages_has_no_work_before_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(links, "largest", lambda value, device: value)
     monkeypatch.setattr(torch, "mm", lambda left, right: clock.add(3.0))
     work = WorkBefore(CPU, nothing=True)
-    assert (work.alone_s, work.added_s(lambda: clock.add(2.0), CPU, 1)) == (0.0, 2.0)
+    assert (work.slowest_s(CPU, 2), work.added_s(lambda: clock.add(2.0), CPU, 1)) == (0.0, 2.0)
