@@ -95,9 +95,18 @@ class Sorts:
     def least(self, table: Table) -> Table:
         """Of each sort of range the least value of its ranges in table[first, last]."""
         found = np.full(len(self.counts) + 1, np.inf)  # the last is of ranges that are not looked at
-        pairs = np.triu_indices(len(table), 1)
-        np.minimum.at(found, self.ranges[pairs], table[pairs])
+        order, firsts, sorts = self._by_sort
+        found[sorts] = np.minimum.reduceat(table.reshape(-1)[order], firsts)
         return found[:-1]
+
+    @cached_property
+    def _by_sort(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """Where in a flat table ranges are, by their sorts; where in that each sort begins; which sorts there are."""
+        pairs = np.ravel_multi_index(np.triu_indices(len(self.ranges), 1), self.ranges.shape)
+        own = self.ranges.reshape(-1)[pairs]
+        order = np.argsort(own, kind="stable")
+        sorts, firsts = np.unique(own[order], return_index=True)
+        return pairs[order], firsts, sorts
 
     def from_start(self, of_sort: Table) -> Table:
         """The values of the ranges from the chain's start to each block; 0 for the empty one."""

@@ -35,7 +35,9 @@ MAX_POOLS = 6
 MAX_OTHERS = 60  # simulations of stages of other numbers and orders than those of least bound
 STEP = 1.25  # by which limits of the step time rise while nothing is found below them
 FAR = 8.0  # times what all devices would take if work could be shared out at will: then there is no limit
-PUT_OFF = 3  # plans, the quickest of each number of micro-batches, that are tried with gradients of weights put off
+PUT_OFF = 6  # plans, the quickest of each number of micro-batches, that are tried with gradients of weights put off
+MAX_COUNTS = 3  # numbers of micro-batches, those with the quickest plans, of which they are tried
+MAX_LISTED = 2000  # actions of them up to which list schedules are tried
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,12 +256,15 @@ class _Search:
 
     def _put_off_weights(self) -> None:
         """Takes the best plans in an order that puts off gradients of weights, where that is better."""
-        quickest: dict[int, SimulatedPlan] = {}
+        quickest: dict[int, dict[float, SimulatedPlan]] = {}  # by micro-batches and time: plans of one time are alike
         for found in sorted(filter(None, self.outcome.tried.values()), key=lambda own: own.step_time_s):
-            quickest.setdefault(found.plan.num_micro_batches, found)
-        for base in list(quickest.values())[:PUT_OFF]:
+            quickest.setdefault(found.plan.num_micro_batches, {}).setdefault(found.step_time_s, found)
+        for base in [own for each in list(quickest.values())[:MAX_COUNTS] for own in list(each.values())[:PUT_OFF]]:
             self._check_time()
-            other = other_schedule(self.engine.graph, self.cluster, replace(base.plan, actions=()))
+            other = other_schedule(
+                self.engine.graph, self.cluster, replace(base.plan, actions=()), limit_s=self.best_s * (1 - WORTH),
+                most_listed=MAX_LISTED,
+            )
             if other is not None and other != base.plan:
                 timeline = simulate(self.engine.graph, self.cluster, other, detail=False)
                 if timeline.feasible and timeline.step_time_s < self.best_s * (1 - WORTH):

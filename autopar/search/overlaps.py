@@ -7,43 +7,54 @@ import numpy as np
 from autopar.search.elimination import Table
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 
-MANY_ROOTS = 4  # different sizes of what lies outside layers; beyond, ranges count as if it were gathered in no time
-
 
 def forward_tables(compute: Table, gather: Table, root: Table) -> Table:
     """table[i, j]: what gathering adds to a forward of blocks i to j; infinite where that is empty.
 
     `compute` and `gather` have a block's seconds each, `root` a range's for what it gathers first. `compute` may have
     more dims in front, and then so has what is given.
+
+    A block begins when the one before has been computed and its own parameters are there, for which the queue is free
+    from when that one began: the blocks after the first wait for what gathering takes longer than computing does.
     """
-    size = compute.shape[-1] + 1
-    upper = np.triu(np.ones((size, size), dtype=bool), 1)
-    sizes, which = np.unique(root[upper], return_inverse=True)
-    if len(sizes) > MANY_ROOTS:
-        sizes, which = np.zeros(1), np.zeros_like(which)
-    roots = sizes.reshape(-1, *(1,) * compute.ndim)  # all of them at once, in a dim in front
-    shape = (*np.broadcast_shapes(roots.shape[:-1], compute.shape[:-1]), size - 1)
-    clock, queue = np.broadcast_to(roots, shape).copy(), np.broadcast_to(roots, shape).copy()
-    gathered, computed = np.broadcast_to(roots, (*roots.shape[:-1], size - 1)).copy(), np.zeros(compute.shape)
-    all_during, all_gathered = np.zeros((*shape[:-1], size, size)), np.zeros((*roots.shape[:-1], size, size))
-    for k in range(size - 1):
-        clock_k, queue_k, gathered_k, computed_k = (
-            each[..., : k + 1] for each in (clock, queue, gathered, computed)
-        )
-        queue_k += gather[k]
-        gathered_k += gather[k]
-        begin = np.maximum(clock_k, queue_k)
-        np.add(begin, compute[..., k, None], out=clock_k)
-        computed_k += compute[..., k, None]
-        np.maximum(queue_k, begin, out=queue_k)
-        all_during[..., : k + 1, k + 1] = clock_k - computed_k
-        all_gathered[..., : k + 1, k + 1] = gathered_k
-    first, last = np.nonzero(upper)
-    during = np.moveaxis(all_during[..., first, last], 0, -1)[..., np.arange(len(which)), which.reshape(-1)]
-    moved = np.moveaxis(all_gathered[..., first, last], 0, -1)[..., np.arange(len(which)), which.reshape(-1)]
-    found = np.full((*compute.shape[:-1], size, size), np.inf)
-    found[..., first, last] = during + OVERLAP_SLOWDOWN * np.maximum(0.0, moved - during)
+    waits = _running(np.maximum(0.0, gather[1:] - compute[..., :-1]))
+    waited = waits[..., None, :] - waits[..., :, None]  # of a block, from the first of the range on
+    sent = _running(gather)
+    moved = sent[None, 1:] - sent[:-1, None]
+    first = gather[:, None]
+    added = root[:-1, 1:] + first + waited
+    return _of_ranges(added + OVERLAP_SLOWDOWN * np.maximum(0.0, moved - first - waited))
+
+
+def _running(each: Table) -> Table:
+    """[..., i]: the sum of the first i."""
+    found = np.zeros((*each.shape[:-1], each.shape[-1] + 1))
+    np.cumsum(each, axis=-1, out=found[..., 1:])
     return found
+
+
+def _of_ranges(values: Table) -> Table:
+    """table[i, j] of values[i, j - 1], by the first and the last block; infinite where the range is empty."""
+    size = values.shape[-1] + 1
+    found = np.full((*values.shape[:-2], size, size), np.inf)
+    found[..., :-1, 1:] = np.where(np.tri(size - 1, k=-1, dtype=bool), np.inf, values)
+    return found
+
+
+def _reduced(compute: Table, reduce: Table, root: Table) -> tuple[Table, Table]:
+    """`backward_tables` where nothing is gathered.
+
+    The queue ends with a block's reduction and those of all before it in the chain, which come later; it may have been
+    idle until that block was computed.
+    """
+    works, sent = _running(compute), _running(reduce)
+    ahead = sent[1:] - works[..., :-1]  # of the queue, by the block from which on it is never idle
+    size = compute.shape[-1]
+    here = np.tri(size, k=-1, dtype=bool)  # no range: the last block is before the first
+    most = np.maximum.accumulate(np.where(here, -np.inf, ahead[..., None, :]), axis=-1)
+    after = np.maximum(0.0, most - (sent[:-1] - works[..., :-1])[..., :, None]) + root[:-1, 1:]
+    hidden = np.maximum(0.0, sent[None, 1:] - sent[:-1, None] + root[:-1, 1:] - after)
+    return _of_ranges(OVERLAP_SLOWDOWN * hidden), _of_ranges(after)
 
 
 def backward_tables(compute: Table, gather: Table, reduce: Table, root: Table) -> tuple[Table, Table]:
@@ -51,6 +62,8 @@ def backward_tables(compute: Table, gather: Table, reduce: Table, root: Table) -
 
     `root`: a range's seconds for what it reduces last. `compute` may have more dims in front, as for the forward.
     """
+    if not gather.any():
+        return _reduced(compute, reduce, root)
     size = compute.shape[-1] + 1
     shape = (*compute.shape[:-1], size)
     clock, queue, ready, moved, computed = (np.zeros(shape) for _ in range(5))

@@ -79,13 +79,14 @@ def busiest_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> float:
 
 
 def other_schedule(
-    graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True, limit_s: float = math.inf
+    graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True, limit_s: float = math.inf,
+    most_listed: int = MAX_LISTED,
 ) -> Plan | None:
     """The plan in the quickest order found for the times of its stages, None where 1F1B is that.
 
     Memory is held with what its layers keep; what the plan then takes, the simulator says. `split_backward` allows
     orders that put off gradients of weights, where every stage can. None, too, where no order is quicker than the
-    limit.
+    limit. `most_listed`: actions up to which list schedules are tried.
     """
     count = plan.num_stages * plan.num_micro_batches
     if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages) or 3 * count > MAX_ACTIONS:
@@ -109,7 +110,7 @@ def other_schedule(
         return None
     found = search_schedule(
         times, plan.num_micro_batches, caps, split_backward=split, end_s=ends, exact=False,
-        listed=2 * count <= MAX_LISTED,
+        listed=2 * count <= most_listed,
     )
     if found.name == "1f1b":
         return None

@@ -7,13 +7,12 @@ variants of layers cost that fit into memory. The simulator times no stage below
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autopar.search.balance import range_sums
 from autopar.search.block_table import Behind, BlockTable, RangeTimes, Sorts, StageRanges, StageTable
 from autopar.search.candidates import Candidate
 from autopar.search.elimination import Table
@@ -27,12 +26,33 @@ MANY_OVERLAPS = 1024  # kept at once
 SINGLE_DEPTHS = 8  # micro-batches in flight, beyond which numbers are taken together
 
 
+def _nothing() -> Table:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Overlap:
+    """By sort of range, what communication adds: at the start, to a forward, to a backward, after it, both of these.
+
+    `..._beside`: whatever layers do. Under ZeRO 3 alone, or without it alone, where there is a default.
+    """
+
+    start: Table
+    both: Table
+    forward: Table = field(default_factory=_nothing)
+    during: Table = field(default_factory=_nothing)
+    after: Table = field(default_factory=_nothing)
+    start_beside: Table = field(default_factory=_nothing)
+    after_beside: Table = field(default_factory=_nothing)
+    both_beside: Table = field(default_factory=_nothing)
+
+
 class RangeLoads:
     """Times and loads of ranges, by sort; `sorts` are those of one stage and of several."""
 
     def __init__(self, tables: StageTables, memory: MemoryBounds, sorts: Sequence[Sorts]) -> None:
         self._tables, self._memory, self._sorts = tables, memory, sorts
-        self._overlaps: dict[tuple[object, ...], tuple[BlockTable, list[Table]]] = {}
+        self._overlaps: dict[tuple[object, ...], tuple[BlockTable, _Overlap]] = {}
 
     def stage_ranges(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], *, closer: bool, limit_s: float = np.inf
@@ -44,17 +64,11 @@ class RangeLoads:
         """
         table = self._tables.times(c, kind)
         times = self.times(c, kind, table) if closer else summed(table)
-        through = [times.forward_s + times.backward_s]
-        if closer:
-            alone = 1 if counts[0] == 1 else 0
-            parts = [own for own in (counts[:alone], counts[alone:]) if own]
-            through = [
-                first for own in parts
-                for _, _, first in self.loads(c, kind, own, table.blocks, times, limit_s)
-            ]
+        through = times.forward_s + times.backward_s
+        through = self._first(c, kind, counts, table.blocks, times, limit_s) if closer else through[None]
         later = self._later(c, kind, table.blocks, times)
         return StageRanges(
-            forward_s=times.forward_s, through_s=np.stack(through), later_s=later[np.minimum(counts, len(later)) - 1],
+            forward_s=times.forward_s, through_s=through, later_s=later[np.minimum(counts, len(later)) - 1],
             once_beside_s=times.once_beside_s, start_beside_s=times.start_beside_s,
         )
 
@@ -77,6 +91,22 @@ class RangeLoads:
         added = self._memory.added_by_depth(c, kind, least, blocks)
         left = (m - 1) * (times.backward_s + times.hidden_share * added) + (m - most[:, None]) * times.forward_s
         return np.asarray(np.minimum.accumulate(left[::-1])[::-1][:SINGLE_DEPTHS])
+
+    def _first(
+        self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
+        limit_s: float,
+    ) -> Table:
+        """[in flight, sort of range]: the last of `loads` with each of these many in flight."""
+        m, in_flight = c.num_micro_batches, np.array(counts)[:, None]
+        work = table.forward_s + table.backward_s
+        room = self._memory.room(c, kind, in_flight, blocks)
+        if room[1].all():
+            return np.broadcast_to(work, room[1].shape)
+        load = (m - 1) * table.backward_s + (m - in_flight) * table.forward_s
+        below = load + work + table.once_s + (in_flight - 1) * table.plain_forward_s < limit_s
+        added = self._memory.added(c, in_flight, blocks, room, (1.0, 1.0), below)
+        plain = table.plain_forward_s + table.plain_backward_s
+        return np.asarray(np.maximum(work + table.hidden_share * added, plain + added))
 
     def loads(
         self, c: Candidate, kind: StageKind, counts: Sequence[int], blocks: BlockTable, table: RangeTimes,
@@ -122,12 +152,7 @@ class RangeLoads:
         sums = summed(table)
         if behind is None or c.pp == 1:
             return sums
-        key = id(table.blocks), id(kind), c.zero
-        if key not in self._overlaps:
-            if len(self._overlaps) >= MANY_OVERLAPS:
-                self._overlaps.clear()
-            self._overlaps[key] = table.blocks, self._overlap(c, kind, table.blocks, behind)  # kept with their id
-        start, forward, backward, after, start_beside, after_beside = self._overlaps[key][1]
+        start, forward, backward, after, start_beside, after_beside = self._overlap(c, kind, table.blocks, behind)
         return replace(
             sums, forward_s=sorts.sums(behind.forward_s) + forward,
             backward_s=sorts.sums(behind.backward_s) + backward,
@@ -139,30 +164,47 @@ class RangeLoads:
     def _overlap(self, c: Candidate, kind: StageKind, blocks: BlockTable, behind: Behind) -> list[Table]:
         """By sort of range, what communication adds: at the start, to a forward and a backward, at the end.
 
-        And at the start and the end whatever layers do.
+        And at the start and the end whatever layers do. ZeRO 1 and 2 communicate alike, at other times.
         """
+        key = id(blocks), id(kind), c.num_shards, {2: 1}.get(c.zero, c.zero)
+        if key not in self._overlaps:
+            if len(self._overlaps) >= MANY_OVERLAPS:
+                self._overlaps.clear()
+            self._overlaps[key] = blocks, self._make_overlap(c, kind, blocks, behind)  # kept with their id
+        found = self._overlaps[key][1]
+        zero = np.zeros_like(found.start)
+        if c.zero == 3:
+            return [found.start, found.forward, found.both, zero, found.start, zero]
+        if c.zero == 2:
+            return [found.start, zero, found.during, found.after, found.start_beside, found.after_beside]
+        return [found.start, zero, zero, found.both, found.start_beside, found.both_beside]
+
+    def _make_overlap(self, c: Candidate, kind: StageKind, blocks: BlockTable, behind: Behind) -> _Overlap:
         sorts, sort = blocks.sorts, blocks.sorts.sort
-        outside = range_sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)[sort])
-        sizes, of_range = np.unique(np.where(np.isfinite(outside), outside, 0.0), return_inverse=True)
-        of_range = of_range.reshape(outside.shape)
-        gather = np.array([self._tables.gather_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
-        reduce = np.array([self._tables.reduce_s(c, kind, float(n)) if n else 0.0 for n in sizes])[of_range]
+        sizes, of_sort = np.unique(sorts.sums(np.where(blocks.kind >= 0, 0.0, blocks.numel)), return_inverse=True)
+        gather, reduce = (
+            np.append(np.array([of_size(c, kind, float(n)) if n else 0.0 for n in sizes])[of_sort], 0.0)[sorts.ranges]
+            for of_size in (self._tables.gather_s, self._tables.reduce_s)
+        )
         gathers, reductions, nothing = behind.gathers[sort], behind.reductions[sort], np.zeros(len(sort))
         least = blocks.forward_s[sort], blocks.backward_s[sort]
         most = least[0] + blocks.most_added[0][sort], least[1] + blocks.most_added[1][sort]
         zero = np.zeros(len(sorts.counts))
         if c.zero == 3:
-            start = sorts.least(gather)
-            forward = sorts.least(forward_tables(least[0], gathers, np.zeros_like(gather)))
             during, after = backward_tables(least[1], gathers, reductions, reduce)
-            return [start, forward, sorts.least(during + after), zero, start, zero]
+            return _Overlap(
+                start=sorts.least(gather), both=sorts.least(during + after),
+                forward=sorts.least(forward_tables(least[0], gathers, np.zeros_like(gather))),
+            )
         start = start_beside = zero
         if c.zero:
             start, start_beside = map(sorts.least, forward_tables(np.array([least[0], most[0]]), gathers, gather))
         during, after = backward_tables(np.array([least[1], most[1]]), nothing, reductions, reduce)
-        if c.zero == 2:
-            return [start, zero, sorts.least(during[0]), sorts.least(after[0]), start_beside, sorts.least(after[1])]
-        return [start, zero, zero, sorts.least(during[0] + after[0]), start_beside, sorts.least(during[1] + after[1])]
+        return _Overlap(
+            start=start, start_beside=start_beside, both=sorts.least(during[0] + after[0]),
+            both_beside=sorts.least(during[1] + after[1]), during=sorts.least(during[0]), after=sorts.least(after[0]),
+            after_beside=sorts.least(after[1]),
+        )
 
 
 @lru_cache(maxsize=256)

@@ -12,18 +12,22 @@ SECONDS = st.sampled_from([0.0, 0.1, 1.0, 2.5])
 BLOCKS = st.lists(st.tuples(SECONDS, SECONDS, SECONDS), min_size=1, max_size=6)
 
 
+ROOTS = st.lists(SECONDS, min_size=49, max_size=49)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
 @settings(max_examples=60)
-@given(BLOCKS, SECONDS, SECONDS)
+@given(BLOCKS, ROOTS)
 def test_all_ranges_at_once_equal_each_by_itself(
-    blocks: list[tuple[float, float, float]], first_root: float, last_root: float
+    gathers: bool, blocks: list[tuple[float, float, float]], roots: list[float]
 ) -> None:
     compute, gather, reduce = (np.array(column) for column in zip(*blocks, strict=True))
     n = len(blocks)
-    root = np.zeros((n + 1, n + 1))  # ranges with the first and with the last block have something outside layers
-    root[0] += first_root
-    root[:, n] += last_root
+    gather, root = gather * gathers, np.array(roots).reshape(7, 7)[: n + 1, : n + 1]
     forward = forward_tables(compute, gather, root)
     during, after = backward_tables(compute, gather, reduce, root)
+    twice, longer = backward_tables(np.array([compute, 2 * compute]), gather, reduce, root)
+    assert np.array_equal(twice[0], during) and np.array_equal(longer[0], after)
     for i in range(n):
         for j in range(i + 1, n + 1):
             own = slice(i, j)
@@ -34,10 +38,3 @@ def test_all_ranges_at_once_equal_each_by_itself(
             )
             assert during[i, j] == pytest.approx(back.during_s)
             assert after[i, j] == pytest.approx(back.after_s)
-
-
-def test_with_many_roots_they_count_as_nothing() -> None:
-    compute, gather = np.ones(6), np.ones(6)
-    root = np.arange(49.0).reshape(7, 7)
-    found, without = (forward_tables(compute, gather, each) for each in (root, np.zeros((7, 7))))
-    assert np.array_equal(found, without)
