@@ -3,8 +3,9 @@
 A stage sends as many micro-batches ahead as it has in flight, and then waits for the first to come back before it sends
 the next: a backward on the last stage leads to one on this stage, to its next forward, and with that to the last stage
 again (see `simulate/closed_form.py`). With m micro-batches, k of them in flight on the stage, that loop is gone round
-ceil((m - k) / k) times at least, each time for all that this stage and those after it take, beside the first
-micro-batch's way through all stages.
+(m - 1 - k) // k times and once more, each time for all that this stage and those after it take, beside the first
+micro-batch's way through all stages. The rounds that are left, or all of them but those of one loop, may be on the
+slowest of these stages instead (`spare_rounds`).
 
 Nor does a stage end before it has gathered its parameters, done that first micro-batch with all behind it, borne the
 largest load or loop among them, and summed its gradients. Only the first stage's ends count in the sum above, so that a
@@ -61,11 +62,6 @@ class PipelineBound:
     num_micro_batches: int
 
     @cached_property
-    def rounds_between(self) -> Table:
-        """rounds[first, last]: how often the loop between two stages is gone round; see `rounds_between`."""
-        return rounds_between(len(self.works), self.num_micro_batches)
-
-    @cached_property
     def spare_rounds(self) -> Table:
         """By stage, the rounds that it and those behind it go beside one each."""
         return spare_rounds(len(self.works), self.num_micro_batches)
@@ -110,13 +106,15 @@ class PipelineBound:
         behind = np.stack([*suffixes[1:], last]) + self.sends[:, None]
         through = works + behind[:, None]  # of each stage and all behind it
         loads = np.where(fits, self.laters, np.inf)
-        for load, own, each, worst, loops, spare in zip(
-            loads, works, through, slowest, self.rounds_between[:, -1], self.spare_rounds, strict=True
+        for stage, (load, own, each, worst, spare) in enumerate(
+            zip(loads, works, through, slowest, self.spare_rounds, strict=True)
         ):
-            if loops > 1:
-                np.maximum(load, loops * each, out=load)
+            longest = np.maximum(own, worst)
+            loops, left = divmod(max(spare, 0.0), len(works) - stage)
             if spare >= 0:
-                np.maximum(load, each + spare * np.maximum(own, worst) if spare else each, out=load)
+                np.maximum(load, each + _times(spare, longest), out=load)
+            if loops:
+                np.maximum(load, each + loops * each + _times(left, longest), out=load)
         worst, nexts = least_worst(loads[1:])
         # What each stage takes with its ends and all behind it, and by the end of stage 0 the longest of all.
         heaviest = np.stack([*worst, last])
@@ -159,15 +157,9 @@ class PipelineBound:
         return best[1]
 
 
-def rounds_between(num_stages: int, num_micro_batches: int) -> Table:
-    """rounds[first, last]: how often the loop between two stages is gone round; 0 where last is not behind first.
-
-    As many micro-batches go round together as the first has in flight beside those that the last has.
-    """
-    p, m = num_stages, num_micro_batches
-    in_flight = np.minimum(p - np.arange(p), m)
-    ahead = np.maximum(in_flight[:, None] - in_flight[None, :] + 1, 1)
-    return np.asarray(np.triu(-(-(m - in_flight[:, None]) // ahead), 1), dtype=np.float64)
+def _times(number: float, each: Table) -> Table | float:
+    """So many of each; none is nothing even where one takes for ever."""
+    return number * each if number else 0.0
 
 
 def spare_rounds(num_stages: int, num_micro_batches: int) -> Table:
@@ -190,10 +182,13 @@ def cut_time_s(
     through = np.cumsum(works[::-1])[::-1] + sends  # of each stage and all behind it
     if not np.isfinite(through[0] + laters.max()):
         return np.inf
-    loops = rounds_between(len(works), num_micro_batches) * (through[:, None] + (works - through)[None, :])
-    spare, slowest = spare_rounds(len(works), num_micro_batches), np.maximum.accumulate(works[::-1])[::-1]
-    rounds = np.where(spare >= 0, through + spare * slowest, 0.0)
+    at = np.arange(len(works))
+    spare, ahead = spare_rounds(len(works), num_micro_batches), np.maximum(at - at[:, None] + 1, 1)
+    slowest, loop = np.maximum.accumulate(works[::-1])[::-1], np.triu(through[:, None] + (works - through)[None, :])
+    loops = np.maximum(spare, 0)[:, None] // ahead
+    rounds = (loops * loop + (spare[:, None] - loops * ahead) * slowest[:, None]).max(axis=1)
+    rounds = np.where(spare >= 0, through + np.maximum(rounds, spare * slowest), 0.0)
     # Of each stage and all behind it the largest load or loop, and all that the first of them ends with.
-    heaviest = np.maximum.accumulate(np.maximum(np.maximum(laters, loops.max(axis=1)), rounds)[::-1])[::-1]
+    heaviest = np.maximum.accumulate(np.maximum(laters, rounds)[::-1])[::-1]
     ended = with_ends + through - works + heaviest
     return float(max(owns.max(), ended.max(), heaviest[0] + through[0] + once_s))

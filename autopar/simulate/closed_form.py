@@ -90,11 +90,13 @@ def one_f_one_b_s(
         forwards, backwards = m - depth[..., last, None] - rounds * ahead, m - 1 - rounds * ahead
         loops = one[..., None] + rounds * loop + forwards * here_forward + backwards * here_backward
         longest = np.maximum(longest, np.where(can, loops, 0.0).max(axis=-1))
-        # The loop once, and the rounds beside it on the slowest of its stages: see `search/loops.py`.
+        # The loop once or as often as can be, and the rounds beside it on its slowest stage: see `search/loops.py`.
         spare = m - 1 - depth[..., own]
         slowest = np.where(falls, np.maximum.accumulate(work[..., last::-1], axis=-1)[..., ::-1], work[..., own])
         slowest = np.maximum(slowest, work[..., last, None])
-        paths = one[..., None] + loop + spare * slowest + (depth[..., last, None] - 1) * here_backward
+        more = spare // np.maximum(ahead, 1)  # rounds of the loop
+        paths = np.maximum(spare * slowest, more * loop + (spare - more * ahead) * slowest)
+        paths += one[..., None] + loop + (depth[..., last, None] - 1) * here_backward
         longest = np.maximum(longest, np.where(can & (spare >= 0), paths, 0.0).max(axis=-1))
     return np.asarray(longest)
 
