@@ -26,7 +26,7 @@ from autopar.profiler.op_timing import NOTHING, Timed
 
 NUM_UNITS = 4
 PARAMS_OF_UNIT = 8
-NUM_PASSES = 7
+NUM_PASSES = 4  # of each sweep
 _AXES = ("dp_replicate", "dp_shard")
 UNIT_ELEMENTS = tuple(SMALLEST_UNIT * 4**power for power in range(6))  # to 4 Mi
 

@@ -110,13 +110,13 @@ def profile_here(folder: Path, speed: float, *, ops: bool) -> None:
     with one_worker_thread():
         dist.init_process_group("gloo")
     measuring = records(job, device)
-    num_paced = num_device_steps(job)  # then come messages, which no device computes
-    # A paced device has no caches to fill, and its work keeps no core from those of the messages.
+    # A paced device has no caches to fill and no slow seconds, and its work keeps no core from those of the messages.
     with (
         patch.object(op_timing, "MAX_INSTANCES", op_timing.MIN_INSTANCES), patch.object(links, "WORK_SIZE", 16),
         patch.object(op_timing, "MAX_PASSES", op_timing.MIN_PASSES + 1),
-        patch.object(profiling, "clock_of", lambda device: PacedClock(paced)),
+        patch.object(profiling, "clock_of", lambda device: PacedClock(paced)), patch.object(profiling, "SWEEPS", 1),
     ):
+        num_paced = num_device_steps(job)  # then come messages, which no device computes
         while True:
             if len(found) < num_paced:
                 paced.lead_s = 1.0 if found else 0.0  # rates, which come first, are timed by the host's clock
