@@ -19,8 +19,9 @@ class OpTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpSample:
-    """Median seconds of one op on tensors of these local shapes, forward and backward, as it runs in a training step.
+    """Seconds of one op on tensors of these local shapes, forward and backward, as it runs in a training step.
 
+    Medians over passes, of the slowest of the processes that timed it at once, on average over sweeps.
     `target` is the op's ("aten.linear.default") or one of the runtime's own ("autopar.adamw_step"). `settings` are
     those of its other arguments that change the work (a causal flag, a dim), as text. `dtype` is the compute dtype.
     Spreads are half the distance between the quartiles of the passes, as a share of the median. The `host` seconds are
