@@ -69,7 +69,7 @@ NOT_SEARCHED = (
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (
-    "interleaved schedules of such stages, and zero-bubble but for the best plan", UNUSED, *OTHER_CHOICES,
+    "interleaved schedules of such stages, and zero-bubble but for the best plans", UNUSED, *OTHER_CHOICES,
 )
 
 

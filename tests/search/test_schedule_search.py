@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from autopar.errors import InputError
 from autopar.plan.actions import Action, B, F, check_actions, most_in_flight
 from autopar.search.cpsat import Shop, Task, solve_shop
+from autopar.search.list_schedules import timed_list_schedule
 from autopar.search.schedule_search import lower_bound_s, repeated, search_schedule
 from autopar.simulate.events import StageTimes, execute
 from autopar.simulate.schedules import one_f_one_b
@@ -117,3 +118,24 @@ def test_bad_limits_are_refused() -> None:
 
 def test_the_bound_counts_the_way_to_a_rank_and_back() -> None:
     assert lower_bound_s([stage(1, 2, up=2), stage(1, 2)], 10) == 1 + 2 + 30 + 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(*(st.floats(0.0, 5.0),) * 6), min_size=1, max_size=4), st.integers(1, 7), st.booleans(),
+    st.lists(st.integers(1, 5), min_size=4, max_size=4),
+)
+def test_list_schedules_end_when_they_are_executed(
+    times: list[tuple[float, ...]], m: int, split: bool, caps: list[int]
+) -> None:
+    """They are not executed where by their own ends they are no better than the best."""
+    stages = [
+        StageTimes(
+            forward_s=forward, backward_s=back + weights, input_backward_s=back, weight_backward_s=weights,
+            send_forward_s=up, send_backward_s=down, gather_s=gather,
+        ) for forward, back, weights, up, down, gather in times
+    ]
+    lists, ends_s = timed_list_schedule(stages, m, caps[: len(stages)], split_backward=split)
+    check_actions(lists, len(stages), m)
+    assert execute(lists, stages).rank_end_s == tuple(ends_s)
+    assert all(most_in_flight(own)[r] <= caps[r] for r, own in enumerate(lists))
