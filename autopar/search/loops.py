@@ -32,6 +32,8 @@ MAX_TABLES = 256  # of one stage and one part, that are made
 NARROW = 0.002  # relative to the bound; parts of a smaller width are not parted
 MAX_MOVES = 400  # of borders that are tried to make a cut better
 
+_Part = tuple[float, float, float, bool]  # bound, the range of the largest load, whether looked at border by border
+
 
 @dataclass(frozen=True, slots=True)
 class LeastTime:
@@ -73,27 +75,66 @@ class PipelineBound:
         most = min(most, limit_s - self.chain_s - self.sends[0])  # of loads; with larger ones no cut is below the limit
         if alone is None or least is None or least.value > most:
             return LeastTime(np.inf, None)
-        parts: list[tuple[float, float, float]] = []
+        parts: list[_Part] = []
         tried: list[tuple[int, ...]] = []
         self._add(parts, tried, least.value, most)
         for _ in range(max(4, MAX_TABLES // len(self.works) // 2)):
-            if not parts or max(parts[0][0], alone.value) >= limit_s:
+            bound = self._settled(parts)
+            if max(bound, alone.value) >= limit_s:
                 break
-            bound, lower, upper = parts[0]
+            _, lower, upper, _ = parts[0]
             if upper - lower <= NARROW * bound:
                 break
             heapq.heappop(parts)
             middle = (lower + upper) / 2
             self._add(parts, tried, lower, middle, bound)
             self._add(parts, tried, middle, upper, bound)
-        if not parts:
+        bound = max(self._settled(parts), alone.value)
+        if np.isinf(bound):
             return LeastTime(np.inf, None)
-        best, bound = min(tried, key=lambda cuts: (self.time_s(cuts), cuts)), max(parts[0][0], alone.value)
+        best = min(tried, key=lambda cuts: (self.time_s(cuts), cuts))
         return LeastTime(bound, self._moved(best) if bound < limit_s else best)
 
+    def _settled(self, parts: list[_Part]) -> float:
+        """The least bound of the parts, each of which is looked at border by border when it is the least."""
+        while parts and not parts[0][3]:
+            bound, lower, upper, _ = parts[0]
+            bound = max(bound, self._by_border(lower, upper))
+            heapq.heapreplace(parts, (bound, lower, upper, True))
+        return parts[0][0] if parts else np.inf
+
+    def _by_border(self, lower: float, upper: float) -> float:
+        """No cut with its largest load in the range is below this: the most that any border between stages tells.
+
+        Wherever the border is, all stages before it take the least that they can for the blocks there, and so do those
+        behind it: loops from the first stage to the last one before the border count, where `_add` has those to the
+        last of all.
+        """
+        p, m = len(self.works), self.num_micro_batches
+        spare = m - 1 - p
+        if spare < 0:
+            return 0.0
+        fits = self.laters <= upper * (1 + 1e-12)
+        works, size = np.where(fits, self.works, np.inf), self.works.shape[1]
+        suffixes, slowest = least_sums(works)[0], least_worst(works)[0]
+        worst = least_worst(np.where(fits, self.laters, np.inf))[0]
+        sums, bound = works[0, 0], 0.0  # of the stages before, by where the next one begins
+        with_once = sums + self.once[1 : size + 1]
+        for stage in range(1, p):
+            finite = np.isfinite(sums + suffixes[stage])
+            if not finite.any():
+                return np.inf
+            before, behind, slow = sums[finite], suffixes[stage][finite], slowest[stage][finite]
+            through, loop = before + behind + self.sends[0], before + self.sends[0] - self.sends[stage - 1]
+            loops, left = divmod(spare, stage)
+            load = np.maximum(worst[stage][finite], through + np.maximum(spare * slow, loops * loop + left * slow))
+            first = with_once[finite] + behind + self.sends[0]
+            bound = max(bound, float((first + np.maximum(load, lower)).min()))
+            sums, with_once = ((own[:, None] + works[stage]).min(axis=0) for own in (sums, with_once))
+        return bound
+
     def _add(
-        self, parts: list[tuple[float, float, float]], tried: list[tuple[int, ...]], lower: float, upper: float,
-        known_s: float = 0.0,
+        self, parts: list[_Part], tried: list[tuple[int, ...]], lower: float, upper: float, known_s: float = 0.0
     ) -> None:
         """Adds the cuts whose largest load is in a range, if any: their bound first, at least what is known of it."""
         fits = self.laters <= upper * (1 + 1e-12)
@@ -129,7 +170,7 @@ class PipelineBound:
         if not np.isfinite(bounds[first]):
             return
         tried += [cut_of([np.array([first]), *choices], size) for choices in (nexts, to_end)] + [quickest.cuts]
-        heapq.heappush(parts, (max(known_s, float(bounds[first])), lower, upper))
+        heapq.heappush(parts, (max(known_s, float(bounds[first])), lower, upper, False))
 
     def time_s(self, cuts: Sequence[int]) -> float:
         """The bound of one cut, with the loops between any two of its stages."""
