@@ -9,8 +9,9 @@ Every value is the length of a chain of actions and messages that follow one ano
   m * t + (p - 1) * (f + i - w) as long as w <= f (ZB-H1, Qi et al. 2023).
 
 For 1f1b with unequal stages, slow links or a warm-up of its own the slowest loop between two stages is followed
-(Little's law over the micro-batches in flight between them). Where stages and links differ by up to a factor of two it
-is 1% below the exact time on average, interleaved and zb are 3% below (tests/benchmarks/bench_simulator.py).
+(Little's law over the micro-batches in flight between them), and the rounds that are left on the slowest stage between
+them. Where stages and links differ by up to a factor of two it is 0.2% below the exact time on average, interleaved and
+zb are 3% below (tests/benchmarks/bench_simulator.py).
 """
 
 from __future__ import annotations
