@@ -198,7 +198,7 @@ def op_time_s(
         forward = kernel_time_s(device, max(flops / rate, moved / bandwidth)) + turned_s
         # Each gradient of a product is a product of the same three sizes, which reads two of the tensors' like and
         # writes the third's.
-        products = max(1, round(backward_flops / flops)) if flops else len(grads)
+        products = max(1, round(backward_flops / flops)) if flops else max(1, len(grads))
         each = kernel_time_s(device, max(backward_flops / products / rate, moved / bandwidth)) + turned_s
         # The gradient of a bias is a sum over the result's.
         bias_s = sum(

@@ -19,11 +19,12 @@ from torch.nn.parameter import is_lazy
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
 from autopar.graph.autocast import AutocastState, autocast_as, autocast_state, without_autocast
+from autopar.graph.distributions import unchecked_distributions
 from autopar.graph.fake import fake_like, faked, masks_as_given, new_fake_mode, outside_other_modes, traced_under
 from autopar.graph.fuse import fused_class
 from autopar.graph.hugging_face import traceable
 from autopar.graph.lift import Leaf, lift
-from autopar.graph.model_call import model_output, perhaps_label
+from autopar.graph.model_call import any_keywords, model_output, perhaps_label
 from autopar.graph.model_graph import DTYPE_BYTES, BlockClass, ModelGraph, Op, TensorInfo
 from autopar.graph.module_blocks import find_candidates
 from autopar.graph.own_evaluation import lines_of_one_mode
@@ -89,7 +90,7 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
     build = _Builder(model, mode)
     own_gradients = dict.fromkeys(hooked_gradients(model))
     own_evaluation: tuple[str, ...] = ()
-    with traceable(model, float_dtype) as notes, masks_as_given():
+    with traceable(model, float_dtype) as notes, masks_as_given(), unchecked_distributions():
         candidates = find_candidates(model)
         with faked(model, mode, float_dtype):
             fakes = batch.fakes(mode, rows, float_dtype)
@@ -113,6 +114,10 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
     programs = build.merged(programs)
     chain = assemble(lifted, build.bind(recording, programs))
     notes = [*notes, *recording.notes, *_fold_notes(recording, programs), *batch.notes(rows)]
+    if loss_fn is not None and (unnamed := any_keywords(model, batch.names)):
+        notes.append(f"the model takes any keyword, and so {', '.join(map(repr, unnamed))} of the batch too")
+    if recording.counted:
+        log.warning("%s: %s", name, next(note for note in recording.notes if next(iter(recording.counted)) in note))
     graph = ModelGraph(
         name=name, rows=rows, rows_are_tagged=tag_rows,
         inputs=tuple(_info(key, fake) for key, fake in zip(batch.names, fakes, strict=True)),

@@ -19,6 +19,9 @@ from autopar.graph.fake import DATA_DEPENDENT_ERRORS
 _TORCH = os.path.dirname(torch.__file__)
 _AUTOPAR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+NO_TRANSFORMS = ("transforms of torch.func (vmap, grad, jvp, ...) cannot be captured; write the batch dim, or the "
+                 "derivative, as operators of the forward")
+
 
 @contextlib.contextmanager
 def explained(model: nn.Module, prefix: str = "") -> Iterator[None]:
@@ -38,6 +41,8 @@ def explained(model: nn.Module, prefix: str = "") -> Iterator[None]:
                 f"{place}: the code branches on a tensor's value or makes a tensor whose shape depends on one "
                 f"(.item(), bool(tensor), nonzero, tensor[mask]); rewrite it with torch.where or fixed shapes"
             ) from error
+        if "functorch transform" in str(error):
+            raise CaptureError(f"{place}: {NO_TRANSFORMS}") from error
         lines = str(error).strip().splitlines()
         raise CaptureError(f"{place}: {type(error).__name__}: {lines[0] if lines else 'no message'}") from error
 

@@ -17,12 +17,14 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 class LeftBehind:
     """What a forward of `model` leaves on its modules; of those in `without`, and what is inside, nothing is known.
 
-    `replaced` has the names of buffers in whose place a forward has put others.
+    `replaced` has the names of buffers in whose place a forward has put others, `counted` those of numbers that it has
+    changed.
     """
 
     def __init__(self, model: nn.Module, without: Iterable[nn.Module] = (), name: str = "") -> None:
         self._modules = dict(_modules(model, set(map(id, without)), name))
         self.replaced: dict[str, None] = {}
+        self.counted: dict[str, None] = {}
 
     @contextlib.contextmanager
     def removed(self) -> Iterator[None]:
@@ -32,7 +34,9 @@ class LeftBehind:
             yield
         finally:
             for name, module, state in states:
-                self.replaced |= {f"{name}.{buffer}" if name else buffer: None for buffer in state.replaced(module)}
+                prefix = f"{name}." if name else ""
+                self.replaced |= {prefix + buffer: None for buffer in state.replaced(module)}
+                self.counted |= {prefix + number: None for number in state.counted(module)}
                 state.restore(module)
 
 
@@ -56,6 +60,11 @@ class _State:
         saved: Any = next((saved for table, saved in self.containers if table is self.attributes["_buffers"]), {})
         now = module.__dict__["_buffers"]
         return (name for name, buffer in saved.items() if buffer is not None and now.get(name) is not buffer)
+
+    def counted(self, module: nn.Module) -> Iterator[str]:
+        """The names of the numbers that are others now."""
+        now, numbers = module.__dict__, (int, float)
+        return (name for name, value in self.attributes.items() if type(value) in numbers and now.get(name) != value)
 
     def restore(self, module: nn.Module) -> None:
         module.__dict__.clear()

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from autopar.errors import CaptureError
 from autopar.graph.autocast import cast_before, is_cast
-from autopar.graph.explain import short_source
+from autopar.graph.explain import NO_TRANSFORMS, short_source
 from autopar.graph.measure import Measured, measure, storage_key
 from autopar.graph.model_graph import Arg, Literal, Op, Ref, TensorInfo
 from autopar.graph.record import BlockCall
@@ -202,6 +202,8 @@ class _Lifter:
             container, index = cast("tuple[fx.Node, int]", node.args)
             self.env[node] = self.env[container][index]
             return
+        if "functorch" in str(getattr(target, "__module__", "")):
+            raise CaptureError(f"{self._place(node)}: {NO_TRANSFORMS}")
         if not isinstance(target, torch._ops.OpOverload):
             raise CaptureError(f"{self._place(node)}: {getattr(target, '__name__', target)} cannot be captured; "
                                "rewrite it with plain tensor ops")
@@ -327,6 +329,11 @@ class _Lifter:
         self.env[node] = values
 
     def _in_place(self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if "out" in kwargs and _without_out(target) is not None:  # what is written is copied into what `out` is
+            given = {key: value for key, value in kwargs.items() if key != "out"}
+            copied = self._emit(node, _without_out(target), args, given)
+            self._in_place(node, torch.ops.aten.copy_.default, (kwargs["out"], copied), {})
+            return
         written = args[0]
         leaf = self.leaves.get(self.owner[storage_key(written.fake)])
         if leaf is not None and leaf.kind == "buffer":
@@ -413,6 +420,16 @@ def _fakes(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _fakes(item) for key, item in tree.items()}
     return tree
+
+
+def _without_out(target: Any) -> Any:
+    """The overload that returns what this one writes into its `out`: div.out -> div.Tensor; None if there is none."""
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name)
+    wanted = [(arg.name, str(arg.type)) for arg in target._schema.arguments if arg.name != "out"]
+    found = (getattr(packet, overload) for overload in packet.overloads())
+    return next((one for one in found if not one._schema.is_mutable
+                 and [(arg.name, str(arg.type)) for arg in one._schema.arguments] == wanted), None)
 
 
 def _functional(target: Any) -> Any:

@@ -106,7 +106,7 @@ def loss_terms(graph: ModelGraph, tagged: ModelGraph | None = None, *, num_parts
                     raise
                 terms = {}  # one part: whatever it is, it is the whole loss
             if num_parts > 1:
-                notes = (*walk.notes, *row_statistics(followed))
+                notes = (*walk.notes, *of_each_part(followed))
             return LossTerms(
                 block=block, cls=cls, terms=tuple(terms.items()), notes=notes, path=frozenset(walk.path)
             )
@@ -248,14 +248,26 @@ def op_place(op: Op) -> str:
     return f" at {op.source}" if op.source else ""
 
 
-def row_statistics(graph: ModelGraph) -> tuple[str, ...]:
-    """A note for the batch norms that take the statistics of the rows that they see: those of a part of the batch."""
-    places = [
-        f"{op.target}{op_place(op)} in {cls.name}" for cls in graph.classes for op in cls.ops
-        if base_name(op) == "batch_norm" and argument(op, 5, "training", False) is True
-    ]
-    if not places or not graph.rows_are_tagged:
+def of_each_part(graph: ModelGraph) -> tuple[str, ...]:
+    """Notes on what is done once for each part of a batch, and so with other numbers than once for the whole.
+
+    Batch norms take the statistics of the rows that they see, and what a forward writes into a buffer it writes anew.
+    """
+    if not graph.rows_are_tagged:
         return ()
-    first, *more = places
-    return (f"{first}" + (f" (and in {len(more)} more)" if more else "")
-            + " mixes rows: it sees one micro-batch of one data rank",)
+    norms: list[str] = []
+    writes: list[str] = []
+    for cls in graph.classes:
+        for op in cls.ops:
+            if base_name(op) == "batch_norm":
+                norms += [f"{op.target}{op_place(op)} in {cls.name}"] * (argument(op, 5, "training", False) is True)
+            elif base_name(op).endswith("_") and op.operands[:1] and op.operands[0] in cls.buffers:
+                if op.operands[0].endswith("num_batches_tracked"):  # which a batch norm reads nowhere
+                    continue
+                place = op_place(op) or f" in {cls.name}"
+                writes.append(f"the buffer {op.operands[0]}{place} is written to")
+    found = ((norms, "mixes rows: it sees one micro-batch of one data rank"), (writes, "once in each micro-batch"))
+    return tuple(
+        f"{first}" + (f" (and in {len(more)} more)" if more else "") + f" {what}"
+        for (first, *more), what in ((places, what) for places, what in found if places)
+    )

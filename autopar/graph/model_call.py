@@ -15,7 +15,7 @@ def model_output(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], *, 
     """What the model returns for a batch, a dict of keyword arguments or a sequence of positional ones.
 
     Where a loss function reads the batch too, it may hold more than the model takes: labels, say. They come last in a
-    sequence.
+    sequence. A model that takes any keyword (`**kwargs`) gets all of a dict.
     """
     if not isinstance(batch, Mapping):
         return model(*(batch[:_num_positional(model)] if has_loss_fn else batch))
@@ -41,6 +41,13 @@ def _num_positional(model: nn.Module) -> int | None:
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None
     return len(kinds) - kinds.count(inspect.Parameter.KEYWORD_ONLY) - kinds.count(inspect.Parameter.VAR_KEYWORD)
+
+
+def any_keywords(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Which of these keywords the model takes only since it takes any."""
+    params = inspect.signature(model.forward).parameters
+    takes_any = any(param.kind is param.VAR_KEYWORD for param in params.values())
+    return [name for name in names if takes_any and not name.isdigit() and name not in params]
 
 
 def perhaps_label(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any]) -> str | None:

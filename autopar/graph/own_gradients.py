@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from autopar.errors import CaptureError
 from autopar.graph.explain import calling_line
 
 # Their backward is the derivative of their forward.
@@ -23,6 +24,7 @@ _DERIVATIVES = {
     ("transformers.models.bloom.modeling_bloom", "GeLUFunction"),
     ("transformers.models.sew_d.modeling_sew_d", "XSoftmax"),
 }
+_BACKWARDS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 
 
@@ -46,6 +48,9 @@ class _InModelCode(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _BACKWARDS:
+            raise CaptureError(f"{calling_line()}: the forward computes gradients itself ({func.__name__}), and a plan "
+                               "has the gradients of the loss alone: write the derivative as operators of the forward")
         if func in _HOOKS:
             self.found[f"a hook on the gradient of a tensor ({calling_line()})"] = None
         return func(*args, **(kwargs or {}))

@@ -119,6 +119,7 @@ class Recording:
     first: dict[Hashable, BlockCall] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     replaced: dict[str, None] = field(default_factory=dict)  # buffers that the forward assigns
+    counted: dict[str, None] = field(default_factory=dict)  # numbers among the modules' attributes that it changes
 
 
 @contextlib.contextmanager
@@ -148,11 +149,15 @@ def record(run: Callable[[], Any], model: nn.Module, candidates: tuple[Candidate
         with left_behind.removed(), patched_forwards(recorder.folded, recorder.call), explained(model):
             run()
         recorder.recording.replaced |= left_behind.replaced
+        recorder.recording.counted |= left_behind.counted
         if not recorder.changed:
             break
     patched = [candidate.fqn for candidate in candidates if "forward" in candidate.module.__dict__]
     unfolded |= dict.fromkeys(patched, "its forward was replaced on the instance")
     notes = [f"{fqn}: not folded, {reason}" for fqn, reason in unfolded.items()]
+    if counted := recorder.recording.counted:
+        notes.append(f"the forward changes the number {', '.join(counted)}, and each step has the value of the first: "
+                     "pass what changes in the batch, as a tensor, or keep it in a buffer")
     recorder.recording.notes.extend(notes)
     return recorder.recording
 
@@ -163,6 +168,7 @@ class _Recorder:
         self.reads, self.unfolded = reads, unfolded
         self.folded = [candidate for candidate in candidates
                        if candidate.fqn not in unfolded and "forward" not in candidate.module.__dict__]
+        self.own = {candidate.fqn: _given_tensors(candidate.module) for candidate in self.folded}
         self.recording = Recording()
         self.changed = False
         self.is_inside = False  # of a block: one that is called there belongs to it
@@ -170,6 +176,8 @@ class _Recorder:
     def call(self, candidate: Candidate, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         if self.is_inside:
             return type(candidate.module).forward(candidate.module, *arguments[0], **arguments[1])
+        if _given_tensors(candidate.module) != self.own[candidate.fqn]:
+            return self._leave_unfolded(candidate, arguments, "its weights or other tensors are set from outside")
         template, tensors, names = take_tensors(arguments)
         if opaque := [leaf for leaf in template.leaves if not _is_plain(leaf)]:
             return self._leave_unfolded(candidate, arguments, f"it takes a {type(opaque[0]).__name__}")
@@ -191,6 +199,7 @@ class _Recorder:
                 finally:
                     self.is_inside = False
             self.recording.replaced |= left_behind.replaced
+            self.recording.counted |= left_behind.counted
             if not seen <= read:
                 read |= seen
                 self.changed = True
@@ -211,6 +220,18 @@ class _Recorder:
         self.unfolded[candidate.fqn] = reason
         self.changed = True
         return type(candidate.module).forward(candidate.module, *arguments[0], **arguments[1])
+
+
+def _given_tensors(module: nn.Module) -> tuple[tuple[str, int], ...]:
+    """Which tensors are the module's parameters and plain attributes.
+
+    Code outside of a block may put others in their place: torch.func.functional_call, a hook that makes the weight, a
+    model that hands its layers a mask.
+    """
+    found = [(name, id(param)) for name, param in module.named_parameters(remove_duplicate=False)]
+    for path, inner in module.named_modules():
+        found += [(f"{path}:{name}", id(value)) for name, value in inner.__dict__.items() if isinstance(value, Tensor)]
+    return tuple(found)
 
 
 def _is_plain(leaf: Any) -> bool:

@@ -196,6 +196,16 @@ def test_batch_norms_are_noted() -> None:
     assert not loss_terms(capture(Classifier().double(), rows(), loss_fn=mean_entropy, tag_rows=True).graph).notes
 
 
+def test_buffers_written_by_each_part_are_noted() -> None:
+    class Counting(Classifier):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            self.weight.add_(1)
+            return self.head(self.body(x)).square().mean()
+
+    (note,) = loss_terms(capture(Counting().double(), rows(), tag_rows=True).graph).notes
+    assert "weight" in note and note.endswith("is written to once in each micro-batch")
+
+
 def test_class_weights_are_counted_with_their_weight() -> None:
     weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)
 
