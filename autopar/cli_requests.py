@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -207,18 +208,24 @@ class Simulations:
     def answers(self, path: Path) -> Iterator[dict[str, Any]]:
         """One answer for each line of the file that is not blank: the simulated report, or {"error": why}."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise InputError(f"{path}: cannot be read ({reason}); name a file with one JSON object a line") from None
+            content = path.read_bytes()
+        except OSError as error:
+            content, reason = b"", error.strerror or "not a file"
+        else:
+            reason = "not a text file" if b"\0" in content else ""
+        if reason:
+            raise InputError(f"{path}: cannot be read ({reason}); name a file with one JSON object a line")
+        lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield self._answer(number, line)
 
-    def _answer(self, number: int, line: str) -> dict[str, Any]:
+    def _answer(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             try:
-                values = json.loads(line)
+                values = json.loads(line.decode())
+            except UnicodeDecodeError:
+                raise InputError(f"line {number} is not UTF-8") from None
             except json.JSONDecodeError as error:
                 raise InputError(f"line {number} is not JSON: {error.msg} at column {error.colno}") from None
             if not isinstance(values, dict):

@@ -61,9 +61,11 @@ class BatchReader:
             if shape == info.shape:
                 return False
             wanted = list(info.shape)
+        few = shape[1:] == info.shape[1:] and 0 < shape[0] < wanted[0] if shape and wanted else False
         raise InputError(
             f"batch tensor {info.name!r} has shape {list(shape)}; the plan takes {wanted} "
             f"(global batch of {self.plan.global_batch} rows, the same on every rank)"
+            + ("; leave out an epoch's last, shorter batch: DataLoader(drop_last=True)" if few else "")
         )
 
     def _in_dtype(self, info: TensorInfo, value: Tensor) -> Tensor:

@@ -134,17 +134,20 @@ def test_requests_answer_line_by_line_in_order(autopar, llama: Path, tmp_path: P
     lines = [json.dumps(good), "not json", json.dumps(good | {"bogus": 1}), json.dumps(good | {"cluster": "8xNoGPU"}),
              "[]", json.dumps(good | {"tp": "two"}), json.dumps(good | {"micro_batch": 3}), json.dumps(good)]
     path = tmp_path / "requests.jsonl"
-    path.write_text("\n".join(lines) + "\n\n")
+    lines.insert(1, json.dumps(good | {"model": "modèle"}, ensure_ascii=False))
+    text = "\n".join(lines) + "\n\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode("latin-1"))  # an editor's mark, and one line that is not UTF-8
     run = autopar("simulate", "--requests", path, "--json")
     assert run.code == 0
     assert run.err == ""
     answers = [json.loads(line) for line in run.out.splitlines()]
     assert len(answers) == len(lines)
-    assert [sorted(answer) == ["error"] for answer in answers] == [False] + [True] * 6 + [False]
+    assert [sorted(answer) == ["error"] for answer in answers] == [False] + [True] * 7 + [False]
     assert answers[0] == answers[-1]
-    assert "bogus" in answers[2]["error"]
-    assert "NoGPU" in answers[3]["error"]
-    assert "tp" in answers[5]["error"]
+    assert answers[1]["error"] == "line 2 is not UTF-8"
+    assert "bogus" in answers[3]["error"]
+    assert "NoGPU" in answers[4]["error"]
+    assert "tp" in answers[6]["error"]
 
 
 def test_show_and_export_read_the_plan_file(autopar, plan_file: Path, tmp_path: Path) -> None:

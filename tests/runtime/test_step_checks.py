@@ -103,6 +103,14 @@ def test_gradients_that_no_step_used_are_not_replaced_in_silence(caplog: pytest.
     assert "do not accumulate" in caplog.text
 
 
+def test_a_shorter_last_batch_is_explained() -> None:
+    trainer = made()
+    with pytest.raises(InputError, match=r"shape \[3, 64\]; the plan takes \[8, 64\] .*DataLoader\(drop_last=True\)"):
+        trainer.step({"x": batch()["x"][:3]})
+    with pytest.raises(InputError, match=r"every rank\)$"):
+        trainer.step({"x": batch()["x"].repeat(2, 1)})
+
+
 def stepped_alone(mesh: dict[str, int]) -> str:
     trainer = made(lambda params: torch.optim.Adafactor(params), mesh=mesh)
     trainer.step(batch())
