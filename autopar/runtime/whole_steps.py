@@ -16,7 +16,9 @@ from autopar.runtime.groups import Groups
 from autopar.runtime.layout import ParamLayout
 from autopar.runtime.parts import gathered, laid_out
 
-WHOLE = frozenset(("Adafactor", "Muon"))  # each parameter's step follows from that parameter alone, but all of it
+# Each parameter's step follows from that parameter alone, but all of it (Rprop's from each element, but torch writes
+# into its gradients by index, which DTensors do not support).
+WHOLE = frozenset(("Adafactor", "Muon", "Rprop"))
 
 
 class WholeSteps:

@@ -25,6 +25,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adagrad": ("Adagrad", dict(lr=1e-2, eps=1e-4)),
     "adafactor": ("Adafactor", dict(lr=1e-2, eps=(1e-4, 1e-3))),
     "muon": ("Muon", dict(lr=1e-2)),
+    "rprop": ("Rprop", dict(lr=1e-3)),
 }
 STEPS = 4
 
