@@ -110,8 +110,7 @@ class PipelineBound:
         behind it: loops from the first stage to the last one before the border count, where `_add` has those to the
         last of all.
         """
-        p, m = len(self.works), self.num_micro_batches
-        spare = m - 1 - p
+        spare = self.spare_rounds[0]
         if spare < 0:
             return 0.0
         fits = self.laters <= upper * (1 + 1e-12)
@@ -120,7 +119,7 @@ class PipelineBound:
         worst = least_worst(np.where(fits, self.laters, np.inf))[0]
         sums, bound = works[0, 0], 0.0  # of the stages before, by where the next one begins
         with_once = sums + self.once[1 : size + 1]
-        for stage in range(1, p):
+        for stage in range(1, len(works)):
             finite = np.isfinite(sums + suffixes[stage])
             if not finite.any():
                 return np.inf
