@@ -3,9 +3,11 @@
 Stages differ in what a block costs them (device speed, micro-batches in flight, memory), so each stage has its own
 table of ranges: `table[first, last]` is the cost of blocks[first:last], infinity where the range is not allowed.
 
-No stage is empty, so that a stage never has blocks without which those before or after it would be: of n blocks in p
-stages, stage s begins at s to s + n - p and ends one block later or more. The searches read of each table that square,
-its *window*: `windows[s, first - s, last - s - 1]`. A stage's last index is then the next stage's first.
+The searches read of each table a square, its *window*: `windows[s, first - starts[s], last - starts[s + 1]]`, so that a
+stage's last index is the next stage's first; the last column of the last one is the chain's end. No stage is empty, so
+that a stage never has blocks without which those before or after it would be: of n blocks in p stages, stage s begins
+at s to s + n - p. Those are the `starts` where none are given (`every_start`); where few lengths of stages are allowed,
+stages begin at fewer blocks (`few_starts`).
 """
 
 from __future__ import annotations
@@ -52,17 +54,34 @@ def windows_of(tables: Sequence[Table]) -> Table:
     return np.stack([table[s : s + size, s + 1 : s + 1 + size] for s, table in enumerate(tables)])
 
 
-def smallest_sum(windows: Table) -> Cut | None:
+def every_start(num_stages: int) -> NDArray[np.intp]:
+    """The first block that each stage can begin at, and what would be that of the next one."""
+    return np.arange(num_stages + 1)
+
+
+def few_starts(shortest: NDArray[np.intp], longest: NDArray[np.intp], num_blocks: int) -> tuple[NDArray[np.intp], int]:
+    """The starts of windows of all cuts into stages of these lengths, and the windows' size; 0 where there are none."""
+    p = len(shortest)
+    first, last = np.zeros(p + 1, dtype=np.intp), np.zeros(p + 1, dtype=np.intp)
+    first[1:], last[1:] = np.cumsum(shortest), np.cumsum(longest)
+    first = np.maximum(first, num_blocks - (last[-1] - last))
+    last = np.minimum(last, num_blocks - (np.sum(shortest) - np.append(0, np.cumsum(shortest))))
+    size = int((last - first).max()) + 1 if (first <= last).all() else 0
+    first[-1] = num_blocks + 1 - size
+    return first, size
+
+
+def smallest_sum(windows: Table, starts: NDArray[np.intp] | None = None) -> Cut | None:
     """The cut with the smallest sum of `tables[s][range of s]`; None where none is allowed."""
-    return least_sums(windows)[1]
+    return least_sums(windows, starts)[1]
 
 
-def least_sums(windows: Table) -> tuple[list[Table], Cut | None]:
+def least_sums(windows: Table, starts: NDArray[np.intp] | None = None) -> tuple[list[Table], Cut | None]:
     """By each stage's first block the smallest sum of what it and the stages after it take; and the smallest_sum."""
     if not windows.size:
         return [np.zeros(0)] * len(windows), None
     sums, choices = _backward(windows, np.add)
-    return sums, _cut(float(sums[0][0]), choices[::-1], len(windows[0]))
+    return sums, _cut(float(sums[0][0]), choices[::-1], len(windows[0]), starts)
 
 
 def least_worst(windows: Table) -> tuple[list[Table], list[NDArray[np.intp]]]:
@@ -87,7 +106,9 @@ def _backward(
     return found[::-1], choices
 
 
-def smallest_bottleneck(windows: Table, first_extra: Table | None = None) -> Cut | None:
+def smallest_bottleneck(
+    windows: Table, first_extra: Table | None = None, starts: NDArray[np.intp] | None = None
+) -> Cut | None:
     """The cut with the smallest `max_s tables[s][range of s] + first_extra[end of stage 0]`; None if none is allowed.
 
     No stage is empty. Among equals the first stages, which hold the most micro-batches, get the fewest blocks.
@@ -95,24 +116,35 @@ def smallest_bottleneck(windows: Table, first_extra: Table | None = None) -> Cut
     if not windows.size:
         return None
     size = windows.shape[1]
-    extra = np.zeros(size) if first_extra is None else first_extra[1 : size + 1]
+    extra = np.zeros(size) if first_extra is None else by_end(first_extra, size, starts)
     if len(windows) == 1:
-        return _cut(float(windows[0, 0, -1] + extra[-1]), [], size)
+        return _cut(float(windows[0, 0, -1] + extra[-1]), [], size, starts)
     worst, choices = least_worst(windows[1:])
     first = np.maximum(windows[0, 0], worst[0]) + extra
     choice = np.argmin(first)
-    return _cut(float(first[choice]), [np.array([choice]), *choices], size)
+    return _cut(float(first[choice]), [np.array([choice]), *choices], size, starts)
 
 
-def _cut(value: float, choices: Sequence[NDArray[np.intp]], size: int) -> Cut | None:
+def by_end(of_block: Table, size: int, starts: NDArray[np.intp] | None = None) -> Table:
+    """By the columns of the first stage's window what is given by the block that the next stage begins at."""
+    first = 1 if starts is None else int(starts[1])
+    return np.asarray(of_block[np.minimum(first + np.arange(size), len(of_block) - 1)])
+
+
+def _cut(
+    value: float, choices: Sequence[NDArray[np.intp]], size: int, starts: NDArray[np.intp] | None = None
+) -> Cut | None:
     """The cut of windows of this size that the choices of where stages end lead to, first stage first."""
-    return None if math.isinf(value) else Cut(cut_of(choices, size), value)
+    return None if math.isinf(value) else Cut(cut_of(choices, size, starts), value)
 
 
-def cut_of(choices: Sequence[NDArray[np.intp]], size: int) -> tuple[int, ...]:
+def cut_of(
+    choices: Sequence[NDArray[np.intp]], size: int, starts: NDArray[np.intp] | None = None
+) -> tuple[int, ...]:
     """The borders that the choices lead to: where each stage but the last ends, by where it begins, in windows."""
+    starts = every_start(len(choices) + 1) if starts is None else starts
     cuts, at = [0], 0
-    for stage, choice in enumerate(choices):
+    for start, choice in zip(starts[1:].tolist(), choices, strict=False):
         at = int(choice[at])
-        cuts.append(at + stage + 1)
-    return (*cuts, size + len(choices))
+        cuts.append(at + start)
+    return (*cuts, size - 1 + int(starts[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import combinations, pairwise
@@ -124,7 +124,7 @@ class Engine:
                        most_refined=max_refined)
         try:
             self._fill(state, candidates, deadline)
-            self._settle(state, len(candidates), even, deadline, progress)
+            self._settle(state, even, deadline, progress)
             self._try_every_cut(state, deadline)
         except KeyboardInterrupt:
             if self.best is None:
@@ -149,7 +149,7 @@ class Engine:
             now = time.monotonic()
             until = now + (deadline - now) / 2
             order = [candidate for first in range(SPREAD) for candidate in candidates[first::SPREAD]]
-        for candidate in order:
+        for candidate in self._stand_ins(order):
             if self.out_of_time(until):
                 state.timed_out = state.stopped = True
                 state.lower = 0.0  # nothing is known of the rest
@@ -157,14 +157,30 @@ class Engine:
             state.queue.append((self.bounds.work.rough(candidate), Level.ROUGH, candidate, ()))
         heapq.heapify(state.queue)
 
-    def _settle(
-        self, state: _State, total: int, even: bool, deadline: float | None, progress: Progress | None
-    ) -> None:
+    def _stand_ins(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The candidates; of those that differ in where the optimizer's state is, one that neither can be below.
+
+        It holds what the one does that offloads the state, which is less, and takes what the other does. Only pipelines
+        of stages that are alike, whose bounds take longest.
+        """
+        every = set(candidates)
+        for c in candidates:
+            other = replace(c, offload_optimizer=not c.offload_optimizer)
+            if other not in every or not self._alike(c):
+                yield c
+            elif c.offload_optimizer:
+                yield replace(c, free_offload=True)
+
+    def _alike(self, c: Candidate) -> bool:
+        """Whether it is a pipeline of stages that are alike."""
+        return c.pp > 1 and len(set(self.layout.kinds(c))) == 1
+
+    def _settle(self, state: _State, even: bool, deadline: float | None, progress: Progress | None) -> None:
         """Refines and simulates what may beat the best, the smallest bound first.
 
         Where the limit of work ends it, what is left is still bounded as well as it can be without simulating it.
         """
-        queue = state.queue
+        queue, total = state.queue, len(state.queue)
         while queue:
             bound, level, candidate, cuts = queue[0]
             best = state.best
@@ -179,8 +195,9 @@ class Engine:
                     break
             state.bound = bound
             heapq.heappop(queue)
-            if progress is not None and (total - len(queue)) % 50 == 0:
-                progress(total - len(queue), total, best.step_time_s if best else None)
+            settled = max(0, total - len(queue))  # a stand-in makes two
+            if progress is not None and settled % 50 == 0:
+                progress(settled, total, best.step_time_s if best else None)
             if level is Level.ROUGH:
                 closer = self._quick_bound(candidate, min(state.below_s, best.step_time_s if best else math.inf))
                 if closer < math.inf:
@@ -195,17 +212,25 @@ class Engine:
                 if entry is not None:
                     heapq.heappush(queue, (max(bound, entry[0]), Level.OF_CUTS, candidate, entry[1]))
                 continue
-            if level is Level.OF_CUTS and even:
-                closer = self.bounds.closer_of_cut(candidate, cuts[0])
-                heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
-                continue
             if level is Level.OF_CUTS:
                 limit_s = min(state.below_s, best.step_time_s if best else math.inf)
-                closer, of_cuts = self.bounds.closer(candidate, bound, cuts, limit_s)
-                if closer < math.inf:
+                if even:
+                    closer, of_cuts = self.bounds.closer_of_cut(candidate, cuts[0]), dict[Cuts, float]()
+                else:
+                    closer, of_cuts = self.bounds.closer(candidate, bound, cuts, limit_s)
+                if closer == math.inf:
+                    continue
+                closer = max(bound, closer)
+                if candidate.free_offload:
+                    for own in (False, True):
+                        each = replace(candidate, offload_optimizer=own, free_offload=False)
+                        heapq.heappush(queue, (closer, Level.QUICK, each, ()))
+                    continue
+                if not even:
                     self._cut_s |= {(candidate, cut): own for cut, own in of_cuts.items()}
-                    cuts = tuple(sorted(of_cuts, key=lambda cut: (of_cuts[cut], cut)))
-                    heapq.heappush(queue, (max(bound, closer), Level.CLOSER, candidate, cuts))
+                    fit = [cut for cut, own in of_cuts.items() if own < math.inf]
+                    cuts = tuple(sorted(fit, key=lambda cut: (of_cuts[cut], cut)))
+                heapq.heappush(queue, (closer, Level.CLOSER, candidate, cuts))
                 continue
             for cut in cuts:
                 self._try(state, candidate, cut)
@@ -277,7 +302,9 @@ class Engine:
         if found is None:
             return None
         bound, cuts = found
-        if regular is None or regular == cuts or math.isinf(self.bounds.of_cut(candidate, regular)):
+        if regular is None or regular == cuts:
+            return bound, (cuts,)
+        if not self._alike(candidate) and math.isinf(self.bounds.of_cut(candidate, regular)):  # else `closer` tells
             return bound, (cuts,)
         return bound, (cuts, regular)
 

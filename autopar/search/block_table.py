@@ -11,8 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autopar.graph.model_graph import ModelGraph
+from autopar.search.balance import every_start, few_starts
 from autopar.search.elimination import Table
 from autopar.search.variants import Level, Options
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Where:
+    """The windows (see `balance`) of stages: where each begins, and where in rows of values, one a stage, they are."""
+
+    starts: NDArray[np.intp]
+    size: int
+    flat: NDArray[np.intp]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,8 +41,7 @@ class Sorts:
     first_outside: int | None  # the entry of the first block that is no layer
     counts: Table
     ranges: NDArray[np.intp]
-    _windows: dict[int, NDArray[np.intp]] = field(init=False, default_factory=dict)  # of `ranges`, by stages
-    _flat: dict[int, NDArray[np.intp]] = field(init=False, default_factory=dict)
+    _every: dict[int, Where] = field(init=False, default_factory=dict)  # by stages
     _reached: dict[int, NDArray[np.bool_]] = field(init=False, default_factory=dict)
 
     @cached_property
@@ -57,34 +66,46 @@ class Sorts:
         """table[first, last]: the value of the range's sort; infinity where there is none."""
         return np.asarray(np.append(of_sort, np.inf)[self.ranges])
 
-    def windows(self, of_sorts: Sequence[Table]) -> Table:
-        """The windows (see `balance`) of one table a stage, by the values of its sorts of ranges."""
+    def windows(self, of_sorts: Sequence[Table], where: Where | None = None) -> Table:
+        """The windows (see `balance`) of one table a stage, by the values of its sorts of ranges; all of it, or where.
+        """
         p = len(of_sorts)
         values = np.full((p, len(self.counts) + 1), np.inf)
         values[:, :-1] = of_sorts
-        return np.take(values, self._flat_windows(p))
+        return np.take(values, self.every(p).flat if where is None else where.flat)
 
-    def _flat_windows(self, num_stages: int) -> NDArray[np.intp]:
-        """Where in one row of values a stage, all rows after one another, those of the windows are."""
-        if num_stages not in self._flat:
-            rows = np.arange(num_stages)[:, None, None] * (len(self.counts) + 1)
-            self._flat[num_stages] = self._in_windows(num_stages) + rows
-        return self._flat[num_stages]
+    def every(self, num_stages: int) -> Where:
+        """All that so many stages can have."""
+        if num_stages not in self._every:
+            size = max(0, len(self.sort) + 1 - num_stages)
+            self._every[num_stages] = self._where(every_start(num_stages), size)
+        return self._every[num_stages]
 
-    def _in_windows(self, num_stages: int) -> NDArray[np.intp]:
-        if num_stages not in self._windows:
-            at, inside = np.arange(num_stages)[:, None, None], np.arange(max(0, len(self.sort) + 1 - num_stages))
-            self._windows[num_stages] = self.ranges[at + inside[:, None], at + inside + 1]
-        return self._windows[num_stages]
+    def where(self, of_sorts: Sequence[Table]) -> Where | None:
+        """Where in windows stages are whose ranges all have finite values; None where there are none."""
+        p = len(of_sorts)
+        finite = np.isfinite(of_sorts) & self.reached(p)
+        if not finite.any(axis=1).all():
+            return None
+        length = self.counts.sum(axis=1).astype(np.intp)
+        shortest = np.where(finite, length, len(self.sort)).min(axis=1)
+        starts, size = few_starts(shortest, np.where(finite, length, 0).max(axis=1), len(self.sort))
+        return self._where(starts, size) if size else None
+
+    def _where(self, starts: NDArray[np.intp], size: int) -> Where:
+        inside = np.arange(size)
+        firsts, lasts = (np.minimum(own[:, None] + inside, len(self.sort)) for own in (starts[:-1], starts[1:]))
+        rows = np.arange(len(firsts))[:, None, None] * (len(self.counts) + 1)
+        return Where(starts, size, self.ranges[firsts[:, :, None], lasts[:, None, :]] + rows)
 
     def reached(self, num_stages: int) -> NDArray[np.bool_]:
         """reached[stage, sort]: whether the stage can have such a range; the first begins the chain, the last ends it.
         """
         if num_stages not in self._reached:
             found = np.zeros((num_stages, len(self.counts) + 1), dtype=np.bool_)
-            for stage, ranges in enumerate(self._in_windows(num_stages)):
+            for stage, ranges in enumerate(self.every(num_stages).flat):
                 own = ranges if stage else ranges[:1]
-                found[stage, own if stage < num_stages - 1 else own[:, -1:]] = True
+                found.reshape(-1)[own if stage < num_stages - 1 else own[:, -1:]] = True
             self._reached[num_stages] = found[:, :-1]
         return self._reached[num_stages]
 

@@ -132,19 +132,25 @@ class Bounds:
         all_loads, sorts = self._loads(c, limit_s), self._sorts[c.pp > 1]
         once = all_loads.once
         if all_loads.chain_s is not None:
-            found = smallest_bottleneck(sorts.windows(all_loads.later_with_first), once)
+            where = sorts.where(all_loads.later_with_first)
+            if where is None:
+                return None
+            found = smallest_bottleneck(sorts.windows(all_loads.later_with_first, where), once, where.starts)
             if found is None:
                 return None
-            least = smallest_bottleneck(sorts.windows(all_loads.own))
+            least = smallest_bottleneck(sorts.windows(all_loads.own, where))
             assert least is not None, "the same ranges are allowed"
             return max(found.value + all_loads.chain_s, least.value), found.cuts
+        where = sorts.where(all_loads.later)
+        if where is None:
+            return None
         loads, works, owns = (
-            sorts.windows(each) for each in (all_loads.later, all_loads.first, all_loads.own)
+            sorts.windows(each, where) for each in (all_loads.later, all_loads.first, all_loads.own)
         )
-        found = smallest_bottleneck(loads, once)
+        found = smallest_bottleneck(loads, once, where.starts)
         if found is None:
             return None
-        least, alone = smallest_bottleneck(loads), smallest_bottleneck(owns)
+        least, alone = (smallest_bottleneck(each, starts=where.starts) for each in (loads, owns))
         assert least is not None and alone is not None, "the same ranges are allowed"
         most = float(np.max(loads, initial=0.0, where=np.isfinite(loads)))
         parts = np.geomspace(max(least.value, 1e-3 * most), most, PARTS)[1:] if most > 0 else [0.0]
@@ -152,7 +158,7 @@ class Bounds:
         own = {cuts: self._of_loads(all_loads, sorts, cuts) for cuts in (found.cuts, least.cuts)}
         bound = np.inf
         for lower, upper in pairwise(limits):
-            quickest = smallest_sum(np.where(loads <= upper * (1 + 1e-12), works, np.inf))
+            quickest = smallest_sum(np.where(loads <= upper * (1 + 1e-12), works, np.inf), where.starts)
             if quickest is not None:
                 bound = min(bound, lower + quickest.value + float(once[1:].min()))
                 own.setdefault(quickest.cuts, self._of_loads(all_loads, sorts, quickest.cuts))
@@ -165,12 +171,16 @@ class Bounds:
         """A bound over all cuts from closer times of ranges where stages are alike, else the given one.
 
         Infinite where no cut that fits is below the limit. And the bounds of the cuts that are given, and of the one
-        that promises most by these times.
+        that promises most by these times. Of a candidate that stands for several less is looked at.
         """
         if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
             return bound, dict.fromkeys(cuts, bound)
         pipeline = self._pipeline(c, self._make_loads(c, closer=True, limit_s=limit_s), self._sorts[True])
-        found = pipeline.least(limit_s)
+        if pipeline is None:
+            return np.inf, {}
+        found = pipeline.least(limit_s, in_parts=not c.free_offload)
+        if c.free_offload:
+            return max(bound, found.bound_s), {}
         every = cuts if found.cuts is None else (found.cuts, *cuts)
         return max(bound, found.bound_s), {own: pipeline.time_s(own) for own in every}
 
@@ -185,14 +195,18 @@ class Bounds:
         return cut_time_s(works, with_ends, laters, owns, loads.sends, once_s, c.num_micro_batches)
 
     @staticmethod
-    def _pipeline(c: Candidate, loads: _Loads, sorts: Sorts) -> PipelineBound:
+    def _pipeline(c: Candidate, loads: _Loads, sorts: Sorts) -> PipelineBound | None:
+        """None where no cut fits."""
         assert loads.chain_s is not None, "stages are alike"
+        where = sorts.where(loads.later)
+        if where is None:
+            return None
         tables = (loads.first, loads.with_ends, loads.later, loads.own)
-        works, with_ends, laters, owns = (sorts.windows(each) for each in tables)
+        works, with_ends, laters, owns = (sorts.windows(each, where) for each in tables)
         return PipelineBound(
             works=works, with_ends=with_ends, laters=laters, owns=owns, sends=loads.sends,
             once=loads.once - loads.sends[0], once_alone=loads.once_alone - loads.sends[0],
-            chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches,
+            chain_s=loads.chain_s, num_micro_batches=c.num_micro_batches, starts=where.starts,
         )
 
     def of_cut(self, c: Candidate, cuts: Cuts) -> float:

@@ -43,6 +43,7 @@ class Candidate:
     Their order breaks ties between equally fast plans.
     `split_weights`: the shardings that split weights over the tensor axis; else those that may keep them whole.
     `spread`: for estimates, a micro-batch's rows are counted as this many times fewer.
+    `free_offload`: for bounds, the optimizer is offloaded and that takes no time.
     """
 
     pp: int
@@ -57,6 +58,7 @@ class Candidate:
     split_weights: bool = True
     cp: int = 1
     spread: int = 1
+    free_offload: bool = False
 
     @property
     def dp(self) -> int:

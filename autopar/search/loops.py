@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from autopar.search.balance import cut_of, least_sums, least_worst, smallest_bottleneck
+from autopar.search.balance import by_end, cut_of, every_start, least_sums, least_worst, smallest_bottleneck
 from autopar.search.elimination import Table
 
 MAX_TABLES = 256  # of one stage and one part, that are made
@@ -62,14 +63,18 @@ class PipelineBound:
     once_alone: Table
     chain_s: float
     num_micro_batches: int
+    starts: NDArray[np.intp] | None = None  # of the windows; outside of them nothing is allowed
 
     @cached_property
     def spare_rounds(self) -> Table:
         """By stage, the rounds that it and those behind it go beside one each."""
         return spare_rounds(len(self.works), self.num_micro_batches)
 
-    def least(self, limit_s: float = np.inf) -> LeastTime:
-        """The bound over all cuts, infinite where none is below the limit, and the most promising cut."""
+    def least(self, limit_s: float = np.inf, *, in_parts: bool = True) -> LeastTime:
+        """The bound over all cuts, infinite where none is below the limit, and the most promising cut.
+
+        Not `in_parts`: a lower one, in less time.
+        """
         alone, least = smallest_bottleneck(self.owns), smallest_bottleneck(self.laters)
         most = float(np.max(self.laters, initial=0.0, where=np.isfinite(self.laters)))
         most = min(most, limit_s - self.chain_s - self.sends[0])  # of loads; with larger ones no cut is below the limit
@@ -78,7 +83,7 @@ class PipelineBound:
         parts: list[_Part] = []
         tried: list[tuple[int, ...]] = []
         self._add(parts, tried, least.value, most)
-        for _ in range(max(4, MAX_TABLES // len(self.works) // 2)):
+        for _ in range(max(4, MAX_TABLES // len(self.works) // 2) if in_parts else 0):
             bound = self._settled(parts)
             if max(bound, alone.value) >= limit_s:
                 break
@@ -118,7 +123,7 @@ class PipelineBound:
         suffixes, slowest = least_sums(works)[0], least_worst(works)[0]
         worst = least_worst(np.where(fits, self.laters, np.inf))[0]
         sums, bound = works[0, 0], 0.0  # of the stages before, by where the next one begins
-        with_once = sums + self.once[1 : size + 1]
+        with_once = sums + by_end(self.once, size, self.starts)
         for stage in range(1, len(works)):
             finite = np.isfinite(sums + suffixes[stage])
             if not finite.any():
@@ -138,7 +143,7 @@ class PipelineBound:
         """Adds the cuts whose largest load is in a range, if any: their bound first, at least what is known of it."""
         fits = self.laters <= upper * (1 + 1e-12)
         works, size = np.where(fits, self.works, np.inf), self.works.shape[1]
-        suffixes, quickest = least_sums(works)
+        suffixes, quickest = least_sums(works, self.starts)
         if quickest is None:
             return
         last = np.zeros(size)
@@ -162,19 +167,23 @@ class PipelineBound:
         longest, to_end = least_worst(ended[1:])
         # By the end of stage 0: the first micro-batch's time, and the largest load or loop.
         load = np.maximum(np.maximum(loads[0, 0], worst[0]), lower)
-        once, alone = self.once[1 : size + 1], self.once_alone[1 : size + 1]
+        once, alone = (by_end(own, size, self.starts) for own in (self.once, self.once_alone))
         bounds = np.maximum(load + once + through[0, 0], load + alone + self.chain_s + self.sends[0])
         bounds = np.maximum(bounds, np.maximum(ended[0, 0], longest[0]))
         first = np.argmin(bounds)
         if not np.isfinite(bounds[first]):
             return
-        tried += [cut_of([np.array([first]), *choices], size) for choices in (nexts, to_end)] + [quickest.cuts]
+        ends = [cut_of([np.array([first]), *choices], size, self.starts) for choices in (nexts, to_end)]
+        tried += [*ends, quickest.cuts]
         heapq.heappush(parts, (max(known_s, float(bounds[first])), lower, upper, False))
 
     def time_s(self, cuts: Sequence[int]) -> float:
-        """The bound of one cut, with the loops between any two of its stages."""
-        at = np.arange(len(self.works))
-        spans = at, np.array(cuts[:-1]) - at, np.array(cuts[1:]) - at - 1
+        """The bound of one cut, with the loops between any two of its stages; infinite where it is not allowed."""
+        starts = every_start(len(self.works)) if self.starts is None else self.starts
+        inside = np.array(cuts) - starts
+        if inside.min() < 0 or inside.max() >= self.works.shape[1]:
+            return np.inf
+        spans = np.arange(len(self.works)), inside[:-1], inside[1:]
         return cut_time_s(
             self.works[spans], self.with_ends[spans], self.laters[spans], self.owns[spans], self.sends,
             float(self.once[cuts[1]]), self.num_micro_batches,

@@ -103,7 +103,7 @@ class StageTables:
         moved = optimizer_step_bytes(1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer)
         bandwidth = memory_bandwidth(kind.device)
         once = moved / bandwidth * blocks.numel
-        if c.offload_optimizer:
+        if c.offload_optimizer and not c.free_offload:
             once = once + blocks.numel * offloaded_step_s(
                 1.0, zero=c.zero, num_shards=c.num_shards, optimizer=self._request.optimizer, device=kind.device
             )

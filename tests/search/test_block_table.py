@@ -2,7 +2,10 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from autopar.search.balance import smallest_bottleneck, smallest_sum
 from autopar.search.block_table import Sorts, _ranges
 
 SORT = np.array([0, 1, 1, 2, 1, 1, 3])
@@ -33,3 +36,27 @@ def test_windows_have_the_values_of_the_ranges() -> None:
     for cut in ((0, 1, 4, 7), (0, 3, 5, 7), (0, 5, 6, 7)):
         own = [windows[s, first - s, last - s - 1] for s, (first, last) in enumerate(pairwise(cut))]
         assert own == made.of_ranges(values, cut)
+
+
+@given(st.integers(2, len(SORT)), st.integers(0, 10**6), st.sampled_from([0.1, 0.4, 0.7]))
+def test_windows_of_what_is_allowed_have_all_cuts(num_stages: int, seed: int, share: float) -> None:
+    made, rng = sorts(), np.random.default_rng(seed)
+    values = rng.random((num_stages, len(made.counts)))
+    values[rng.random(values.shape) < share] = np.inf
+    where, every = made.where(list(values)), made.windows(list(values))
+    quickest, least = smallest_sum(every), smallest_bottleneck(every)
+    if where is None:
+        assert quickest is None
+        return
+    few = made.windows(list(values), where)
+    assert few.shape == (num_stages, where.size, where.size)
+    assert where.size <= every.shape[1]
+    assert smallest_sum(few, where.starts) == quickest
+    assert smallest_bottleneck(few, starts=where.starts) == least
+    for inner in combinations(range(1, len(SORT)), num_stages - 1):
+        cut = (0, *inner, len(SORT))
+        own = made.of_ranges(values, cut)
+        if not np.isfinite(own).all():
+            continue
+        spans = list(pairwise(np.array(cut) - where.starts))
+        assert [few[s, first, last] for s, (first, last) in enumerate(spans)] == own

@@ -77,6 +77,12 @@ def test_bounds_never_exceed_the_simulated_time(
         closer = engine.bounds.closer(c, under[0] if under else math.inf, limit_s=limit_s)[0]
         for bound in (under[0] if under else math.inf, closer):
             assert min(bound, limit_s) <= timeline.step_time_s * slack, c
+        if host_gb_per_s is not None and c.cp == 1:  # what stands for it and its like with the state elsewhere
+            like = replace(c, offload_optimizer=True, free_offload=True)
+            both = engine.bounds.best_cut(like)
+            assert both is not None
+            of_both = engine.bounds.closer(like, both[0])[0]
+            assert max(engine.bounds.quick(like), both[0], of_both) <= timeline.step_time_s * slack, c
         assert engine.bounds.quick(c) <= best[0] * slack or engine.bounds.quick(c) <= timeline.step_time_s * slack
         assert engine.bounds.work.rough(c) <= engine.bounds.work.of_work(c) * slack <= engine.bounds.quick(c) * slack**2
         assert own >= 0.4 * timeline.step_time_s, "the bound is of use"
