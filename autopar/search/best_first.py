@@ -32,6 +32,7 @@ Progress = Callable[[int, int, float | None], None]  # candidates settled, of ho
 MAX_SIMULATED_ACTIONS = 1_500_000
 MAX_SIMULATIONS = 400
 MAX_EVERY_CUT = 64  # cuts of a candidate that are all tried where the bounds leave a gap
+NUM_NEXT = 6  # candidates that an outcome names beside those that were simulated
 SPREAD = 61  # under a time limit the candidates are bounded in strides of this
 
 
@@ -50,6 +51,7 @@ class Found:
 class Outcome:
     """The best found (None: nothing fits) and what no candidate can beat. `complete`: all candidates are settled.
 
+    `num_pipelines`: candidates of several stages that were simulated; `next`: a few that were not, of least bound.
     `timed_out`: the time limit or an interrupt came first; then some candidates may not even have been bounded.
     """
 
@@ -58,6 +60,8 @@ class Outcome:
     num_simulated: int
     complete: bool
     timed_out: bool = False
+    num_pipelines: int = 0
+    next: tuple[Candidate, ...] = ()
 
 
 class Level(IntEnum):
@@ -83,6 +87,7 @@ class _State:
     lower: float = math.inf
     bound: float = 0.0  # of the candidate in hand
     open: list[tuple[float, Candidate]] = field(default_factory=list)  # with bounds of the cuts that were not tried
+    tried: set[Candidate] = field(default_factory=set)  # those of several stages
     simulations: int = 0
     refined: int = 0
     actions: int = 0  # of those
@@ -139,7 +144,12 @@ class Engine:
             progress(len(candidates), len(candidates), best.step_time_s if best else None)
         return Outcome(
             best=best, lower_bound_s=lower, num_simulated=state.simulations, complete=not state.stopped,
-            timed_out=state.timed_out,
+            timed_out=state.timed_out, num_pipelines=len(state.tried),
+            next=tuple(
+                replace(entry[2], offload_optimizer=entry[2].offload_optimizer and not entry[2].free_offload,
+                        free_offload=False)
+                for entry in heapq.nsmallest(NUM_NEXT, (entry for entry in state.queue if entry[2].pp > 1))
+            ),
         )
 
     def _fill(self, state: _State, candidates: Sequence[Candidate], deadline: float | None) -> None:
@@ -232,6 +242,7 @@ class Engine:
                     cuts = tuple(sorted(fit, key=lambda cut: (of_cuts[cut], cut)))
                 heapq.heappush(queue, (closer, Level.CLOSER, candidate, cuts))
                 continue
+            state.tried |= {candidate} if candidate.pp > 1 else set()
             for cut in cuts:
                 self._try(state, candidate, cut)
             if not even and candidate.pp > 1 and len(self.graph.blocks) > candidate.pp:

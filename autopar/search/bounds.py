@@ -9,7 +9,8 @@ m backwards and m - k forwards to do; then the last micro-batch goes back to sta
 
 for each s, and the best cut is found exactly for the largest of these (`balance`). Hidden data-parallel communication
 costs at least its slow-down of the compute, and at least what does not fit behind it (`simulate/overlap.py`). The links
-between stages count for the first micro-batch, with the least that any cut sends. A property test compares these bounds
+between stages count for the first micro-batch, with the least that any cut sends, and the gradients that the chain's
+ends share are added up after all that both have done. A property test compares these bounds
 with the simulator.
 """
 
@@ -82,6 +83,7 @@ class Bounds:
         made = {name: (block.cls, i) for block in graph.blocks for i, name in enumerate(block.outputs)}
         crossing = (graph.boundary(at) for at in range(1, len(graph.blocks)))
         self._borders = tuple(dict.fromkeys(tuple(made[name] for name in names) for names in crossing))
+        self._tied_numel = _tied_numel(graph)
         self._sorts = [Sorts.of(graph, layer, ends_apart=apart) for apart in (False, True)]
         self._tables = StageTables(request, chooser, self._sorts, int(layer.sum()))
         self._memory = MemoryBounds(request, int(layer.sum()))
@@ -117,7 +119,7 @@ class Bounds:
         later = {kind: (m - 1) * t.backward_s + (m - most) * t.forward_s for kind, t in tables.items()}
         longest = float(np.minimum.reduce(list(later.values())).max())
         through = float(work @ number) + max(spread_s(later, kinds, number), longest)
-        through += float(tables[kinds[0]].once_beside_s[first])
+        through += float(tables[kinds[0]].once_beside_s[first]) + self._layout.tied_s(c, self._tied_numel)
         owns = {kind: m * (t.forward_s + t.backward_s) + t.once_beside_s for kind, t in tables.items()}
         return max(through, spread_s(owns, kinds, number))
 
@@ -280,7 +282,9 @@ class Bounds:
             each = self.ranges.loads(c, kind, tuple(stages), blocks, times[kind], limit_s, of_any, chain_s or 0.0)
             made |= {(kind, in_flight): own for in_flight, own in zip(stages, each, strict=True)}
         every = [made[kind, min(c.pp - stage, m)] for stage, kind in enumerate(kinds)]
+        tied_s = self._layout.tied_s(c, self._tied_numel)
         with_ends = [self._with_ends(times[kind], every[stage][2]) for stage, kind in enumerate(kinds)]
+        with_ends[0], with_ends[-1] = with_ends[0] + tied_s, with_ends[-1] + tied_s
         return _Loads(
             later=[later for later, _, _ in every], later_with_first=[both for _, both, _ in every],
             first=[first for _, _, first in every], with_ends=with_ends,
@@ -289,8 +293,8 @@ class Bounds:
                 for stage, kind in enumerate(kinds)
             ],
             sends=self._sends_s(c),
-            once=self._once(c, alike.blocks, of_first, every[0][2] if closer else None),
-            once_alone=self._once(c, alike.blocks, replace(of_first, once_beside_s=of_first.once_s), None),
+            once=self._once(c, alike.blocks, of_first, every[0][2] if closer else None) + tied_s,
+            once_alone=self._once(c, alike.blocks, replace(of_first, once_beside_s=of_first.once_s), None) + tied_s,
             chain_s=chain_s,
         )
 
@@ -380,6 +384,16 @@ class Bounds:
             (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
+
+
+def _tied_numel(graph: ModelGraph) -> int:
+    """The parameters that the first and the last block share, and no other has."""
+    found: dict[str, list[int]] = {}
+    for at, block in enumerate(graph.blocks):
+        for name in block.params:
+            found.setdefault(name, []).append(at)
+    ends = [0, len(graph.blocks) - 1]
+    return sum(graph.param[name].numel for name, held in found.items() if held == ends and ends[0] < ends[1])
 
 
 def spread_s(times: Mapping[Kind, Table], kinds: Sequence[Kind], number: Table) -> float:

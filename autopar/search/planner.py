@@ -19,7 +19,7 @@ from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
 from autopar.search.best_first import Engine, Found, Outcome, Progress
 from autopar.search.borders import BorderSearch
-from autopar.search.candidates import PlanRequest, candidates, no_mesh
+from autopar.search.candidates import Candidate, PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
@@ -147,6 +147,7 @@ class _Searches:
         self.context = ContextOutcome()
         self._one_mesh: Found | None = None  # the best of one mesh for all stages
         self._num_one_mesh = 0  # simulated
+        self._next: tuple[Candidate, ...] = ()  # pipelines to try in other orders, where few were simulated
         self._borders = BorderSearch(engine)
 
     @property
@@ -202,6 +203,7 @@ class _Searches:
         if mixed is None:
             outcome = self._search_context(outcome)
         self._one_mesh, self._num_one_mesh = outcome.best, outcome.num_simulated
+        self._next = outcome.next if mixed is None and outcome.num_pipelines < ORDERED else ()
         self.num_simulated = outcome.num_simulated + self.mixed.num_simulated
         if mixed is None:
             self.lower_bound_s, self.complete = outcome.lower_bound_s, outcome.complete
@@ -232,6 +234,7 @@ class _Searches:
                 own, lower_bound_s=min(outcome.lower_bound_s, own.lower_bound_s),
                 complete=outcome.complete and own.complete, timed_out=outcome.timed_out or own.timed_out,
                 num_simulated=outcome.num_simulated + own.num_simulated,
+                num_pipelines=outcome.num_pipelines + own.num_pipelines, next=(*own.next, *outcome.next),
             )
         return replace(outcome, complete=False, timed_out=True) if context.cut_short else outcome
 
@@ -247,13 +250,13 @@ class _Searches:
     def _order_pipelines(self, before: Sequence[Found]) -> None:
         """Other orders of micro-batches of the quickest pipelines, and of those `before` borders were moved."""
         engine = self.engine
-        if self.mixed.best is not None and not engine.interrupted and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
-            # What is slower in the usual order may be quicker than stages of unlike meshes in another.
+        few = self._next
+        if self.mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
+            few = tuple(own for own in self.space if own.pp > 1)
+        if few and not engine.interrupted:
+            # What is slower in the usual order may be quicker in another.
             try:
-                engine.search(
-                    [own for own in self.space if own.pp > 1], deadline=self.deadline, max_simulations=MAX_TO_ORDER,
-                    proves=False,
-                )
+                engine.search(few, deadline=self.deadline, max_simulations=MAX_TO_ORDER, proves=False)
             except KeyboardInterrupt:
                 engine.interrupted = True
         self._take(search_orders(engine, self.best_s, self.deadline, before))

@@ -8,6 +8,7 @@ import numpy as np
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s, send_recv_time_s
+from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.search.candidates import Candidate
 from autopar.search.elimination import Table
 from autopar.sharding.reshard import Collective
@@ -76,6 +77,15 @@ class StageLayout:
             ]
             self._sends[key] = np.append(np.cumsum(each[::-1])[::-1], 0.0)
         return self._sends[key]
+
+    def tied_s(self, c: Candidate, numel: int) -> float:
+        """Seconds of adding up the gradients of so many parameters of which the first and the last stage hold copies.
+        """
+        if c.pp == 1 or not numel:
+            return 0.0
+        size = GRADIENT_BYTES * numel / (c.dp_shard if c.zero else 1)
+        group = self._cluster.group((0, (c.pp - 1) * c.mesh.size))
+        return collective_time_s(Collective.ALL_REDUCE, size, group, groups_per_node=c.tp * c.dp_shard)
 
     def _links(self, num_stages: int, size: int) -> list[list[tuple[GroupShape, int]]]:
         """For each pair of neighbouring stages: their ranks' distinct links, and the flows that share a node's."""

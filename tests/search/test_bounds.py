@@ -136,3 +136,21 @@ def test_blocks_spread_at_will_bound_every_assignment(
 def test_blocks_spread_over_unlike_stages_keep_them_busy() -> None:
     """Twelve like blocks that take three times as long on one of two stages: nine and three of them."""
     assert spread_s({"fast": np.ones(1), "slow": np.full(1, 3.0)}, ["fast", "slow"], np.full(1, 12.0)) == 9.0
+
+
+def test_the_gradients_that_the_ends_share_count() -> None:
+
+    graph = mlp_chain(num_layers=4, hidden=64, inner=64, seq_len=16, vocab=65536, tied=True)
+    machine = cluster(per_node=1, speeds=(1.0, 1.0))
+    engine = Engine(graph, machine, PlanRequest(global_batch=4, dtype="float32"))
+    found = [c for c in candidates(machine, engine.request, engine.chooser, len(graph.blocks)) if c.pp == 2]
+    assert found
+    for c in found:
+        cuts = (0, 3, len(graph.blocks))
+        timeline = simulate(graph, machine, engine.plan(c, cuts))
+        tied_s = engine.layout.tied_s(c, 65536 * 64)
+        assert tied_s > 0.2 * timeline.step_time_s
+        assert engine.bounds.quick(c) > tied_s
+        closer, of_cuts = engine.bounds.closer(c, 0.0, [cuts])
+        assert 0.95 * timeline.step_time_s <= of_cuts[cuts] <= timeline.step_time_s * (1 + 1e-9)
+        assert tied_s < closer <= of_cuts[cuts]
