@@ -209,7 +209,8 @@ def simulate(
         compile=compile_, profile=str(profile) if profile else None,
     ))
     with answer(as_json=json_) as reply:
-        simulated, timeline = Simulations().simulate(request, as_run=dry_run)
+        simulations = Simulations()
+        simulated, timeline = simulations.simulate(request, as_run=dry_run)
         reply.value = timeline.report()
         reply.show(report_table(reply.value))
         for note in (*simulated.notes, *reply.value["notes"]):
@@ -222,8 +223,10 @@ def simulate(
         if dry_run:
             from autopar.runtime.dry_run import dry_run_of
 
+            as_dry_run = simulations.simulate(request, as_run=True, uncompiled=True) if simulated.compile else None
+            _, held_against = as_dry_run or (simulated, timeline)
             with progress("dry run", as_json=json_) as news:
-                ran = dry_run_of(request.model, simulated, timeline, seq_len=seq_len, dtype=torch_dtype(dtype),
+                ran = dry_run_of(request.model, simulated, held_against, seq_len=seq_len, dtype=torch_dtype(dtype),
                                  attention=str(attention), progress=news)
             reply.value["dry_run"] = ran.report()
             reply.show(dry_run_table(reply.value["dry_run"]), *(f"note: {note}" for note in ran.notes))

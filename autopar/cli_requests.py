@@ -6,6 +6,7 @@ import codecs
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -158,10 +159,12 @@ class Simulations:
 
         return self._clusters.get((text, profile), make)
 
-    def simulate(self, request: SimulateRequest, *, as_run: bool = False) -> tuple[Plan, Timeline]:
+    def simulate(
+        self, request: SimulateRequest, *, as_run: bool = False, uncompiled: bool = False
+    ) -> tuple[Plan, Timeline]:
         """The plan that the request describes or names, and its simulated step.
 
-        `as_run`: also a plan of degrees is for the ops that this trainer runs.
+        `as_run`: also a plan of degrees is for the ops that this trainer runs; `uncompiled`: without torch.compile.
         """
         from autopar.simulate.simulator import simulate
 
@@ -171,6 +174,8 @@ class Simulations:
         fuse = request.plan is None and not as_run
         graph = self.graph(request.model, request.seq_len, dtype, request.attention, fuse=fuse)
         plan, cluster = self._plan(request, graph, cluster, dtype)
+        if uncompiled:
+            plan = replace(plan, compile=False)
         return plan, simulate(graph, cluster, plan, as_system=fuse)
 
     def _plan(self, request: SimulateRequest, graph: ModelGraph, cluster: Cluster, dtype: str) -> tuple[Plan, Cluster]:

@@ -23,7 +23,7 @@ from autopar.graph.source import load_source
 from autopar.plan.plan import Plan
 from autopar.runtime import engine
 from autopar.runtime.data_parallel import local_tensor
-from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode, fused_attention
+from autopar.runtime.fake_job import Call, Kind, Recorder, accelerator_kernels, fake_job, fake_mode
 from autopar.runtime.optimizers import OptimizerFactory
 from autopar.runtime.watch import Watch
 from autopar.simulate.schedules import Action
@@ -106,21 +106,26 @@ def dry_run(
 ) -> DryRun:
     """One step of the plan on fake tensors, rank by rank. `model` holds fake parameters; `timeline` is the prediction.
 
+    The programs run uncompiled, also where the plan is compiled: `timeline` must be of the uncompiled plan then.
+
     The process must be in no process group.
     """
     notes = []
     if plan.compile:
         plan = replace(plan, compile=False)
-        notes.append("the programs ran uncompiled: torch.compile makes none on fake tensors")
+        notes.append("the programs ran uncompiled, and are held against what the plan would hold so: torch.compile "
+                     "makes none on fake tensors")
     runs: list[RankRun] = []
     problems: list[str] = []
     groups = distinct_ranks(plan)
-    on_cpu = any(name.startswith("CPU") for group in timeline.groups for name in group.types)
+    on_cpu = {
+        rank for group in timeline.groups for rank in group.ranks if any(name.startswith("CPU") for name in group.types)
+    }
     for i, ranks in enumerate(groups):
         if progress is not None:
             progress(f"program {i + 1} of {len(groups)}, rank {ranks[0]}")
         try:
-            runs.append(run_rank(model, captured, plan, ranks, fuses_attention=not on_cpu))
+            runs.append(run_rank(model, captured, plan, ranks, on_accelerator=ranks[0] not in on_cpu))
         except AutoparError:
             raise
         except Exception as error:  # whatever a program raises is what a dry run is there to find
@@ -157,16 +162,16 @@ def distinct_ranks(plan: Plan) -> list[tuple[int, ...]]:
 
 
 def run_rank(
-    model: nn.Module, captured: Captured, plan: Plan, ranks: Sequence[int], *, fuses_attention: bool = True
+    model: nn.Module, captured: Captured, plan: Plan, ranks: Sequence[int], *, on_accelerator: bool = True
 ) -> RankRun:
-    """One step of the program of `ranks[0]`; `fuses_attention`: its devices have kernels for attention with dropout."""
+    """One step of the program of `ranks[0]`; `on_accelerator`: its devices have kernels that a CPU has not."""
     graph, recorder = captured.graph, Recorder()
 
     def observe(action: Action) -> None:
         recorder.during = str(action)
 
-    attention = fused_attention() if fuses_attention else nullcontext()
-    with fake_job(ranks[0], plan.num_devices), fake_mode(), recorder, attention:
+    kernels = accelerator_kernels() if on_accelerator else nullcontext()
+    with fake_job(ranks[0], plan.num_devices), fake_mode(), recorder, kernels:
         trainer = _DryTrainer(model, plan, captured, _optimizer(plan.optimizer), same_weights=False)
         for parameter in trainer.named_parameters().values():
             recorder.label(local_tensor(parameter), Kind.PARAMETER)

@@ -88,10 +88,24 @@ _WORDS = {
 _MESSAGES = ("send", "recv")
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention with dropout keeps what an accelerator's kernel keeps: a CPU has none, and keeps every score.
+class _NormKernel(torch.autograd.Function):
+    """rms_norm of fake tensors as one kernel, which keeps its input, its weight and a float32 number a row."""
 
-    Its dropout is left out: on fake tensors it changes no value that anybody sees.
+    @staticmethod
+    def forward(ctx: Any, data: Tensor, dims: int, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(data, weight, data.new_empty(data.shape[: data.dim() - dims], dtype=torch.float32))
+        return torch.empty_like(data)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        data, weight, _ = ctx.saved_tensors
+        return torch.empty_like(data), None, None if weight is None else torch.empty_like(weight)
+
+
+class _AcceleratorKernels(TorchFunctionMode):
+    """Ops keep what an accelerator's kernels keep: a CPU has none for them, does them in steps, and keeps more.
+
+    Dropout of attention is left out, and norms are not computed: on fake tensors nobody sees their values.
     """
 
     def __torch_function__(
@@ -101,14 +115,18 @@ class _FusedAttention(TorchFunctionMode):
         if func in (torch.ops.aten.scaled_dot_product_attention.default, nn.functional.scaled_dot_product_attention):
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
+        elif func is torch.ops.aten.rms_norm.default:
+            weight = args[2] if len(args) > 2 else kwargs.get("weight")
+            if weight is None or weight.dtype == args[0].dtype:  # else accelerators have no kernel either
+                return _NormKernel.apply(args[0], len(args[1]), weight)  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def fused_attention() -> Iterator[None]:
-    """While inside, attention keeps what it keeps on an accelerator; also where the backward computes it again."""
-    again = partial(checkpoint, context_fn=lambda: (contextlib.nullcontext(), _FusedAttention()))
-    with _FusedAttention(), patch.object(recompute, "checkpoint", again):
+def accelerator_kernels() -> Iterator[None]:
+    """While inside, ops keep what they keep on an accelerator; also where the backward computes them again."""
+    again = partial(checkpoint, context_fn=lambda: (contextlib.nullcontext(), _AcceleratorKernels()))
+    with _AcceleratorKernels(), patch.object(recompute, "checkpoint", again):
         yield
 
 

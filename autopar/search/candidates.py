@@ -178,13 +178,13 @@ def candidates(
 ) -> list[Candidate]:
     """Every candidate, in their order. InfeasibleError, naming near batches, where no mesh divides the batch."""
     found: list[Candidate] = []
-    row_counts: set[int] = set()
+    row_counts: set[tuple[int, int]] = set()
     one_part, fixed_sizes, others = chooser.needs_whole_batch, dict(request.mesh), False
     offloads = (False, True) if _can_offload_state(cluster, request) else (False,)
     for pp, tp, dp in meshes(cluster, num_blocks, tp_across_nodes=tp_across_nodes):
         if one_part and (dp > 1 or (request.micro_batch or request.global_batch) < request.global_batch):
             continue
-        row_counts.add(dp * (request.micro_batch or 1))
+        row_counts.add((dp * (request.micro_batch or 1), tp))
         if request.global_batch % (dp * (request.micro_batch or 1)):
             continue
         if any(fixed_sizes.get(axis, size) != size for axis, size in (("pp", pp), ("tp", tp), ("dp", dp), ("cp", 1))):
@@ -209,7 +209,8 @@ def candidates(
     if not found and not row_counts:
         raise InfeasibleError(f"no plan computes the batch in one part: {one_part}")
     if not found and not request.mesh:
-        raise InfeasibleError(_no_batch(cluster, request, row_counts))
+        counts = {rows for rows, tp in row_counts if axis_variants(chooser, tp)}  # other axes have nothing to split
+        raise InfeasibleError(_no_batch(cluster, request, counts))
     return sorted(fixed)
 
 

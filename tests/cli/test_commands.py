@@ -233,6 +233,17 @@ def test_a_dry_run_of_a_plan(autopar, llama: Path, plan_file: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dry_run_holds_what_was_predicted_of_its_devices(autopar, llama: Path, compiled: bool) -> None:
+    words = ("simulate", llama, "--cluster", "1xH100-80GB", "--global-batch", 64, "--micro-batch", 64, "--dry-run",
+             "--json", *(["--compile"] if compiled else []))
+    value = autopar(*words).value["dry_run"]
+    (peak,) = (row for row in value["memory"] if row["kind"] == "peak")
+    assert value["problems"] == []
+    assert peak["program_bytes"] < peak["predicted_bytes"]  # which has some room for libraries
+    assert [("uncompiled" in note) for note in value["notes"]] == [True] * compiled
+
+
 def test_two_plans_are_shown_side_by_side(autopar, llama: Path, plan_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     words = ("plan", llama, "--cluster", "4xH100-80GB", "--global-batch", 8, "--mesh", "pp=2", "-o", other, "--json")

@@ -17,7 +17,7 @@ from autopar.graph.capture import Captured, capture
 from autopar.plan.plan import Plan
 from autopar.runtime.collectives import Axis
 from autopar.runtime.dry_run import MemoryRow, communication_problems, distinct_ranks, dry_run, memory_problems
-from autopar.runtime.fake_job import Call, Kind, Recorder, fake_job, fake_mode, fused_attention
+from autopar.runtime.fake_job import Call, Kind, Recorder, accelerator_kernels, fake_job, fake_mode
 from autopar.runtime.lowerings import special_program
 from autopar.runtime.recompute import recompute
 from autopar.search.degrees import Degrees, plan_from_degrees
@@ -110,8 +110,31 @@ def test_attention_with_dropout_keeps_no_scores(again: bool) -> None:
 
     with fake_mode():
         assert peak() > scores_bytes
-        with fused_attention():
+        with accelerator_kernels():
             assert peak() < scores_bytes
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_norm_keeps_its_input_and_a_number_a_row(again: bool) -> None:
+    rows, width = 64, 256
+    wide_bytes = rows * width * 4
+
+    def normed(data: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.ops.aten.rms_norm.default(data, [width], weight, 1e-6),)
+
+    def peak() -> int:
+        data, weight = (torch.zeros(n, width, dtype=torch.bfloat16, requires_grad=True) for n in (rows, 1))
+        with Recorder() as recorder:
+            flat = weight.view(width)
+            out = recompute(normed, data, flat) if again else normed(data, flat)
+            out[0].sum().backward()
+            assert data.grad is not None and data.grad.shape == data.shape and weight.grad is not None
+        return recorder.peak_bytes
+
+    with fake_mode():
+        assert peak() > 4 * wide_bytes  # torch's steps: the input and what is divided, both in float32
+        with accelerator_kernels():
+            assert peak() < 2 * wide_bytes
 
 
 def test_a_recorder_counts_this_ranks_part_of_a_distributed_tensor() -> None:

@@ -176,6 +176,11 @@ def test_a_batch_that_nothing_divides_names_its_neighbours() -> None:
         find_plan(graph, cluster(8, 2), PlanRequest(global_batch=7))
 
 
+def test_the_neighbours_of_a_batch_are_those_of_meshes_that_can_be() -> None:
+    with pytest.raises(InfeasibleError, match=r"the nearest that do: 7$"):  # 7 tensor ranks would take it: none splits
+        find_plan(mlp_chain(num_layers=1), cluster(1, 7), PlanRequest(global_batch=1))
+
+
 def test_degrees_make_the_plan_they_say() -> None:
     plan = plan_from_degrees(SMALL, cluster(2, 4), Degrees(
         global_batch=32, tp=2, pp=2, dp_shard=2, zero=1, micro_batch=2, recompute=Recompute.FULL,
