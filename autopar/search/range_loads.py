@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import floor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from autopar.search.stage_tables import StageTables
 from autopar.simulate.overlap import OVERLAP_SLOWDOWN
 
 MANY_OVERLAPS = 1024  # kept at once
+FORWARD_PARTS = 8  # by which the forwards that are left, as a share of the backwards, are rounded down
 SINGLE_DEPTHS = 8  # micro-batches in flight, beyond which numbers are taken together
 
 
@@ -123,12 +125,14 @@ class RangeLoads:
         room = self._memory.room(c, kind, in_flight, blocks)
         if room[1].all():
             return [(own, own, work) for own in load]
-        # Few weights, so that the frontiers are made once: what copies add to forwards counts on the last stage.
+        # Few weights, so that few frontiers are made: what copies add to forwards counts so much on all stages but the
+        # last, which does as many forwards as backwards after its first.
+        share = 1.0 if counts[0] == 1 else floor(FORWARD_PARTS * (m - max(counts)) / (m - 1)) / FORWARD_PARTS
         own = work + table.once_s + (in_flight - 1) * table.plain_forward_s  # beside that, all that a stage does
         below = load + np.maximum(own, chain_s) < limit_s
         if wanted is not None:
             below &= wanted
-        added = self._memory.added(c, in_flight, blocks, room, (1.0 if counts[0] == 1 else 0.0, 1.0), below)
+        added = self._memory.added(c, in_flight, blocks, room, (share, 1.0), below)
         added = (m - 1) * added if m > 1 else np.where(np.isfinite(added), 0.0, np.inf)
         plain = (m - 1) * table.plain_backward_s + (m - in_flight) * table.plain_forward_s
         later = np.maximum(load + table.hidden_share * added, plain + added)
