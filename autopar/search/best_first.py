@@ -384,7 +384,11 @@ class Engine:
         entry = max((layer.boundary_bytes for layer in layers), default=0.0) if index else 0.0
         host = (kind.device.host_memory_bytes or math.inf) - cost.host_state_bytes
         number = sum(map(is_layer, self.graph.blocks))
-        options = [layer_options(layer, kind.device, number, offload=self.request.offload) for layer in layers]
+        alike = {id(layer): layer for layer in layers}
+        of_layer = {
+            key: layer_options(layer, kind.device, number, offload=self.request.offload) for key, layer in alike.items()
+        }
+        options = [of_layer[id(layer)] for layer in layers]
         m = c.num_micro_batches
         if cost.single is not None:
             own = [is_layer(block) for block in blocks]

@@ -49,7 +49,7 @@ def shard_class(
     None where no choice of strategies allows that boundary (a sequence that does not divide, say).
     """
     found = shard_class_jointly(
-        cls, _joint_of_one(strategies), (boundary,), costs, parameter_weight=parameter_weight
+        cls, joint_of_one(strategies), (boundary,), costs, parameter_weight=parameter_weight
     )
     return None if found is None else found[0]
 
@@ -315,7 +315,8 @@ class _Joint:
         return np.flatnonzero((ids[:, chosen] == ids[row, chosen]).all(axis=1))
 
 
-def _joint_of_one(strategies: Mapping[str, Sequence[Strategy]]) -> dict[str, tuple[JointStrategy, ...]]:
+def joint_of_one(strategies: Mapping[str, Sequence[Strategy]]) -> dict[str, tuple[JointStrategy, ...]]:
+    """Strategies on one axis as those of all axes at once."""
     return {name: tuple((strategy,) for strategy in found) for name, found in strategies.items()}
 
 

@@ -11,7 +11,7 @@ from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.graph.model_graph import BlockClass, ModelGraph
 from autopar.plan.plan import is_layer
 from autopar.search.block_problem import is_hidden, is_image
-from autopar.search.intra_op import shard_class, shard_class_jointly
+from autopar.search.intra_op import joint_of_one, shard_class, shard_class_jointly
 from autopar.search.rewriting import Variants, Weighed, best_rewrites
 from autopar.search.ties import Options, TieSearch
 from autopar.sharding.coupled_rows import needs_whole_batch
@@ -54,13 +54,13 @@ class ShardingChooser:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
         self._rows = rows if graph.rows_are_tagged else graph.rows
         self._rewrites, self._compile, self._variants = rewrites, compile, Variants()
-        self._of_variants: dict[
-            tuple[int, tuple[int, ...], tuple[CostAxis, ...]],
-            tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts],
-        ] = {}  # by a variant's id, which is kept
+        # By a variant's id, which is kept.
+        self._of_variants: dict[tuple[int, tuple[int, ...]], Mapping[str, Sequence[JointStrategy]]] = {}
+        self._costs_of_variants: dict[tuple[int, tuple[int, ...], tuple[CostAxis, ...]], ClassCosts] = {}
         self._kept: dict[tuple[int, int, bool, bool, bool], Choice | None] = {}
         self._at_rows: dict[tuple[int, int, bool, bool, bool, int], tuple[ClassSharding, ...]] = {}
         self._strategies: dict[tuple[str, int], ClassStrategies] = {}
+        self._joint: dict[tuple[str, int], Mapping[str, Sequence[JointStrategy]]] = {}
         self._costs: dict[tuple[str, int], ClassCosts] = {}
         self.classes: tuple[BlockClass, ...] = tuple(
             graph.block_class[name] for name in dict.fromkeys(block.cls for block in graph.blocks)
@@ -189,10 +189,12 @@ class ShardingChooser:
         found: dict[str, ClassSharding] = {}
         for cls in self.classes:
             strategies, costs = self._of_class(cls, tp)
-            sharding = shard_class(cls, strategies, boundary, costs, parameter_weight=weight)
-            if sharding is None:
+            if (key := (cls.name, tp)) not in self._joint:  # the same objects each time, of which problems are kept
+                self._joint[key] = joint_of_one(strategies)
+            own = shard_class_jointly(cls, self._joint[key], (boundary,), costs, parameter_weight=weight)
+            if own is None:
                 return None
-            found[cls.name] = sharding
+            found[cls.name] = own[0]
         found = self._with_ties_settled(found, tp, boundary, weight)
         notes: list[str] = []
         layers = [cls for cls in self.classes if cls.name in self._layer_classes and _products(cls)]
@@ -246,8 +248,9 @@ class ShardingChooser:
                 continue
 
             def weigh(cls: BlockClass, shardings: tuple[ClassSharding, ...] | None = None) -> Weighed | None:
-                strategies, costs = self._of_variant(cls, sizes, outer)
+                costs = self._costs_of_variant(cls, sizes, outer)
                 if sizes and shardings is None:
+                    strategies = self._strategies_of_variant(cls, sizes)
                     shardings = shard_class_jointly(
                         cls, strategies, boundary, costs, parameter_weight=weight, whole_params=whole_params
                     )
@@ -286,18 +289,24 @@ class ShardingChooser:
             notes=(*choice.notes, *rewrite_notes(self._graph, rewrites)), rewrites=tuple(rewrites),
         )
 
-    def _of_variant(
-        self, cls: BlockClass, sizes: tuple[int, ...], outer: tuple[CostAxis, ...]
-    ) -> tuple[Mapping[str, Sequence[JointStrategy]], ClassCosts]:
-        """A class's strategies and costs over axes of these sizes, made once."""
+    def _costs_of_variant(self, cls: BlockClass, sizes: tuple[int, ...], outer: tuple[CostAxis, ...]) -> ClassCosts:
+        """A class's costs over axes of these sizes, made once."""
         key = id(cls), sizes, outer
-        if key not in self._of_variants:
+        if key not in self._costs_of_variants:
             tp = sizes[-1] if len(sizes) > len(outer) else 1
-            costs = ClassCosts(
+            self._costs_of_variants[key] = ClassCosts(
                 self._graph, cls, tp=tp, rows=self._rows, device=slowest_device(self._cluster), dtype=self._dtype,
                 tp_group=tp_group(self._cluster, tp) if tp > 1 else None, outer=outer,
             )
-            self._of_variants[key] = joint_strategies(cls, sizes) if sizes else {}, costs
+        return self._costs_of_variants[key]
+
+    def _strategies_of_variant(
+        self, cls: BlockClass, sizes: tuple[int, ...]
+    ) -> Mapping[str, Sequence[JointStrategy]]:
+        """A class's strategies over axes of these sizes, made once."""
+        key = id(cls), sizes
+        if key not in self._of_variants:
+            self._of_variants[key] = joint_strategies(cls, sizes)
         return self._of_variants[key]
 
     @cached_property

@@ -91,23 +91,33 @@ class StageLayout:
         """For each pair of neighbouring stages: their ranks' distinct links, and the flows that share a node's."""
         key = (num_stages, size)
         if key not in self._pairs:
-            node_of, found = self._cluster.node_of, []
-            for first in range(size, num_stages * size, size):
-                pairs: dict[tuple[int, int], tuple[int, int]] = {}
-                leaving: dict[int, int] = {}
-                for rank in range(first - size, first):
-                    here, there = node_of[rank], node_of[rank + size]
-                    pairs.setdefault((here, there), (rank, rank + size))
-                    leaving[here] = leaving.get(here, 0) + (here != there)
-                kinds: dict[tuple[object, ...], tuple[GroupShape, int]] = {}
-                for (here, there), pair in pairs.items():
-                    flows = max(1, leaving[here])
-                    key_of = (here == there, flows) if self._cluster.is_uniform else (here, there)
-                    if key_of not in kinds:
-                        kinds[key_of] = self._cluster.group(pair), flows
-                found.append(list(kinds.values()))
+            cluster = self._cluster
+            alike: dict[int, list[tuple[GroupShape, int]]] = {}  # by where a stage begins on nodes that are alike
+            found = []
+            for first in range(0, (num_stages - 1) * size, size):
+                at = first % cluster.nodes[0].num_devices if cluster.is_uniform else first
+                if at not in alike:
+                    alike[at] = self._links_from(first, size)
+                found.append(alike[at])
             self._pairs[key] = found
         return self._pairs[key]
+
+    def _links_from(self, first: int, size: int) -> list[tuple[GroupShape, int]]:
+        """The same of the stage on so many ranks from the first on and the one behind it."""
+        node_of = self._cluster.node_of
+        pairs: dict[tuple[int, int], tuple[int, int]] = {}
+        leaving: dict[int, int] = {}
+        for rank in range(first, first + size):
+            here, there = node_of[rank], node_of[rank + size]
+            pairs.setdefault((here, there), (rank, rank + size))
+            leaving[here] = leaving.get(here, 0) + (here != there)
+        kinds: dict[tuple[object, ...], tuple[GroupShape, int]] = {}
+        for (here, there), pair in pairs.items():
+            flows = max(1, leaving[here])
+            key_of = (here == there, flows) if self._cluster.is_uniform else (here, there)
+            if key_of not in kinds:
+                kinds[key_of] = self._cluster.group(pair), flows
+        return list(kinds.values())
 
     def _kind(self, c: Candidate, stage: int) -> StageKind:
         size = c.mesh.size
@@ -143,11 +153,15 @@ class StageLayout:
 
     def _group(self, ranks: tuple[int, ...]) -> Group:
         shape = self._cluster.group(ranks)
-        used = max(self._cluster.nodes[self._cluster.node_of[rank]].num_devices for rank in ranks)
+        cluster = self._cluster
+        some = ranks[:1] if cluster.is_uniform else ranks
+        used = max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in some)
         return Group(shape, max(1, used // shape.per_node))
 
 
 def memory_limit(cluster: Cluster, ranks: tuple[int, ...]) -> float:
     """What the smallest of these devices can give."""
+    if cluster.is_uniform:
+        return cluster.nodes[0].device.usable_memory_bytes
     nodes = dict.fromkeys(cluster.node_of[rank] for rank in ranks)
     return min(cluster.nodes[i].device.usable_memory_bytes for i in nodes)

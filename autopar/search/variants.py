@@ -139,6 +139,8 @@ def _frontiers(options: Options, weights: Weights) -> list[Frontier]:
 def frontiers(options: Options, num_layers: int, weights: Weights) -> list[Frontier]:
     """The frontiers of at least 0 to `num_layers` layers with these options."""
     known = _frontiers(options, weights)
+    if len(known) > num_layers:
+        return known
     held = np.array([option.held_bytes for option in options])
     added = np.array([option.added_s(weights) for option in options])
     one = np.eye(len(options), dtype=np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autopar.cluster.cluster import Cluster
+from autopar.cluster.cluster import Cluster, DeviceType
 from autopar.cost_models.memory import HOST_LINK_EFFICIENCY, allocatable_bytes, check_optimizer
 from autopar.cost_models.op_kinds import is_known
 from autopar.errors import InputError, PlanMismatchError
@@ -56,11 +56,17 @@ def infeasible_reason(
 
     `leaves_room`: the share of the memory that plans leave for fragmentation is not used up.
     """
+    def usable_bytes(device: DeviceType) -> float:
+        return device.usable_memory_bytes if leaves_room else allocatable_bytes(device)
+
+    everywhere = min(map(usable_bytes, {id(node.device): node.device for node in cluster.nodes}.values()))
     worst: tuple[float, str] | None = None
     for group in groups:
+        if group.memory.total <= everywhere:
+            continue
         for rank in {cluster.node_of[rank]: rank for rank in group.ranks}.values():
             device = cluster.device(rank)
-            usable = device.usable_memory_bytes if leaves_room else allocatable_bytes(device)
+            usable = usable_bytes(device)
             lacking = group.memory.total - usable
             if lacking > 0 and (worst is None or lacking > worst[0]):
                 parts = {
@@ -82,7 +88,7 @@ def host_lacks(cluster: Cluster, devices: Sequence[Sequence[int]], host: Sequenc
     `host`: the bytes that each of the `devices`, in groups that are alike, keeps there.
     """
     for size, ranks in zip(host, devices, strict=True):
-        for rank in ranks:
+        for rank in ranks[:1] if cluster.is_uniform else ranks:
             device = cluster.device(rank)
             if device.host_memory_bytes is not None and size > device.host_memory_bytes:
                 return (

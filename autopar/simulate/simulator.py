@@ -118,7 +118,9 @@ def _groups(plan: Plan, costs: Sequence[Mapping[Member, StageCost]], num_ranks: 
     for rank in range(num_ranks):
         for k, member in enumerate(costs[rank]):
             own = {i: list(costs[i].values())[k] for i in range(rank, plan.num_stages, num_ranks)}
-            devices = tuple(plan.stages[rank].devices[lane] for lane in member.lanes)
+            devices = plan.stages[rank].devices
+            if len(member.lanes) < len(devices):
+                devices = tuple(devices[lane] for lane in member.lanes)
             found.append(_Group(rank=rank, devices=devices, costs=own))
     return tuple(found)
 

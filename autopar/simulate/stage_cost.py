@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from autopar.cluster.cluster import Cluster, DeviceType, GroupShape
 from autopar.cost_models.collectives import collective_time_s
@@ -119,12 +120,14 @@ class _Group:
         )
 
 
-def _group(cluster: Cluster, plan: Plan, groups: Sequence[tuple[int, ...]]) -> _Group:
+def _group(cluster: Cluster, plan: Plan, groups: Iterable[tuple[int, ...]]) -> _Group:
     """The groups of these ranks; the other devices that the plan uses on a node form groups of the same shape."""
     found: dict[tuple[GroupShape, int], None] = {}
-    for ranks in groups[:1] if cluster.is_uniform else groups:
+    uniform = cluster.is_uniform
+    for ranks in islice(groups, 1) if uniform else groups:
         shape = cluster.group(ranks)
-        used = min(plan.num_devices, max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in ranks))
+        some = ranks[:1] if uniform else ranks  # nodes are alike
+        used = min(plan.num_devices, max(cluster.nodes[cluster.node_of[rank]].num_devices for rank in some))
         found[shape, max(1, used // shape.per_node)] = None
     return _Group(shapes=tuple(found))
 
@@ -393,8 +396,9 @@ def _data_parallel(
     for own in numels:
         layer = iter(own.units)
         sizes.append([own.root] + [next(layer) if is_layer(block) else 0.0 for block in blocks])
-        gathers = [before + gather_s(own, size) for before, size in zip(gathers, sizes[-1], strict=True)]
-        reductions = [before + reduce_s(own, size) for before, size in zip(reductions, sizes[-1], strict=True)]
+        each = {size: (gather_s(own, size), reduce_s(own, size)) for size in set(sizes[-1])}
+        gathers = [before + each[size][0] for before, size in zip(gathers, sizes[-1], strict=True)]
+        reductions = [before + each[size][1] for before, size in zip(reductions, sizes[-1], strict=True)]
     flipped = list(reversed(backward_s))
     hides = not device.name.startswith("CPU")
     if not hides:
@@ -446,7 +450,7 @@ def data_ranks(stage: Stage, *, by_experts: bool = False) -> DataRanks:
     """The data ranks of the stage's first rank; `by_experts`: of those that have the same experts."""
     mesh = stage.mesh
     inner, apart = mesh.cp * mesh.tp, mesh.ep if by_experts else 1
-    whole = tuple(
+    whole = stage.devices[:: mesh.tp] if apart == 1 else tuple(
         rank for i in range(0, mesh.dp, apart) for rank in stage.devices[i * inner : (i + 1) * inner : mesh.tp]
     )
     each = mesh.dp_shard * inner
@@ -470,9 +474,9 @@ def _data_groups(cluster: Cluster, plan: Plan, stage: Stage, *, by_experts: bool
     size, inner = len(ranks.shard), mesh.cp * mesh.tp
     each = mesh.dp_shard * inner
     return _DataGroups(
-        shard=_group(cluster, plan, [ranks.whole[at : at + size] for at in range(0, len(ranks.whole), size)]),
-        copies=_group(cluster, plan, [stage.devices[at::each] for at in range(0, each, inner)]),
-        whole=_group(cluster, plan, [ranks.whole]),
+        shard=_group(cluster, plan, (ranks.whole[at : at + size] for at in range(0, len(ranks.whole), size))),
+        copies=_group(cluster, plan, (stage.devices[at::each] for at in range(0, each, inner))),
+        whole=_group(cluster, plan, (ranks.whole,)),
     )
 
 
