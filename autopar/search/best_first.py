@@ -365,8 +365,10 @@ class Engine:
         )
         return replace(plan, stages=stages)
 
-    def options(self, c: Candidate, kind: StageKind, plan: Plan, index: int) -> tuple[Option, ...] | None:
-        """What the layers of a stage do so that it fits, of least added time.
+    def options(
+        self, c: Candidate, kind: StageKind, plan: Plan, index: int, *, deeper: int = 0
+    ) -> tuple[Option, ...] | None:
+        """What the layers of a stage do so that it fits, of least added time, with so many more in flight than in 1F1B.
 
         None where they can keep everything, and where nothing makes it fit.
         """
@@ -374,7 +376,7 @@ class Engine:
         graph = rewritten(self.graph, plan.rewrites)
         cost = stage_cost(graph, self.cluster, plan, index)
         left = kind.memory_limit_bytes - cost.static.total
-        in_flight = min(plan.num_stages - index, c.num_micro_batches)
+        in_flight = min(plan.num_stages - index + deeper, c.num_micro_batches)
         if cost.peak_bytes(in_flight) <= kind.memory_limit_bytes:
             return None
         blocks = self.graph.blocks[stage.first : stage.last]

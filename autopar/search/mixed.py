@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 from autopar.cluster.cluster import Cluster
@@ -21,6 +21,7 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import divisors
 from autopar.search.mixed_context import context_families, promising_counts
 from autopar.search.mixed_costs import ClusterPools, MixedCosts
+from autopar.search.mixed_orders import deepened, weights_put_off
 from autopar.search.mixed_plans import Part, mixed_plan, neighbours
 from autopar.search.plan_schedules import WORTH, busiest_s, other_schedule
 from autopar.search.runs import Passed, Runs, RunStage
@@ -37,7 +38,8 @@ STEP = 1.25  # by which limits of the step time rise while nothing is found belo
 FAR = 8.0  # times what all devices would take if work could be shared out at will: then there is no limit
 PUT_OFF = 6  # plans, the quickest of each number of micro-batches, that are tried with gradients of weights put off
 MAX_COUNTS = 3  # numbers of micro-batches, those with the quickest plans, of which they are tried
-MAX_LISTED = 2000  # actions of them up to which list schedules are tried
+DEEPENED_FROM = 0.02  # relative; the gap from which on plans are tried with more micro-batches in flight
+MAX_DEEPENED = 8  # of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ class _Search:
         self.outcome = MixedOutcome()
         self.problems: list[_Problem] = []
         self.settled = 0
+        self._deepened: list[SimulatedPlan] = []
+        self._least: dict[tuple[Part, ...], tuple[float, MixedCosts]] = {}  # what the busiest device of parts works
 
     @property
     def best_s(self) -> float:
@@ -128,6 +132,7 @@ class _Search:
             self._raise(problem)
             problem.costs.forget()
         self._try_idle()
+        self._deepen()
         self._put_off_weights()
 
     def _raise(self, problem: _Problem) -> None:
@@ -254,23 +259,40 @@ class _Search:
                     used="+".join(self.pools.name(pool) for pool in pools if mask >> pool & 1),
                 )
 
+    def _deepen(self) -> None:
+        """Where the bound leaves a gap: more in flight in the parts that could take least, did no device ever wait."""
+        lower_s = min(problem.lower_s for problem in self.problems)
+        every = sorted(
+            (least_s, at, parts) for at, (parts, (least_s, _)) in enumerate(self._least.items())
+            if self._step_s(parts) < math.inf
+        )
+        for least_s, _, parts in every[:MAX_DEEPENED]:
+            if self.best_s <= lower_s * (1 + DEEPENED_FROM) or least_s >= self.goal_s:
+                return
+            known = self.outcome.tried[parts]
+            assert known is not None, "only what fits is deepened"
+            for found in deepened(self.engine, self.cluster, self._least[parts][1], parts, known):
+                self._check_time()
+                self._deepened.append(found)
+                self._keep(found)
+
+    def _keep(self, found: SimulatedPlan) -> None:
+        self.outcome.num_simulated += 1
+        if found.step_time_s < self.best_s:
+            self.outcome.best = found
+
     def _put_off_weights(self) -> None:
         """Takes the best plans in an order that puts off gradients of weights, where that is better."""
         quickest: dict[int, dict[float, SimulatedPlan]] = {}  # by micro-batches and time: plans of one time are alike
         for found in sorted(filter(None, self.outcome.tried.values()), key=lambda own: own.step_time_s):
             quickest.setdefault(found.plan.num_micro_batches, {}).setdefault(found.step_time_s, found)
-        for base in [own for each in list(quickest.values())[:MAX_COUNTS] for own in list(each.values())[:PUT_OFF]]:
+        bases = [own for each in list(quickest.values())[:MAX_COUNTS] for own in list(each.values())[:PUT_OFF]]
+        bases += sorted(self._deepened, key=lambda own: own.step_time_s)[:PUT_OFF]
+        for base in bases:
             self._check_time()
-            other = other_schedule(
-                self.engine.graph, self.cluster, replace(base.plan, actions=()), limit_s=self.best_s * (1 - WORTH),
-                most_listed=MAX_LISTED,
-            )
-            if other is not None and other != base.plan:
-                timeline = simulate(self.engine.graph, self.cluster, other, detail=False)
-                if timeline.feasible and timeline.step_time_s < self.best_s * (1 - WORTH):
-                    self.outcome.best = replace(
-                        base, plan=other, step_time_s=timeline.step_time_s, peak_bytes=timeline.rank_peak_bytes
-                    )
+            other = weights_put_off(self.engine, self.cluster, base, self.best_s)
+            if other is not None:
+                self._keep(other)
 
     def _told(self) -> None:
         self.settled += 1
@@ -317,8 +339,10 @@ class _Search:
             log.info("a plan of unlike stages is not legal: %s", problem)
             return None
         graph = self.engine.graph
-        can_be_best = busiest_s(graph, self.cluster, plan) < self.best_s
-        other = other_schedule(graph, self.cluster, plan, split_backward=False) if can_be_best else None
+        least_s = busiest_s(graph, self.cluster, plan)
+        if whole:
+            self._least[parts] = least_s, costs
+        other = other_schedule(graph, self.cluster, plan, split_backward=False) if least_s < self.best_s else None
         if other is not None:
             ordered = simulate(self.engine.graph, self.cluster, other, detail=False)
             if ordered.feasible and ordered.step_time_s < timeline.step_time_s * (1 - WORTH):

@@ -24,8 +24,11 @@ class Part:
     group: int
 
 
-def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan:
-    """The parts as a plan whose layers recompute or offload so that they fit, where that is enough."""
+def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part], *, deeper: int = 0) -> Plan:
+    """The parts as a plan whose layers recompute or offload so that they fit, where that is enough.
+
+    `deeper`: how many more micro-batches are to fit on each stage than 1F1B has in flight.
+    """
     first = parts[0].setting.candidate
     # The plan's own shardings are those of the first stage that has inner axes; other stages hold theirs.
     lead = next((part.setting.candidate for part in parts if part.setting.candidate.mesh.inner), first)
@@ -48,7 +51,7 @@ def mixed_plan(engine: Engine, costs: MixedCosts, parts: Sequence[Part]) -> Plan
     )
     fitted = []
     for index, part in enumerate(parts):
-        options = engine.options(part.setting.candidate, part.setting.kind, plan, index)
+        options = engine.options(part.setting.candidate, part.setting.kind, plan, index, deeper=deeper)
         stage = plan.stages[index]
         fitted.append(stage if options is None else stage.with_variants([option.variant for option in options]))
     return replace(plan, stages=tuple(fitted))

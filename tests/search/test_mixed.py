@@ -133,3 +133,22 @@ def test_the_order_of_nodes_changes_nothing_but_ranks(speeds: tuple[float, ...],
     for other in found[1:]:
         assert other[:2] == pytest.approx(found[0][:2], rel=1e-12)
         assert other[2:] == found[0][2:]
+
+
+def test_layers_recompute_more_where_more_in_flight_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mlp_chain(num_layers=8, hidden=256, inner=1024, seq_len=512)
+    machine = cluster(per_node=2, speeds=(1.0, 1.0, 0.25), memory_gib=0.03, host_gb_per_s=20.0)
+
+    def found() -> MixedOutcome:
+        engine = Engine(graph, machine, PlanRequest(global_batch=8, dtype="float32"))
+        return search_mixed(engine, machine, float("inf"), None)
+
+    deep = found()
+    monkeypatch.setattr("autopar.search.mixed.MAX_DEEPENED", 0)
+    usual = found()
+    assert deep.best is not None and usual.best is not None
+    assert deep.best.step_time_s < 0.95 * usual.best.step_time_s
+    assert deep.lower_bound_s == usual.lower_bound_s <= deep.best.step_time_s
+    verify_plan(deep.best.plan, graph, machine)
+    timeline = simulate(graph, machine, deep.best.plan)
+    assert timeline.feasible and timeline.step_time_s == deep.best.step_time_s
