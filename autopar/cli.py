@@ -82,13 +82,14 @@ from autopar.cli_output import (
     progress,
     report_table,
 )
-from autopar.cli_process import Ending, collect_seldom, keep_memory, replace_unprintable
+from autopar.cli_process import Ending, collect_seldom, import_quickly, keep_memory, replace_unprintable
 from autopar.cli_profile import profile
 from autopar.cli_requests import SimulateRequest, Simulations
 from autopar.cli_sweep import sweep
 from autopar.cli_viewing import export, show, viz
 from autopar.errors import AutoparError, InfeasibleError, InputError
 from autopar.files import write_text
+from autopar.graph.lean_torch import lean_torch
 from autopar.plan.dtypes import param_dtype, torch_dtype
 from autopar.plan.goal import Goal
 from autopar.plan.plan import Recompute
@@ -301,10 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The process is ours.
     ending = Ending()
     collect_seldom()
+    import_quickly()
     replace_unprintable()
     alone = words[:1] in (["plan"], ["simulate"])  # they have no other processes
     if alone:
         keep_memory()
+        lean_torch()
     code = _run(words)
     ending.begins()
     if alone:

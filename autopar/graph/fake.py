@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -159,8 +159,8 @@ def _replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 def shapes_alone() -> Iterator[None]:
     """While inside, under a fake mode, tensors are made on the meta device, as transformers makes models to be loaded.
 
-    That is several times faster than fake tensors and skips the initialization. `torch.linspace` gives real numbers
-    unless a device is named.
+    That is several times faster than fake tensors. What `torch.nn.init` has for the values of parameters does nothing.
+    `torch.linspace` gives real numbers unless a device is named.
     """
     if not is_in_fake_mode():
         yield
@@ -170,8 +170,18 @@ def shapes_alone() -> Iterator[None]:
     def real_linspace(*args: Any, **kwargs: Any) -> Tensor:
         return linspace(*args, **{"device": "cpu", **kwargs})
 
-    with outside_other_modes(), torch.device("meta"), _replaced((torch, "linspace", real_linspace)):
+    initializers = [(nn.init, name, _unless_meta(function)) for name, function in vars(nn.init).items()
+                    if name.endswith("_") and not name.startswith("_")]
+    with outside_other_modes(), torch.device("meta"), _replaced((torch, "linspace", real_linspace), *initializers):
         yield
+
+
+def _unless_meta(initialize: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What gives a tensor its first values, but leaves one alone that has none."""
+    def initialized(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor if tensor.is_meta else initialize(tensor, *args, **kwargs)
+
+    return initialized
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,50 @@ sys.exit(cli.main())
 def test_an_interrupt_when_all_is_done_changes_nothing() -> None:
     run = subprocess.run([sys.executable, "-c", INTERRUPTED_AT_ITS_END], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "") and "H100" in run.stdout
+
+
+IMPORTS = """
+import dataclasses, inspect
+from autopar.cli_process import import_quickly
+import_quickly()
+"""
+
+
+def test_dataclasses_are_made_as_ever_when_imports_are_quick() -> None:
+    script = """
+@dataclasses.dataclass(frozen=True, order=True)
+class Point:
+    x: int
+    y: list = dataclasses.field(default_factory=list, repr=False)
+twin = dataclasses.make_dataclass("Point", [("x", str), ("y", int)], frozen=True)
+print(inspect.signature(Point), Point(1), Point(1) == Point(1), Point(1) < Point(2), hash(twin(1, 2)) == hash((1, 2)),
+      Point.__init__.__annotations__, twin.__init__.__annotations__, Point(1) == twin(1, []))
+try:
+    Point(1).x = 2
+except dataclasses.FrozenInstanceError as error:
+    print(error, Point.__init__.__globals__ is twin.__init__.__globals__)
+"""
+    usual = _printed("import dataclasses, inspect\n" + script)
+    assert _printed(IMPORTS + script) == usual
+    assert "Point(x=1)" in usual
+
+
+def test_frames_tell_their_source_to_all_but_torch(tmp_path: Path) -> None:
+    path = tmp_path / "frames.py"
+    path.write_text(IMPORTS + """
+import sys
+def here():
+    return inspect.getframeinfo(sys._getframe(1))
+mine = here()
+here.__globals__["__name__"] = "torch._library.utils"
+theirs = here()
+print(mine.code_context, theirs.code_context, mine.filename == theirs.filename, theirs.lineno - mine.lineno)
+""")
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == r"['mine = here()\n'] None True 2"
+
+
+def _printed(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

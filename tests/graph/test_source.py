@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from autopar.graph.fake import new_fake_mode
+from autopar.graph.fake import new_fake_mode, shapes_alone
 from autopar.graph.source import capture_source, load_source, preset_names
 
 PARAMS = {  # millions of parameters, from the models' cards and papers
@@ -185,3 +185,14 @@ def test_a_factory_may_read_its_data(batch: str, cuda: bool, tmp_path: Path) -> 
     assert type(example) is (tuple if "[" in batch else dict)
     graph = capture_source(source)
     assert {info.dtype for info in graph.params} == {"bfloat16"} and len(graph.inputs) == 2
+
+
+def test_initializers_set_the_tensors_that_have_values_and_leave_the_others_alone() -> None:
+    before = dict(vars(nn.init))
+    with new_fake_mode(), shapes_alone():
+        given = torch.empty(2, 3)
+        assert given.is_meta and nn.init.kaiming_uniform_(given, a=2.0) is given
+        assert nn.init.ones_(torch.zeros(2, device="cpu")).tolist() == [1.0, 1.0]
+        with torch.no_grad():
+            assert nn.init.constant_(tensor=torch.zeros(1, device="cpu"), val=3.0).item() == 3.0
+    assert vars(nn.init) == before
