@@ -1,14 +1,15 @@
 """Plans with a context axis, which splits sequences: tried where they promise to be faster than all without one.
 
 To choose the shardings of two axes at once takes seconds, so that candidates are first estimated: as if the context
-axis split rows instead, for free. Only where this is well below the best so far, and still is with what a context axis
-alone would add to a part of the work, are the shardings searched, at first without rewrites of layers, which are taken
-to gain as much as without a context axis; and then with them.
+axis split rows instead, for free; then with what a context axis alone adds to as many parts of the rows, and for a cut.
+Only where this is well below the best so far are the shardings searched, those of the best estimate first: without
+rewrites of layers, which are taken to gain as much as without a context axis; and then with them.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,14 +39,23 @@ class ContextOutcome:
 def context_candidates(
     cluster: Cluster, request: PlanRequest, chooser: ShardingChooser, num_blocks: int
 ) -> list[Candidate]:
-    """Every candidate with a context axis of at least two ranks, its groups aligned to nodes."""
+    """Every candidate with a context axis of at least two ranks, its groups aligned to nodes.
+
+    But for those that have as many tokens on a rank as another one with fewer rows in a micro-batch, of which each is
+    on fewer ranks: that one has the same work and less to exchange.
+    """
     if not chooser.has_hidden_states:
         return []
     inside, found = node_size(cluster), []
     one_part = chooser.needs_whole_batch
+    free = not (request.micro_batch or request.mesh or one_part)
+
+    def is_aligned(ranks: int) -> bool:
+        return not (inside % ranks and ranks % inside)
+
     for pp, tp, ranks in meshes(cluster, num_blocks):
         for cp in divisors(ranks)[1:]:
-            if (inside % (cp * tp) and (cp * tp) % inside) or request.global_batch % (ranks // cp):
+            if not is_aligned(cp * tp) or request.global_batch % (ranks // cp):
                 continue
             dp = ranks // cp
             rows = request.global_batch // dp
@@ -53,7 +63,7 @@ def context_candidates(
                 continue
             sizes = [rows] if one_part else [request.micro_batch] if request.micro_batch else divisors(rows)
             for size in sizes:
-                if rows % size:
+                if rows % size or (free and any(is_aligned(cp // d * tp) for d in divisors(math.gcd(cp, size))[1:])):
                     continue
                 for sequence_parallel in (False, True) if tp > 1 else (False,):
                     found += [
@@ -105,17 +115,6 @@ def _added_alone(engine: Engine, plain: Bounds, c: Candidate) -> float:
     return plain.work.of_kind(alone, beside) - plain.work.of_kind(without, kind)
 
 
-def _promises_alone(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> bool:
-    """Whether the estimate of any of these is below the limit with what the context axis adds alone."""
-    added: dict[Work, float] = {}
-    for c in space:
-        if c.work not in added:
-            added[c.work] = _added_alone(engine, plain, c)
-        if estimated(engine, c, limit) + added[c.work] < limit:
-            return True
-    return False
-
-
 def _promises(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> bool:
     """Whether any of these candidates, which have the same inner axes, is estimated below the limit.
 
@@ -138,70 +137,109 @@ def search_context(
 
     An interrupt ends it as the time limit does where there is a plan; else the caller gets the interrupt.
     """
+    asked = any(axis == "cp" and size > 1 for axis, size in request.mesh)
+    most = MAX_SHARDINGS if best is not None else MAX_SHARDINGS_ALONE
+    plain = Bounds(engine.graph, engine.layout, request, engine.chooser.plain)
+    found: Outcome | None = None
+    num_searched, cut_short = 0, True
     try:
-        chosen = _promising(engine, cluster, request, best, deadline)
+        promising = _Promising(engine, plain, context_candidates(
+            cluster, request, engine.chooser, len(engine.graph.blocks)
+        ))
+        for _ in range(most):
+            limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
+            space = promising.next_group(limit, deadline)
+            if space is None:
+                break
+            alike = _with_shardings(engine, plain, space, limit)
+            if not alike:
+                continue
+            own = engine.search(alike, incumbent=best, deadline=deadline, progress=progress)
+            num_searched += len(alike)
+            found, best = own if found is None else _both(found, own), own.best
+        cut_short = engine.out_of_time(deadline)
     except KeyboardInterrupt:
         if best is None:
             raise
         engine.interrupted = True
-        chosen = None
-    if chosen is None:
-        return ContextOutcome(cut_short=True)
-    if not chosen:
-        return ContextOutcome()
-    outcome = engine.search(chosen, incumbent=best, deadline=deadline, progress=progress)
-    return ContextOutcome(outcome=outcome, num_searched=len(chosen))
+    return ContextOutcome(outcome=found, num_searched=num_searched, cut_short=cut_short)
 
 
-def _promising(
-    engine: Engine, cluster: Cluster, request: PlanRequest, best: Found | None, deadline: float | None
-) -> list[Candidate] | None:
-    """The candidates to search, with their shardings chosen; None where there was no time for it."""
-    space = context_candidates(cluster, request, engine.chooser, len(engine.graph.blocks))
-    asked = any(axis == "cp" and size > 1 for axis, size in request.mesh)
-    limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
-    most = MAX_SHARDINGS if best is not None else MAX_SHARDINGS_ALONE
-    groups: dict[tuple[int, int, bool], list[Candidate]] = {}
-    for c in space:
-        groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
-    ordered: list[tuple[int, int, bool]] = []  # the groups by their least estimates
-    # What an estimate is at least: roughly and by the work alone, for all of the same work at once; and itself.
-    works: dict[Work, list[Candidate]] = {}
-    for c in space:
-        works.setdefault(c.work, []).append(c)
-    queue = [(_roughly(engine, alike[0]), alike[0], 0) for alike in works.values()]
-    heapq.heapify(queue)
-    while queue and queue[0][0] < limit and len(ordered) < most:
-        if engine.out_of_time(deadline):
-            return None
-        least, c, level = heapq.heappop(queue)
-        key = c.cp, c.tp, c.sequence_parallel
-        if key in ordered:
-            continue
-        if level == 0:
-            heapq.heappush(queue, (max(least, engine.bounds.work.of_work(_without_axis(c))), c, 1))
-        elif level == 1:
-            for own in works[c.work]:
-                heapq.heappush(queue, (max(least, estimated(engine, own, limit)), own, 2))
-        else:
-            ordered.append(key)
-    chooser = ShardingChooser(
-        engine.graph, cluster, request.dtype, rows=request.micro_batch or 1, compile=request.compile
+def _both(before: Outcome, after: Outcome) -> Outcome:
+    """The outcome of a search and of one after it for what is better."""
+    return replace(
+        after, lower_bound_s=min(before.lower_bound_s, after.lower_bound_s),
+        complete=before.complete and after.complete, timed_out=before.timed_out or after.timed_out,
+        num_simulated=before.num_simulated + after.num_simulated,
     )
-    plain = Bounds(engine.graph, engine.layout, request, chooser)
-    found: list[Candidate] = []
-    for cp, tp, sequence_parallel in ordered:
-        if engine.out_of_time(deadline):
-            break
-        estimates = sorted((estimated(engine, c, limit), c) for c in groups[cp, tp, sequence_parallel])
-        alike = [c for estimate, c in estimates if estimate < limit]
-        # Alone, the axis is chosen for in a tenth of the time.
-        alone = chooser.choose(1, sequence_parallel=False, cp=cp) if tp > 1 and limit < float("inf") else None
-        if alone is not None and not _promises_alone(engine, plain, alike, limit):
-            continue
-        if chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp) is None:
-            continue
-        if _promises(engine, plain, alike, limit):
-            chosen = engine.chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp)
-            found += alike if chosen is not None else ()
-    return found
+
+
+class _Promising:
+    """The candidates of each pair of axes, those of the best estimate first.
+
+    Estimates are made one after another, each taking longer and saying more, of what may be the best by the one before:
+    roughly, by the work alone, as if the context axis split rows for free, with what it adds alone, and so for an even
+    cut.
+    """
+
+    def __init__(self, engine: Engine, plain: Bounds, space: Sequence[Candidate]) -> None:
+        self.engine, self.plain = engine, plain
+        self.groups: dict[tuple[int, int, bool], list[Candidate]] = {}  # of those that were not given yet
+        self.works: dict[Work, list[Candidate]] = {}
+        for c in space:
+            self.groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
+            self.works.setdefault(c.work, []).append(c)
+        self.added: dict[Work, float] = {}
+        self.queue = [(_roughly(engine, alike[0]), alike[0], 0) for alike in self.works.values()]
+        heapq.heapify(self.queue)
+
+    def next_group(self, limit: float, deadline: float | None) -> list[Candidate] | None:
+        """The next ones that are estimated below the limit; None where there are none, or no time is left."""
+        engine, queue = self.engine, self.queue
+        while queue and queue[0][0] < limit:
+            if engine.out_of_time(deadline):
+                return None
+            least, c, level = heapq.heappop(queue)
+            key = c.cp, c.tp, c.sequence_parallel
+            if key not in self.groups:
+                continue
+            if level == 0:
+                heapq.heappush(queue, (max(least, engine.bounds.work.of_work(_without_axis(c))), c, 1))
+            elif level == 1:
+                for own in self.works[c.work]:
+                    heapq.heappush(queue, (max(least, estimated(engine, own, limit)), own, 2))
+            elif level == 2:
+                heapq.heappush(queue, (least + self._added_s(c), c, 3))
+            elif level == 3:
+                heapq.heappush(queue, (max(least, self._of_even_cut(c, limit)), c, 4))
+            else:
+                return self.groups.pop(key)
+        return None
+
+    def _added_s(self, c: Candidate) -> float:
+        """What the context axis adds alone; 0 where that is not known."""
+        if c.work not in self.added:
+            alone = self.engine.chooser.plain.choose(1, sequence_parallel=False, cp=c.cp)
+            self.added[c.work] = 0.0 if alone is None else max(0.0, _added_alone(self.engine, self.plain, c))
+        return self.added[c.work]
+
+    def _of_even_cut(self, c: Candidate, limit: float) -> float:
+        """The estimate for the even cut, or where that does not fit for one that promises much and does."""
+        bounds, like = self.engine.bounds, _without_axis(c)
+        cuts = self.engine.even_cuts(c.pp)
+        found = float("inf") if cuts is None else bounds.closer_of_cut(like, cuts)
+        if found == float("inf") and (best := bounds.best_cut(like, limit)) is not None:
+            found = bounds.closer_of_cut(like, best[1])
+        return found + self._added_s(c)
+
+
+def _with_shardings(engine: Engine, plain: Bounds, space: Sequence[Candidate], limit: float) -> list[Candidate]:
+    """Of candidates with the same inner axes those that promise to be below the limit, their shardings chosen."""
+    cp, tp, sequence_parallel = space[0].cp, space[0].tp, space[0].sequence_parallel
+    estimates = sorted((estimated(engine, c, limit), c) for c in space)
+    alike = [c for estimate, c in estimates if estimate < limit]
+    if not alike or engine.chooser.plain.choose(tp, sequence_parallel=sequence_parallel, cp=cp) is None:
+        return []
+    if not _promises(engine, plain, alike, limit):
+        return []
+    return alike if engine.chooser.choose(tp, sequence_parallel=sequence_parallel, cp=cp) is not None else []

@@ -66,6 +66,7 @@ NOT_SEARCHED = (
     IN_ORDER,
     UNUSED,
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
+    "rewrites of layers beside a context axis that do not pay without it",
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (

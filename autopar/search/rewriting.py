@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autopar.graph.model_graph import BlockClass
@@ -45,13 +45,17 @@ class Variants:
 
 
 def best_rewrites(
-    cls: BlockClass, captured: Weighed, variants: Variants, weigh: Callable[[BlockClass], Weighed | None]
+    cls: BlockClass, captured: Weighed, variants: Variants, weigh: Callable[[BlockClass], Weighed | None],
+    tried: Sequence[Rewrite] | None = None,
 ) -> tuple[tuple[Rewrite, ...], Weighed]:
     """The rewrites that make the class fastest, one after the other, and the class so rewritten as `weigh` sees it.
 
     In every round each rewrite that applies is weighed and the best is taken, until none pays: rewrites of different
-    ops hardly change what the others gain. Of equals the first is taken, and the captured form before any.
+    ops hardly change what the others gain. Of equals the first is taken, and the captured form before any. With some
+    to be `tried`, each of them is taken in turn if it pays.
     """
+    if tried is not None:
+        return _in_turn(cls, captured, variants, weigh, tried)
     taken: tuple[Rewrite, ...] = ()
     best = captured
     while True:
@@ -64,3 +68,17 @@ def best_rewrites(
         if found is None:
             return taken, best
         taken, cls = (*taken, found[0]), found[1]
+
+
+def _in_turn(
+    cls: BlockClass, captured: Weighed, variants: Variants, weigh: Callable[[BlockClass], Weighed | None],
+    tried: Sequence[Rewrite],
+) -> tuple[tuple[Rewrite, ...], Weighed]:
+    taken, best = list[Rewrite](), captured
+    for rewrite in tried:
+        changed = dict(variants.of(cls)).get(rewrite)
+        weighed = None if changed is None else weigh(changed)
+        if changed is not None and weighed is not None and weighed.beats(best):
+            taken.append(rewrite)
+            cls, best = changed, weighed
+    return tuple(taken), best

@@ -54,6 +54,10 @@ class ShardingChooser:
         self._graph, self._cluster, self._dtype = graph, cluster, dtype
         self._rows = rows if graph.rows_are_tagged else graph.rows
         self._rewrites, self._compile, self._variants = rewrites, compile, Variants()
+        # The same without rewrites.
+        self.plain: ShardingChooser = self if not rewrites else ShardingChooser(
+            graph, cluster, dtype, rows=rows, compile=compile
+        )
         # By a variant's id, which is kept.
         self._of_variants: dict[tuple[int, tuple[int, ...]], Mapping[str, Sequence[JointStrategy]]] = {}
         self._costs_of_variants: dict[tuple[int, tuple[int, ...], tuple[CostAxis, ...]], ClassCosts] = {}
@@ -121,12 +125,24 @@ class ShardingChooser:
     def _choose_jointly(
         self, cp: int, tp: int, sequence_parallel: bool, split_weights: bool, split_products: bool
     ) -> Choice | None:
-        """Both axes at once. None where nothing passes between blocks that the first one could split."""
+        """Both axes at once. None where nothing passes between blocks that the first one could split.
+
+        Of rewrites those that pay without the context axis are tried beside it.
+        """
         if not self.has_hidden_states:
             return None
         outer = inner_axis(self._cluster, tuple(i * tp for i in range(cp)))
         sizes = (cp, tp) if tp > 1 else (cp,)
         boundary = (shard(1), shard(1) if sequence_parallel else R)[: len(sizes)]
+        if self.plain is not self and not split_products:
+            choice = self.plain.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights, cp=cp)
+            alone = self.choose(tp, sequence_parallel=sequence_parallel, split_weights=split_weights)
+            if choice is None or alone is None:
+                return choice
+            return self._with_rewrites(
+                choice, sizes=sizes, outer=(outer,), boundary=boundary, weight=float(split_weights),
+                tried=alone.rewrites,
+            )
         weight, device = float(split_weights), slowest_device(self._cluster)
         group = tp_group(self._cluster, tp) if tp > 1 else None
         costs = {
@@ -179,10 +195,7 @@ class ShardingChooser:
             replace(own, axis=axis) for shardings in chosen.values()
             for own, axis in zip(shardings, ("cp", "tp"), strict=False)
         ]
-        choice = Choice(shardings=tuple(found), notes=tuple(notes))
-        return choice if split_products else self._with_rewrites(
-            choice, sizes=sizes, outer=(outer,), boundary=boundary, weight=float(split_weights)
-        )
+        return Choice(shardings=tuple(found), notes=tuple(notes))
 
     def _choose(self, tp: int, sequence_parallel: bool, split_weights: bool, split_products: bool) -> Choice | None:
         boundary, weight = shard(1) if sequence_parallel else R, float(split_weights)
@@ -229,9 +242,9 @@ class ShardingChooser:
 
     def _with_rewrites(
         self, choice: Choice, *, sizes: tuple[int, ...] = (), outer: tuple[CostAxis, ...] = (),
-        boundary: Placement = (), weight: float = 1.0,
+        boundary: Placement = (), weight: float = 1.0, tried: Sequence[Rewrite] | None = None,
     ) -> Choice:
-        """The choice with the layers rewritten wherever that is faster and keeps no more.
+        """The choice with the layers rewritten wherever that is faster and keeps no more; only as `tried`, if given.
 
         The axes have `sizes`; of the first ones `outer` says more. A class that shares a parameter with another is left
         as it is, for its sharding was settled with the other's.
@@ -274,7 +287,7 @@ class ShardingChooser:
 
             captured = weigh(cls, tuple(own for own in choice.shardings if own.cls == cls.name))
             assert captured is not None
-            found, best = best_rewrites(cls, captured, self._variants, weigh)
+            found, best = best_rewrites(cls, captured, self._variants, weigh, tried)
             rewrites += found
             if found:
                 axes = ("cp", "tp") if outer else ("tp",)

@@ -9,7 +9,7 @@ from autopar.cluster.cluster import Cluster
 from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.memory import GRADIENT_BYTES
 from autopar.graph.model_graph import ModelGraph
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Schedule
 from autopar.sharding.reshard import Collective
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.events import Execution, StageTimes, activation_steps, execute, peak_activation_bytes
@@ -23,7 +23,8 @@ from autopar.simulate.feasibility import (
 )
 from autopar.simulate.links import link_times
 from autopar.simulate.members import Member, member_costs, slowest_times
-from autopar.simulate.schedules import ActionLists, plan_actions
+from autopar.simulate.one_f_one_b import QuickRun, run_one_f_one_b
+from autopar.simulate.schedules import plan_actions
 from autopar.simulate.single_memory import single_backwards, single_memory
 from autopar.simulate.splitting import as_run
 from autopar.simulate.stage_cost import StageCost
@@ -46,28 +47,32 @@ def simulate(
 
     Each kind of device of a stage is timed by itself, and the stage takes as long as the slowest of them; the
     schedule's action lists are then executed exactly. Without `detail` the timeline has no events and no memory over
-    time, for searches that want its figures alone. `as_system`: what training systems make of these degrees instead of
-    this trainer: all memory that there is may be used, and on GPUs Megatron's ways are counted
-    (`autopar.simulate.async_products`) where there are stages or a tensor axis, and parameters are whole.
+    time, and what waits for links counts as bubble, for searches that want its other figures alone. `as_system`: what
+    training systems make of these degrees instead of this trainer: all memory that there is may be used, and on GPUs
+    Megatron's ways are counted (`autopar.simulate.async_products`) where there are stages or a tensor axis, and
+    parameters are whole.
     """
     graph = rewritten(graph, plan.rewrites)
     check_plan(graph, cluster, plan)
-    lists = as_run(graph, plan, plan_actions(plan))
-    num_ranks = len(lists)
+    lists = None if not detail and _is_plain(plan) else as_run(graph, plan, plan_actions(plan))
     on_cpu = cluster.device(plan.stages[0].devices[0]).name.startswith("CPU")
     as_megatron = as_system and not on_cpu and all(stage.zero < 3 for stage in plan.stages) and (
         plan.num_stages > 1 or plan.stages[0].mesh.tp > 1
     )
     costs, times = pipeline_times(graph, cluster, plan, as_megatron=as_megatron)
-    run = execute(lists, times)
+    run = run_one_f_one_b(times, plan.num_micro_batches) if lists is None else execute(lists, times)
     tied = _tied_sums(graph, cluster, plan)
-    reduced = _reduced(run, costs, tied)
-    groups = _groups(plan, costs, num_ranks)
+    reduced = _reduced(run.rank_end_s, costs, tied)
+    groups = _groups(plan, costs, len(run.rank_end_s))
     ends = [reduced[group.rank] + sum(cost.optimizer_s for cost in group.costs.values()) for group in groups]
     step = max(ends)
     busy = [_busy_s(plan, group, tied) for group in groups]
     critical = busy.index(max(busy))
-    breakdown = _breakdown(plan, groups[critical], times, lists, costs, run, step, tied)
+    without_s = None
+    if lists is not None and detail and any(time.send_forward_s or time.send_backward_s for time in times):
+        free = [replace(time, send_forward_s=0.0, send_backward_s=0.0) for time in times]
+        without_s = max(_reduced(execute(lists, free).rank_end_s, costs, tied))
+    breakdown = _breakdown(plan, groups[critical], max(reduced), without_s, step, tied)
     peaks = _peaks(run, groups)
     keeps_gradients = as_system and any(stage.zero < 3 for stage in plan.stages)
     timelines = tuple(
@@ -92,10 +97,18 @@ def simulate(
         breakdown=breakdown, groups=timelines, critical=critical,
         events=tuple(
             event for i, group in enumerate(groups) for event in _events(i, group, run, reduced, ends[i])
-        ) if detail else (),
+        ) if detail and isinstance(run, Execution) else (),
         notes=(
             *model_notes(graph, cluster, plan), *(megatron_notes(plan) if as_megatron else ()), *host_notes(max(host))
         ),
+    )
+
+
+def _is_plain(plan: Plan) -> bool:
+    """Whether it runs 1F1B as it is, in steps of several micro-batches."""
+    return (
+        plan.schedule is Schedule.ONE_F_ONE_B and not plan.actions and plan.num_micro_batches > 1
+        and not any(stage.virtual for stage in plan.stages)
     )
 
 
@@ -150,13 +163,13 @@ def _tied_sums(graph: ModelGraph, cluster: Cluster, plan: Plan) -> tuple[TiedSum
 
 
 def _reduced(
-    run: Execution, costs: Sequence[Mapping[Member, StageCost]], tied: Sequence[TiedSum]
+    rank_end_s: Sequence[float], costs: Sequence[Mapping[Member, StageCost]], tied: Sequence[TiedSum]
 ) -> list[float]:
     """When each pipeline rank has all its gradients: sums over the tensor axis, then over stages, which wait."""
-    num_ranks = len(run.lists)
+    num_ranks = len(rank_end_s)
     ends = [
         end + sum(max(cost.step_tp_s for cost in own.values()) for own in costs[rank::num_ranks])
-        for rank, end in enumerate(run.rank_end_s)
+        for rank, end in enumerate(rank_end_s)
     ]
     for stages, time_s in tied:
         ranks = {stage % num_ranks for stage in stages}
@@ -178,10 +191,12 @@ def _tied_s(group: _Group, tied: Sequence[TiedSum]) -> float:
 
 
 def _breakdown(
-    plan: Plan, group: _Group, times: Sequence[StageTimes], lists: ActionLists,
-    costs: Sequence[Mapping[Member, StageCost]], run: Execution, step: float, tied: Sequence[TiedSum],
+    plan: Plan, group: _Group, reduced_s: float, without_s: float | None, step: float, tied: Sequence[TiedSum]
 ) -> Breakdown:
-    """Where the step goes on the devices that work longest. Waiting that would vanish with free links is pp_comm."""
+    """Where the step goes on the devices that work longest. Waiting that would vanish with free links is pp_comm.
+
+    `reduced_s`: when all gradients are there; `without_s`: the same with free links, None where that is not known.
+    """
     m, own = plan.num_micro_batches, group.costs.values()
     compute = m * sum(cost.forward_compute_s + cost.backward_compute_s for cost in own)
     tp_comm = sum(m * (cost.forward_tp_s + cost.backward_tp_s) + cost.step_tp_s for cost in own)
@@ -194,11 +209,7 @@ def _breakdown(
     dp_comm -= hidden
     idle = step - compute - tp_comm - dp_comm - optimizer
     idle = idle if idle > 1e-9 * step else 0.0  # what is left by rounding is no waiting
-    pp_comm = 0.0
-    if idle > 0 and any(time.send_forward_s or time.send_backward_s for time in times):
-        free = [replace(time, send_forward_s=0.0, send_backward_s=0.0) for time in times]
-        without = max(_reduced(execute(lists, free), costs, tied))
-        pp_comm = min(idle, max(0.0, max(_reduced(run, costs, tied)) - without))
+    pp_comm = 0.0 if without_s is None else min(idle, max(0.0, reduced_s - without_s))
     return Breakdown(
         compute=compute, tp_comm=tp_comm, dp_comm=dp_comm, pp_comm=pp_comm, bubble=idle - pp_comm, optimizer=optimizer
     )
@@ -213,8 +224,14 @@ def _num_stages(groups: Sequence[_Group]) -> int:
     return 1 + max(stage for group in groups for stage in group.costs)
 
 
-def _peaks(run: Execution, groups: Sequence[_Group]) -> list[float]:
+def _peaks(run: Execution | QuickRun, groups: Sequence[_Group]) -> list[float]:
     """The most bytes of activations that a device of each group holds."""
+    if isinstance(run, QuickRun):
+        return [
+            run.peak_bytes(group.rank, sum(cost.held_bytes for cost in group.costs.values()),
+                           sum(cost.extra_bytes for cost in group.costs.values()))
+            for group in groups
+        ]
     n = _num_stages(groups)
     return [
         peak_activation_bytes(
@@ -224,30 +241,37 @@ def _peaks(run: Execution, groups: Sequence[_Group]) -> list[float]:
     ]
 
 
-def _host_bytes(run: Execution, groups: Sequence[_Group]) -> list[float]:
+def _host_bytes(run: Execution | QuickRun, groups: Sequence[_Group]) -> list[float]:
     """The most bytes that a device of each group keeps in host memory."""
     n = _num_stages(groups)
     return [
-        peak_activation_bytes([run.lists[group.rank]], _by_stage(group, n, "host_bytes"))[0]
-        + sum(cost.host_state_bytes for cost in group.costs.values())
+        (
+            run.peak_bytes(group.rank, sum(cost.host_bytes for cost in group.costs.values()), 0.0)
+            if isinstance(run, QuickRun) else
+            peak_activation_bytes([run.lists[group.rank]], _by_stage(group, n, "host_bytes"))[0]
+        ) + sum(cost.host_state_bytes for cost in group.costs.values())
         for group in groups
     ]
 
 
 def _group_timeline(
-    cluster: Cluster, plan: Plan, group: _Group, run: Execution, activations: float, reduced: float, end: float, *,
-    detail: bool, all_at_once: bool,
+    cluster: Cluster, plan: Plan, group: _Group, run: Execution | QuickRun, activations: float, reduced: float,
+    end: float, *, detail: bool, all_at_once: bool,
 ) -> GroupTimeline:
     """One group's memory and times; `all_at_once`: gradients are there from the step's beginning on."""
-    own = list(group.costs.values())
-    devices, starts = group.devices, run.starts[group.rank]
-    singles = {} if all_at_once else single_backwards(run, group.rank, group.costs)
-    if singles:
+    own, devices = list(group.costs.values()), group.devices
+    if isinstance(run, QuickRun):
+        start_s = run.start_s[group.rank]
+    else:
+        start_s = run.starts[group.rank][0] if run.starts[group.rank] else 0.0
+    # In steps of several micro-batches there are none, and a quick run is one.
+    singles = {} if all_at_once or isinstance(run, QuickRun) else single_backwards(run, group.rank, group.costs)
+    if singles and isinstance(run, Execution):
         stepping = sum(cost.optimizer_step_bytes for cost in own)
         memory, over_time = single_memory(run, group.rank, singles, stepping, reduced)
         return GroupTimeline(
             stage=group.rank, ranks=devices, types=(cluster.device(devices[0]).name,) * len(devices), memory=memory,
-            start_s=starts[0] if starts else 0.0, end_s=end,
+            start_s=start_s, end_s=end,
             memory_steps=(*over_time, (end, over_time[0][1])) if detail else (),
             busy_s=sum(cost.forward_s + cost.backward_s for cost in own),
         )
@@ -261,7 +285,7 @@ def _group_timeline(
         buffers=buffers + max(0.0, stepping - activations),
     )
     steps: tuple[tuple[float, float], ...] = ()
-    if detail:
+    if detail and isinstance(run, Execution):
         n = 1 + max(group.costs)
         always = memory.parameters + memory.gradients + memory.optimizer + buffers
         found = activation_steps(
@@ -271,7 +295,7 @@ def _group_timeline(
         steps = tuple((time, always + size) for time, size in found)
     return GroupTimeline(
         stage=group.rank, ranks=devices, types=(cluster.device(devices[0]).name,) * len(devices), memory=memory,
-        start_s=starts[0] if starts else 0.0, end_s=end, memory_steps=steps,
+        start_s=start_s, end_s=end, memory_steps=steps,
         busy_s=plan.num_micro_batches * sum(cost.forward_s + cost.backward_s for cost in own),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from autopar.plan.verify import problems, verify_plan
 from autopar.search.best_first import Engine
 from autopar.search.bounds import Bounds
 from autopar.search.candidates import MESH_AXES, Candidate, PlanRequest, parse_mesh
-from autopar.search.context import _added_alone, _without_axis
+from autopar.search.context import _added_alone, _without_axis, context_candidates
 from autopar.search.planner import find_plan
 from autopar.search.shardings import ShardingChooser
 from autopar.sharding.state import Kind, shard
@@ -97,6 +98,27 @@ def test_a_mesh_that_no_plan_has(graph: ModelGraph) -> None:
     assert "cp" in MESH_AXES
 
 
+def test_rows_on_more_ranks_are_left_to_fewer_rows_on_fewer(graph: ModelGraph) -> None:
+    """Micro-batches of d times the rows on d times the ranks have as many tokens on each, and more to exchange."""
+    cluster, alone = parse_cluster("2x8xH100-80GB"), (("pp", 1), ("tp", 1))
+    engine = Engine(graph, cluster, request(global_batch=8))
+    number = len(graph.blocks)
+    kept = context_candidates(cluster, engine.request, engine.chooser, number)
+    every = context_candidates(cluster, request(global_batch=8, mesh=alone), engine.chooser, number)
+    assert {c for c in kept if (c.pp, c.tp) == (1, 1)} < set(every)
+    left_out = sorted(set(every) - set(kept))
+    assert left_out
+    for c in left_out:
+        d = math.gcd(c.cp, c.micro_batch)
+        fewer = replace(
+            c, cp=c.cp // d, micro_batch=c.micro_batch // d, dp_replicate=c.dp_replicate * (d if c.zero == 0 else 1),
+            dp_shard=c.dp_shard * (1 if c.zero == 0 else d),
+        )
+        assert fewer in kept or fewer.cp == 1
+        own, other = (engine.simulate(each, (0, number)) for each in (c, fewer))
+        assert own is None or (other is not None and other.step_time_s <= own.step_time_s), c
+
+
 def test_what_the_axis_adds_beside_a_tensor_axis_counts_the_network_that_its_groups_share(graph: ModelGraph) -> None:
     """Four groups of it leave each node beside four tensor ranks: what each of them sends is less, and as slow."""
     cluster, asked = parse_cluster("8x8xH100-80GB@200Gbps"), request()
@@ -116,6 +138,6 @@ def test_a_context_axis_is_weighed_as_one_after_a_tensor_axis_of_its_size(graph:
     cluster = parse_cluster("2x8xH100-80GB")
     chooser, layer = ShardingChooser(graph, cluster, "bfloat16"), graph.block_class[graph.blocks[1].cls]
     outer = inner_axis(cluster, (0, 1))
-    of_tensor, of_context = (chooser._of_variant(layer, (2,), axes)[1] for axes in ((), (outer,)))
+    of_tensor, of_context = (chooser._costs_of_variant(layer, (2,), axes) for axes in ((), (outer,)))
     assert (of_tensor.tp, of_tensor.outer) == (2, ())
     assert (of_context.tp, of_context.outer) == (1, (outer,))
