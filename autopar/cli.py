@@ -129,6 +129,7 @@ def plan(
     from autopar.search.objective import Objective, longest_step_s
     from autopar.search.planner import PlanRequest
     from autopar.simulate.simulator import simulate as simulate_plan
+    from autopar.simulate.timeline import MAX_DRAWN
     from autopar.viz.picture import picture
 
     check_writable(output)
@@ -155,7 +156,7 @@ def plan(
             choice = choose_devices(graph, machine, request, aim, idle=idle_devices,
                                     progress=_settled(news) if news else None)
             found, machine = choice.plan, choice.best.cluster
-            timeline = simulate_plan(graph, machine, found)
+            timeline = simulate_plan(graph, machine, found, max_events=MAX_DRAWN)
             report = timeline.report()
             explained = explain_block(graph, machine, found, explain) if explain is not None else None
         if output is not None:

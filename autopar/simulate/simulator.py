@@ -28,7 +28,7 @@ from autopar.simulate.schedules import plan_actions
 from autopar.simulate.single_memory import single_backwards, single_memory
 from autopar.simulate.splitting import as_run
 from autopar.simulate.stage_cost import StageCost
-from autopar.simulate.timeline import ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline
+from autopar.simulate.timeline import ActionEvent, Breakdown, GroupTimeline, MemoryBytes, Timeline, drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,8 @@ class _Group:
 
 
 def simulate(
-    graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = True, as_system: bool = False
+    graph: ModelGraph, cluster: Cluster, plan: Plan, *, detail: bool = True, as_system: bool = False,
+    max_events: int | None = None,
 ) -> Timeline:
     """The step that a plan takes. InputError for a plan that its graph or cluster cannot hold.
 
@@ -50,7 +51,7 @@ def simulate(
     time, and what waits for links counts as bubble, for searches that want its other figures alone. `as_system`: what
     training systems make of these degrees instead of this trainer: all memory that there is may be used, and on GPUs
     Megatron's ways are counted (`autopar.simulate.async_products`) where there are stages or a tensor axis, and
-    parameters are whole.
+    parameters are whole. `max_events`: where there are more, those of most groups are left out (`drawn`).
     """
     graph = rewritten(graph, plan.rewrites)
     check_plan(graph, cluster, plan)
@@ -71,15 +72,17 @@ def simulate(
     without_s = None
     if lists is not None and detail and any(time.send_forward_s or time.send_backward_s for time in times):
         free = [replace(time, send_forward_s=0.0, send_backward_s=0.0) for time in times]
-        without_s = max(_reduced(execute(lists, free).rank_end_s, costs, tied))
+        quick = run_one_f_one_b(free, plan.num_micro_batches) if _is_plain(plan) else execute(lists, free)
+        without_s = max(_reduced(quick.rank_end_s, costs, tied))
     breakdown = _breakdown(plan, groups[critical], max(reduced), without_s, step, tied)
     peaks = _peaks(run, groups)
     keeps_gradients = as_system and any(stage.zero < 3 for stage in plan.stages)
+    shown = drawn(len(groups), critical, 4 * plan.num_stages * plan.num_micro_batches, max_events) if detail else set()
     timelines = tuple(
         _group_timeline(
-            cluster, plan, group, run, peak, reduced[group.rank], end, detail=detail, all_at_once=keeps_gradients
+            cluster, plan, group, run, peak, reduced[group.rank], end, detail=i in shown, all_at_once=keeps_gradients
         )
-        for group, peak, end in zip(groups, peaks, ends, strict=True)
+        for i, (group, peak, end) in enumerate(zip(groups, peaks, ends, strict=True))
     )
     host = _host_bytes(run, groups)
     reason = infeasible_reason(cluster, timelines, leaves_room=not as_system)
@@ -96,7 +99,7 @@ def simulate(
         bubble_fraction=breakdown.bubble / step, feasible=reason is None, infeasible_reason=reason,
         breakdown=breakdown, groups=timelines, critical=critical,
         events=tuple(
-            event for i, group in enumerate(groups) for event in _events(i, group, run, reduced, ends[i])
+            event for i, group in enumerate(groups) if i in shown for event in _events(i, group, run, reduced, ends[i])
         ) if detail and isinstance(run, Execution) else (),
         notes=(
             *model_notes(graph, cluster, plan), *(megatron_notes(plan) if as_megatron else ()), *host_notes(max(host))

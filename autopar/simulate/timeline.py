@@ -14,6 +14,8 @@ from autopar.errors import InputError
 GIB = 2**30
 VERSION = 2
 
+MAX_DRAWN = 20_000  # events of a step that a picture of it has
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Breakdown:
@@ -182,6 +184,14 @@ def timeline_from_json(text: str) -> Timeline:
         if isinstance(error, InputError):
             raise
         raise InputError(f"not a timeline file ({type(error).__name__}: {error})") from error
+
+
+def drawn(num_groups: int, critical: int, num_events: int, max_events: int | None) -> set[int]:
+    """The groups whose events are kept: all, or where there are too many some in even steps, the critical one too."""
+    if max_events is None or num_events <= max_events:
+        return set(range(num_groups))
+    every = min(num_groups, -(-num_events // max_events))
+    return {*range(0, num_groups, every), num_groups - 1, critical}
 
 
 def total_events(events: Sequence[ActionEvent], kind: str) -> float:

@@ -24,7 +24,7 @@ from autopar.sharding.state import R
 from autopar.simulate.block_cost import Charge, block_charges
 from autopar.simulate.class_costs import ClassCosts
 from autopar.simulate.stage_cost import class_costs_of, slowest_device
-from autopar.simulate.timeline import GroupTimeline, Timeline
+from autopar.simulate.timeline import MAX_DRAWN, ActionEvent, GroupTimeline, Timeline, drawn
 
 VERSION = 1
 GIB = 2**30
@@ -37,6 +37,10 @@ def picture(graph: ModelGraph, cluster: Cluster, plan: Plan, timeline: Timeline)
     graph = rewritten(graph, plan.rewrites)
     report = timeline.report()
     classes, shown = _pictured(graph, cluster, plan)
+    step = _timeline(cluster, plan, timeline)
+    notes = [*plan.notes, *(note for note in timeline.notes if note not in plan.notes)]
+    if (number := sum(row["drawn"] for row in step["rows"])) < len(step["rows"]):
+        notes.append(f"the step is drawn for {number} of {len(step['rows'])} pipeline ranks: all have too many actions")
     return {
         "version": VERSION,
         "model": plan.model_name,
@@ -60,9 +64,9 @@ def picture(graph: ModelGraph, cluster: Cluster, plan: Plan, timeline: Timeline)
         ],
         "cluster": {"name": plan.cluster_name, "types": _types(cluster), "nodes": _nodes(cluster, plan)},
         "stages": [_stage(cluster, plan, i, graph, shown) for i in range(plan.num_stages)],
-        "timeline": _timeline(cluster, plan, timeline),
+        "timeline": step,
         "classes": classes,
-        "notes": [*plan.notes, *(note for note in timeline.notes if note not in plan.notes)],
+        "notes": notes,
     }
 
 
@@ -202,30 +206,40 @@ def _runs(blocks: Iterable[Block]) -> list[tuple[str, list[str]]]:
 
 
 def _timeline(cluster: Cluster, plan: Plan, timeline: Timeline) -> dict[str, Any]:
-    """Devices of one pipeline rank as one row; events as [kind, stage, micro-batch, start, end] of their row."""
+    """Devices of one pipeline rank as one row; events as [kind, stage, micro-batch, start, end] of their row.
+
+    Of many rows with more events than can be seen some are `drawn`; the others have no events and no curve.
+    """
     kinds = list(dict.fromkeys(event.kind for event in timeline.events))
     number = {kind: i for i, kind in enumerate(kinds)}
+    own: list[list[ActionEvent]] = [[] for _ in timeline.groups]
+    for event in timeline.events:
+        own[event.group].append(event)
+    shown = drawn(len(own), timeline.critical, len(timeline.events), MAX_DRAWN)
     rows = []
-    for at, group in enumerate(timeline.groups):
-        events = sorted((event for event in timeline.events if event.group == at), key=lambda event: event.start_s)
+    for at, (group, events) in enumerate(zip(timeline.groups, own, strict=True)):
+        is_drawn = at in shown and bool(events or not timeline.events)
         rows.append({
-            **_row(cluster, group),
+            **_row(cluster, group, is_drawn=is_drawn),
             "events": [
                 [number[e.kind], e.stage, e.micro_batch, _rounded(e.start_s), _rounded(e.end_s)]
-                for e in events
+                for e in sorted(events if is_drawn else (), key=lambda event: event.start_s)
             ],
         })
     return {"step_time_s": timeline.step_time_s, "kinds": kinds, "rows": rows}
 
 
-def _row(cluster: Cluster, group: GroupTimeline) -> dict[str, Any]:
+def _row(cluster: Cluster, group: GroupTimeline, *, is_drawn: bool) -> dict[str, Any]:
     parts = ("parameters", "gradients", "optimizer", "activations", "buffers")
     return {
         "stage": group.stage, "ranks": ranges(group.ranks), "num_devices": len(group.ranks),
         "types": list(dict.fromkeys(group.types)), "busy_s": group.busy_s,
         "memory_gib": {name: getattr(group.memory, name) / GIB for name in parts},
         "usable_gib": min(cluster.device(rank).usable_memory_bytes for rank in group.ranks) / GIB,
-        "memory_curve": [[_rounded(at), _rounded(size / GIB)] for at, size in group.memory_steps],
+        "drawn": is_drawn,
+        "memory_curve": [
+            [_rounded(at), _rounded(size / GIB)] for at, size in (group.memory_steps if is_drawn else ())
+        ],
     }
 
 

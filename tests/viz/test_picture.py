@@ -47,6 +47,23 @@ def test_events_lie_inside_the_step_and_do_not_overlap_on_a_rank(drawn: Drawn) -
         assert all(one[4] <= other[3] + 1e-6 for one, other in pairwise(own))
 
 
+def test_of_too_many_events_those_of_some_ranks_are_drawn(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = load_source(str(drawn.model), dtype="bfloat16")
+    graph, cluster = capture_source(source), parse_cluster("2x4xH100-80GB")
+    plan = plan_from_degrees(graph, cluster, Degrees(global_batch=32, pp=4, tp=2, micro_batch=4))
+    whole = simulate(graph, cluster, plan)
+    few = simulate(graph, cluster, plan, max_events=len(whole.events) // 4)
+    assert few.report() == whole.report()
+    assert {event.group for event in few.events} < {event.group for event in whole.events}
+    assert [bool(group.memory_steps) for group in few.groups].count(True) == len({e.group for e in few.events})
+    monkeypatch.setattr("autopar.viz.picture.MAX_DRAWN", len(whole.events) // 4)
+    for timeline in (whole, few):
+        rows = picture(graph, cluster, plan, timeline)["timeline"]["rows"]
+        assert {at for at, row in enumerate(rows) if row["drawn"]} == {event.group for event in few.events}
+        assert all(bool(row["events"]) == bool(row["memory_curve"]) == row["drawn"] for row in rows)
+    assert any("the step is drawn for" in note for note in picture(graph, cluster, plan, few)["notes"])
+
+
 def test_parts_add_up(drawn: Drawn) -> None:
     assert sum(drawn.picture["breakdown_s"].values()) == pytest.approx(drawn.picture["numbers"]["step_time_s"])
     plan = load_plan(drawn.plan)

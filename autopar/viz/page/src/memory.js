@@ -22,7 +22,7 @@ export function memory(rows, step) {
     h("span", {}, h("i", { style: { background: `var(${colour})` } }), name)),
   h("span", {}, h("i", { style: { background: "var(--warn)", width: "3px" } }), "limit of the smallest device"));
   const curves = rows.some((row) => row.memory_curve.length)
-    ? [h("h3", {}, "over the step"), ...rows.map((row) => curve(row, step))] : [];
+    ? [h("h3", {}, "over the step"), ...rows.filter((row) => row.drawn !== false).map((row) => curve(row, step))] : [];
   return h("div", {}, bars, legend, curves);
 }
 

@@ -5,7 +5,8 @@ import { COMMUNICATION, kindColour, kindName, seconds } from "./format.js";
 const LABEL = 92, AXIS = 22, GAP = 7;
 
 export function timeline(data) {
-  const { rows, kinds, step_time_s: step, end_s: until = step } = data; // the scale may go beyond the step's own end
+  const { kinds, step_time_s: step, end_s: until = step } = data; // the scale may go beyond the step's own end
+  const rows = data.rows.filter((row) => row.drawn !== false);
   const lane = rows.length > 24 ? 11 : 17;
   const height = AXIS + rows.length * (lane + lane / 2 + GAP);
   const canvas = h("canvas", { tabindex: "0", role: "img",
