@@ -53,8 +53,8 @@ def _compiled(text: str) -> CodeType:
     return compile(text, "<string>", "exec", dont_inherit=True)
 
 
-def _exec(text: str | CodeType, *scopes: Any) -> None:
-    exec(_compiled(text) if isinstance(text, str) else text, *scopes)
+def _exec(text: str | CodeType, *scopes: Any, **options: Any) -> None:
+    exec(_compiled(text) if isinstance(text, str) else text, *scopes, **options)
 
 
 def _frame_info(frame: Any, context: int = 1) -> Any:
