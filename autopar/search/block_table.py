@@ -301,12 +301,14 @@ class StageRanges:
     """Of a stage by sort of range, not above the simulator's: a forward, that and its backward, and once a step.
 
     `through_s` and `later_s`, what is left to do after the first backward, have a table for each number of
-    micro-batches in flight, or one for all. `once_beside_s` and `start_beside_s` as in `StageTable`.
+    micro-batches in flight, or one for all; so has `once_s`, which holds beside `through_s`. `once_beside_s` and
+    `start_beside_s` as in `StageTable`.
     """
 
     forward_s: Table
     through_s: Table
     later_s: Table
+    once_s: Table
     once_beside_s: Table
     start_beside_s: Table
 

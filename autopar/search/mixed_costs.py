@@ -193,11 +193,11 @@ class MixedCosts:
             setting.candidate, setting.kind, self._counts, closer=limit_s is not None,
             limit_s=np.inf if limit_s is None else limit_s,
         )
-        m, once, tied_s = self.num_micro_batches, found.once_beside_s, self._tied_s(group, setting)
-        shape = len(self._counts), len(once)
-        through = np.broadcast_to(found.through_s, shape)
+        m, tied_s = self.num_micro_batches, self._tied_s(group, setting)
+        shape = len(self._counts), len(found.once_beside_s)
+        through, once = (np.broadcast_to(own, shape) for own in (found.through_s, found.once_s))
         start = np.maximum(found.start_beside_s, 0.0)
-        end = np.where(self._first, once + tied_s, np.maximum(once - found.start_beside_s, 0.0))
+        end = np.where(self._first, once + tied_s, np.maximum(found.once_beside_s - found.start_beside_s, 0.0))
         own_once = np.where(self._first, once + tied_s, 0.0)
         fits = np.isfinite(through)
         return StageTimes(

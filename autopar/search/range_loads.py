@@ -69,9 +69,12 @@ class RangeLoads:
         through = times.forward_s + times.backward_s
         through = self._first(c, kind, counts, table.blocks, times, limit_s) if closer else through[None]
         later = self._later(c, kind, table.blocks, times)
+        # Every second that variants add to a micro-batch can hide at most a second of it.
+        hidden = np.where(np.isfinite(through), through - times.forward_s - times.backward_s, np.inf)
         return StageRanges(
             forward_s=times.forward_s, through_s=through, later_s=later[np.minimum(counts, len(later)) - 1],
-            once_beside_s=times.once_beside_s, start_beside_s=times.start_beside_s,
+            once_s=np.maximum(times.once_beside_s, times.once_s - hidden), once_beside_s=times.once_beside_s,
+            start_beside_s=times.start_beside_s,
         )
 
     @property

@@ -58,11 +58,13 @@ def test_no_bound_of_stages_is_above_their_simulated_step(machine: Cluster, glob
             bound = bound_of(costs, stages, ways)
             assert bound >= bound_of(costs, stages) * (1 - 1e-9)
             plan = mixed_plan(engine, costs, parts)
-            for own in (plan, other_schedule(GRAPH, machine, plan, split_backward=False)):
+            lean = mixed_plan(engine, costs, parts, deeper=count)
+            ordered = (other_schedule(GRAPH, machine, own, split_backward=False) for own in (plan, lean))
+            for own in (plan, lean, *ordered):
                 timeline = simulate(GRAPH, machine, own, detail=False) if own is not None else None
                 if timeline is not None and timeline.feasible:
                     assert bound <= timeline.step_time_s * (1 + 1e-9)
-                    seen, deeper = seen + 1, deeper + (own is not plan)
+                    seen, deeper = seen + 1, deeper + bool(own.actions)
     assert seen > 20 and deeper > 5, (seen, deeper)
 
 
