@@ -107,7 +107,6 @@ class _Search:
         self.outcome = MixedOutcome()
         self.problems: list[_Problem] = []
         self.settled = 0
-        self._deepened: list[SimulatedPlan] = []
         self._least: dict[tuple[Part, ...], tuple[float, MixedCosts]] = {}  # what the busiest device of parts works
 
     @property
@@ -132,8 +131,8 @@ class _Search:
             self._raise(problem)
             problem.costs.forget()
         self._try_idle()
-        self._deepen()
         self._put_off_weights()
+        self._deepen()
 
     def _raise(self, problem: _Problem) -> None:
         """Raises what is left of the bound, and simulates the stages that are met."""
@@ -266,15 +265,17 @@ class _Search:
             (least_s, at, parts) for at, (parts, (least_s, _)) in enumerate(self._least.items())
             if self._step_s(parts) < math.inf
         )
+        deeper: list[SimulatedPlan] = []
         for least_s, _, parts in every[:MAX_DEEPENED]:
             if self.best_s <= lower_s * (1 + DEEPENED_FROM) or least_s >= self.goal_s:
-                return
+                break
             known = self.outcome.tried[parts]
             assert known is not None, "only what fits is deepened"
             for found in deepened(self.engine, self.cluster, self._least[parts][1], parts, known):
                 self._check_time()
-                self._deepened.append(found)
+                deeper.append(found)
                 self._keep(found)
+        self._put_off_weights_of(sorted(deeper, key=lambda own: own.step_time_s)[:PUT_OFF])
 
     def _keep(self, found: SimulatedPlan) -> None:
         self.outcome.num_simulated += 1
@@ -286,8 +287,10 @@ class _Search:
         quickest: dict[int, dict[float, SimulatedPlan]] = {}  # by micro-batches and time: plans of one time are alike
         for found in sorted(filter(None, self.outcome.tried.values()), key=lambda own: own.step_time_s):
             quickest.setdefault(found.plan.num_micro_batches, {}).setdefault(found.step_time_s, found)
-        bases = [own for each in list(quickest.values())[:MAX_COUNTS] for own in list(each.values())[:PUT_OFF]]
-        bases += sorted(self._deepened, key=lambda own: own.step_time_s)[:PUT_OFF]
+        for own in list(quickest.values())[:MAX_COUNTS]:
+            self._put_off_weights_of(list(own.values())[:PUT_OFF])
+
+    def _put_off_weights_of(self, bases: Sequence[SimulatedPlan]) -> None:
         for base in bases:
             self._check_time()
             other = weights_put_off(self.engine, self.cluster, base, self.best_s)
