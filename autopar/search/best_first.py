@@ -352,16 +352,17 @@ class Engine:
             best.setdefault(found.candidate, found)
         return list(best.values())[:count]
 
-    def plan(self, c: Candidate, cuts: Cuts, *, ep: int = 1) -> Plan:
+    def plan(self, c: Candidate, cuts: Cuts, *, ep: int = 1, deeper: int = 0) -> Plan:
         """The candidate as a plan, with no certificate yet; layers recompute or offload so that every stage fits.
 
-        Where nothing makes a stage fit, its layers keep everything. `ep`: the size of an expert axis.
+        Where nothing makes a stage fit, its layers keep everything. `ep`: the size of an expert axis; `deeper`: how
+        many more micro-batches are to fit than 1F1B has in flight.
         """
         plan = self.plan_of(c, cuts, ep=ep)
         stages = tuple(
             stage if options is None else stage.with_variants([option.variant for option in options])
             for index, stage in enumerate(plan.stages)
-            for options in [self.options(c, self.layout.kinds(c)[index], plan, index)]
+            for options in [self.options(c, self.layout.kinds(c)[index], plan, index, deeper=deeper)]
         )
         return replace(plan, stages=stages)
 

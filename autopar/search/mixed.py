@@ -21,9 +21,9 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import divisors
 from autopar.search.mixed_context import context_families, promising_counts
 from autopar.search.mixed_costs import ClusterPools, MixedCosts
-from autopar.search.mixed_orders import deepened, weights_put_off
+from autopar.search.mixed_orders import deeper_plans, weights_put_off
 from autopar.search.mixed_plans import Part, mixed_plan, neighbours
-from autopar.search.plan_schedules import WORTH, busiest_s, other_schedule
+from autopar.search.plan_schedules import DEEPENED_FROM, WORTH, busiest_s, other_schedule
 from autopar.search.runs import Passed, Runs, RunStage
 from autopar.search.simulated_plan import SimulatedPlan
 from autopar.sharding.rewrite import Rewrite
@@ -38,8 +38,7 @@ STEP = 1.25  # by which limits of the step time rise while nothing is found belo
 FAR = 8.0  # times what all devices would take if work could be shared out at will: then there is no limit
 PUT_OFF = 6  # plans, the quickest of each number of micro-batches, that are tried with gradients of weights put off
 MAX_COUNTS = 3  # numbers of micro-batches, those with the quickest plans, of which they are tried
-DEEPENED_FROM = 0.02  # relative; the gap from which on plans are tried with more micro-batches in flight
-MAX_DEEPENED = 8  # of them
+MAX_DEEPENED = 8  # plans that are tried with more micro-batches in flight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,7 +270,7 @@ class _Search:
                 break
             known = self.outcome.tried[parts]
             assert known is not None, "only what fits is deepened"
-            for found in deepened(self.engine, self.cluster, self._least[parts][1], parts, known):
+            for found in deeper_plans(self.engine, self.cluster, self._least[parts][1], parts, known):
                 self._check_time()
                 deeper.append(found)
                 self._keep(found)

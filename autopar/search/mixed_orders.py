@@ -10,30 +10,23 @@ from autopar.plan.plan import Plan
 from autopar.search.best_first import Engine
 from autopar.search.mixed_costs import MixedCosts
 from autopar.search.mixed_plans import Part, mixed_plan
-from autopar.search.plan_schedules import WORTH, other_schedule
+from autopar.search.plan_schedules import WORTH, deepened, other_schedule
 from autopar.search.simulated_plan import SimulatedPlan
 from autopar.simulate.simulator import simulate
 
 MAX_LISTED = 2000  # actions up to which list schedules are tried where gradients of weights are put off
 
 
-def deepened(
+def deeper_plans(
     engine: Engine, cluster: Cluster, costs: MixedCosts, parts: Sequence[Part], known: SimulatedPlan
 ) -> Iterator[SimulatedPlan]:
-    """The parts, quicker than as they are known, with layers that recompute or offload more: more are in flight.
+    """The parts with more micro-batches in flight, quicker than as they are known."""
+    def make(deeper: int) -> Plan:
+        return mixed_plan(engine, costs, parts, deeper=deeper)
 
-    A slow link, or a stage that takes long after one that does, is waited for less when more is sent ahead.
-    """
-    plans, best_s = {known.plan.stages}, known.step_time_s
-    for deeper in (2**power for power in range(costs.num_micro_batches.bit_length())):
-        plan = mixed_plan(engine, costs, parts, deeper=deeper)
-        if plan.stages in plans:
-            continue
-        plans.add(plan.stages)
-        other = other_schedule(engine.graph, cluster, plan, split_backward=False, limit_s=best_s)
-        found = None if other is None else _simulated(engine, cluster, other, known)
-        if found is not None and found.step_time_s < best_s:
-            best_s = found.step_time_s
+    for plan in deepened(engine, cluster, known.plan, make, known.step_time_s):
+        found = _simulated(engine, cluster, plan, known)
+        if found is not None and found.step_time_s < known.step_time_s:
             yield found
 
 

@@ -1,11 +1,16 @@
-"""Other orders of a plan's micro-batches: deeper warm-ups, weights' gradients put off, several stages on a device."""
+"""Other orders of a plan's micro-batches: deeper warm-ups, weights' gradients put off, several stages on a device.
+
+What is in flight in deeper warm-ups must fit: where layers recompute or offload so that those of 1F1B just do, more of
+them have to. That is tried apart.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 from autopar.cluster.cluster import Cluster
@@ -24,6 +29,7 @@ MAX_ACTIONS = 20_000  # of a plan with an order of its own, all ranks together
 MAX_LISTED = 600  # actions up to which list schedules are tried
 WORTH = 0.002  # what another order must gain
 ORDERED = 3  # pipelines, those of least time under 1F1B, that are tried in other orders
+DEEPENED_FROM = 0.02  # relative; the gap from which on layers recompute more so that more are in flight
 CHUNKS = (2, 4)  # stages on a device
 ROUNDING = 1e-9  # relative, of sums in another order
 
@@ -48,6 +54,50 @@ def search_orders(
     except KeyboardInterrupt:
         engine.interrupted = True
     return found
+
+
+def search_deeper(engine: Engine, best_s: float, deadline: float | None) -> SimulatedPlan | None:
+    """The best of the quickest pipelines with more in flight than they have room for as they are; None as above.
+
+    An interrupt ends it with the best so far.
+    """
+    found: SimulatedPlan | None = None
+    try:
+        for base in engine.quickest_pipelines(ORDERED):
+            plan = engine.plan(base.candidate, base.cuts)
+            if busiest_s(engine.graph, engine.cluster, plan) >= best_s * (1 - WORTH):
+                continue
+            for other in deepened(engine, engine.cluster, plan, partial(_deeper, engine, base), best_s * (1 - WORTH)):
+                if engine.out_of_time(deadline):
+                    return found
+                made = simulated(engine, other)
+                if made is not None and made.step_time_s < (found.step_time_s if found else best_s * (1 - WORTH)):
+                    found = made
+    except KeyboardInterrupt:
+        engine.interrupted = True
+    return found
+
+
+def _deeper(engine: Engine, base: Found, deeper: int) -> Plan:
+    return engine.plan(base.candidate, base.cuts, deeper=deeper)
+
+
+def deepened(
+    engine: Engine, cluster: Cluster, base: Plan, make: Callable[[int], Plan], limit_s: float
+) -> Iterator[Plan]:
+    """The plan in orders of its own, where layers recompute or offload more so that more micro-batches are in flight.
+
+    A slow link, or a stage that takes long after one that does, is waited for less when more is sent ahead. `make`
+    gives the plan that has room for so many more.
+    """
+    seen = {base.stages}
+    for deeper in (2**power for power in range(base.num_micro_batches.bit_length())):
+        plan = make(deeper)
+        if plan.stages not in seen:
+            seen.add(plan.stages)
+            other = other_schedule(engine.graph, cluster, plan, split_backward=False, limit_s=limit_s)
+            if other is not None:
+                yield other
 
 
 def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:

@@ -27,7 +27,7 @@ from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_no
 from autopar.search.mixed import MixedOutcome, has_unlike_stages, search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.node_order import as_given, in_order
-from autopar.search.plan_schedules import ORDERED, search_orders
+from autopar.search.plan_schedules import DEEPENED_FROM, ORDERED, search_deeper, search_orders
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 from autopar.search.simulated_plan import SimulatedPlan
 from autopar.simulate.simulator import simulate
@@ -261,6 +261,8 @@ class _Searches:
             except KeyboardInterrupt:
                 engine.interrupted = True
         self._take(search_orders(engine, self.best_s, self.deadline, before))
+        if self.mixed.best is None and self.best_s > self.lower_bound_s * (1 + DEEPENED_FROM):
+            self._take(search_deeper(engine, self.best_s, self.deadline))
 
     def _search_experts(self) -> None:
         found = search_experts(self.engine, self.space, self._one_mesh, self.best_s, self.deadline)
