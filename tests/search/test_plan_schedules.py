@@ -12,8 +12,10 @@ from autopar.cluster.cluster import Cluster
 from autopar.plan.actions import most_in_flight
 from autopar.plan.plan import Plan, Schedule
 from autopar.plan.verify import verify_plan
+from autopar.search.best_first import Engine
+from autopar.search.candidates import candidates
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.search.plan_schedules import other_schedule
+from autopar.search.plan_schedules import other_schedule, search_deeper, search_orders
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.schedules import plan_actions
 from autopar.simulate.simulator import simulate
@@ -89,3 +91,26 @@ def test_what_was_not_searched_names_the_other_orders(words: str) -> None:
     plan, _ = planned()
     assert plan.certificate is not None
     assert any(own.startswith(words) for own in plan.certificate.not_searched)
+
+
+@pytest.mark.parametrize("host_gb_per_s", [None, 20.0])
+def test_layers_recompute_more_where_more_in_flight_hides_slow_links(host_gb_per_s: float | None) -> None:
+    graph = mlp_chain(num_layers=8, hidden=256, inner=1024, seq_len=512)
+    nodes = cluster(per_node=1, speeds=(1.0,) * 4, memory_gib=0.05, host_gb_per_s=host_gb_per_s).nodes
+    own = Cluster(name="four", nodes=tuple(
+        replace(node, network=replace(node.network, bandwidth_bytes_per_s=1e8)) for node in nodes
+    ))
+    engine = Engine(graph, own, PlanRequest(global_batch=16, dtype="float32"))
+    space = [c for c in candidates(own, engine.request, engine.chooser, len(graph.blocks)) if c.pp == 4]
+    best = engine.search(space).best
+    assert best is not None
+    ordered = search_orders(engine, best.step_time_s, None)
+    before_s = min(best.step_time_s, ordered.step_time_s if ordered is not None else best.step_time_s)
+    found = search_deeper(engine, before_s, None)
+    assert found is not None and found.step_time_s < 0.8 * before_s
+    verify_plan(found.plan, graph, own)
+    timeline = simulate(graph, own, found.plan)
+    assert timeline.feasible and timeline.step_time_s == found.step_time_s
+    usual = plan_actions(engine.plan(best.candidate, best.cuts))
+    assert most_in_flight(plan_actions(found.plan)[0])[0] > most_in_flight(usual[0])[0]
+    assert search_deeper(engine, found.step_time_s, None) is None
