@@ -39,22 +39,23 @@ def unsplit_reason(graph: ModelGraph, plan: Plan, stage: Stage) -> str:
     layers = stage.layer_variants(sum(is_layer(block.name) for block in blocks))
     if any(variant.recompute is not Recompute.NONE or variant.offload for variant in layers):
         return "both parts would recompute or fetch the activations"
-    twice = _used_twice(graph, stage)
-    return f"it uses {twice} more than once" if twice else ""
+    return _lost_or_twice(graph, stage)
 
 
-def _used_twice(graph: ModelGraph, stage: Stage) -> str:
-    """A trained tensor that does not follow from what the stage receives, and has several uses; "" without one.
+def _lost_or_twice(graph: ModelGraph, stage: Stage) -> str:
+    """Why torch would lose gradients or take them twice: for what does not follow from the stage's inputs; or "".
 
-    torch goes from each weight to the first ops that follow from the stage's inputs. Weights that share some of these
-    ops and not others, as those behind such a tensor do, would go through an op twice. A stage that receives nothing
-    to train computes its whole backward at once.
+    torch goes from each weight to the first ops that follow from the stage's inputs. A trained tensor that does not,
+    and leaves the stage, gives its gradient to none of them: the look-up of a decoder's own tokens, a bias that later
+    layers share. Weights that share some of these ops and not others, as those behind such a tensor with several uses
+    do, would go through an op twice. A stage that receives nothing to train computes its whole backward at once.
     """
     blocks = graph.blocks[stage.first : stage.last]
     trained = {info.name for info in graph.params if info.requires_grad}
     received = _trained_inputs(graph, stage)
     if not received:
         return ""
+    leaving = {graph.loss} if stage.last == len(graph.blocks) else set(graph.boundary(stage.last))
     follows = set(received)
     uses: Counter[str] = Counter()
     for block in blocks:
@@ -67,9 +68,13 @@ def _used_twice(graph: ModelGraph, stage: Stage) -> str:
             for local, name in zip(op.operands, operands, strict=True):
                 if name not in follows and (name in trained or cls.tensor[local].requires_grad):
                     uses[name] += 1
-            if behind:
-                follows.update(whole.get(name, f"{block.name}: {name}") for name in op.outputs if name)
-    return next((name for name, count in uses.items() if count > 1), "")
+            for local in filter(None, op.outputs):
+                name = whole.get(local, f"{block.name}: {local}")
+                if behind:
+                    follows.add(name)
+                elif name in leaving and cls.tensor[local].requires_grad:
+                    return f"{name} leaves it and does not follow from what it receives"
+    return next((f"it uses {name} more than once" for name, count in uses.items() if count > 1), "")
 
 
 def _trained_inputs(graph: ModelGraph, stage: Stage) -> set[str]:

@@ -140,6 +140,19 @@ def test_what_follows_from_no_input_of_its_stage_and_is_used_twice_keeps_the_bac
     assert len(unsplit(report)) == 1 and "decoder.block.0" in unsplit(report)[0]
 
 
+@pytest.mark.parametrize(("first", "last", "name"), [(4, 6, "glue.4/embedding"), (6, 8, "unsqueeze_2")])
+def test_what_follows_from_no_input_of_its_stage_and_leaves_it_keeps_the_backward_whole(
+    pool: LocalPool, first: int, last: int, name: str
+) -> None:
+    """T5's decoder looks up its tokens, or makes a bias for later layers: torch would take no gradient of either."""
+    graph = capture_for(fuzz_models.t5, "float64").graph
+    actions = ("0F0,0F1,0B0,0B1", "1F0,1F1,1I0,1I1,1W0,1W1", "2F0,2F1,2B0,2B1")
+    layouts = [Layout(blocks=first), Layout(blocks=last - first), Layout(blocks=len(graph.blocks) - last)]
+    report = compare(fuzz_models.t5, staged_plan(graph, layouts, actions=actions), steps=2, pool=pool)
+    assert report.passed, f"{report.plan_summary}: loss {report.loss_error:.1e}, {report.worst}"
+    assert len(unsplit(report)) == 1 and f"{name} leaves it" in unsplit(report)[0]
+
+
 def test_a_plan_that_was_found_for_unlike_nodes(pool: LocalPool) -> None:
     """A node of two quick devices and a slow one of one: stages with meshes of their own, in an order of their own."""
     quick = slow_cluster(2).nodes[0]
