@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from autopar.errors import CaptureError, InputError
 from autopar.graph.assemble import BlockProgram, BoundBlock, assemble, build_class, leaf_bindings
 from autopar.graph.autocast import AutocastState, autocast_as, autocast_state, without_autocast
+from autopar.graph.carried import check_carries_nothing
 from autopar.graph.distributions import unchecked_distributions
 from autopar.graph.fake import fake_like, faked, masks_as_given, new_fake_mode, outside_other_modes, traced_under
 from autopar.graph.fuse import fused_class
@@ -104,6 +105,8 @@ def _capture(model: nn.Module, batch: _Batch, loss_fn: LossFn | None, tag_rows: 
                   noting_own_gradients(own_gradients)):
                 recording = record(
                     lambda: _check_trains(model, loss(*fakes), own_gradients), model, candidates)
+                if recording.kept:
+                    check_carries_nothing(model, lambda: loss(*fakes), fakes)
             if evaluates:
                 with traced_under(mode):
                     own_evaluation = lines_of_one_mode(model, lambda: record(lambda: loss(*fakes), model, candidates))

@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -18,13 +19,14 @@ class LeftBehind:
     """What a forward of `model` leaves on its modules; of those in `without`, and what is inside, nothing is known.
 
     `replaced` has the names of buffers in whose place a forward has put others, `counted` those of numbers that it has
-    changed.
+    changed, and `kept` those of attributes that hold tensors which they did not hold before.
     """
 
     def __init__(self, model: nn.Module, without: Iterable[nn.Module] = (), name: str = "") -> None:
         self._modules = dict(_modules(model, set(map(id, without)), name))
         self.replaced: dict[str, None] = {}
         self.counted: dict[str, None] = {}
+        self.kept: dict[str, None] = {}
 
     @contextlib.contextmanager
     def removed(self) -> Iterator[None]:
@@ -37,6 +39,7 @@ class LeftBehind:
                 prefix = f"{name}." if name else ""
                 self.replaced |= {prefix + buffer: None for buffer in state.replaced(module)}
                 self.counted |= {prefix + number: None for number in state.counted(module)}
+                self.kept |= {prefix + attribute: None for attribute in state.kept(module)}
                 state.restore(module)
 
 
@@ -63,14 +66,34 @@ class _State:
 
     def counted(self, module: nn.Module) -> Iterator[str]:
         """The names of the numbers that are others now."""
-        now, numbers = module.__dict__, (int, float)
-        return (name for name, value in self.attributes.items() if type(value) in numbers and now.get(name) != value)
+        numbers = {name: value for name, value in self.attributes.items() if type(value) in (int, float)}
+        now = {name: module.__dict__.get(name) for name in numbers}
+        return (name for name, value in numbers.items() if not isinstance(now[name], Tensor) and now[name] != value)
+
+    def kept(self, module: nn.Module) -> Iterator[str]:
+        """The names of the attributes that hold other tensors now, themselves or in lists, dicts and the like."""
+        copies = {id(value): saved for value, saved in self.containers}
+        for name, value in module.__dict__.items():
+            before = self.attributes.get(name)
+            known = set(map(id, tensors_in(name, copies.get(id(before), before))))
+            if any(id(tensor) not in known for tensor in tensors_in(name, value)):
+                yield name
 
     def restore(self, module: nn.Module) -> None:
         module.__dict__.clear()
         module.__dict__.update(self.attributes)
         for value, saved in self.containers:
             _refill(value, saved)
+
+
+def tensors_in(name: str, value: Any) -> list[Tensor]:
+    """The tensors in a module's attribute of this name; none of its parameters, buffers and submodules."""
+    if isinstance(value, Tensor):
+        return [value]
+    if not value or name in _TABLES or not isinstance(value, (dict, list, set, tuple)):
+        return []
+    leaves = value if isinstance(value, set) else pytree.tree_leaves(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _refill(value: Any, saved: Any) -> None:

@@ -120,6 +120,7 @@ class Recording:
     notes: list[str] = field(default_factory=list)
     replaced: dict[str, None] = field(default_factory=dict)  # buffers that the forward assigns
     counted: dict[str, None] = field(default_factory=dict)  # numbers among the modules' attributes that it changes
+    kept: dict[str, None] = field(default_factory=dict)  # attributes in which it leaves tensors
 
 
 @contextlib.contextmanager
@@ -150,6 +151,7 @@ def record(run: Callable[[], Any], model: nn.Module, candidates: tuple[Candidate
             run()
         recorder.recording.replaced |= left_behind.replaced
         recorder.recording.counted |= left_behind.counted
+        recorder.recording.kept |= left_behind.kept
         if not recorder.changed:
             break
     patched = [candidate.fqn for candidate in candidates if "forward" in candidate.module.__dict__]
@@ -200,6 +202,7 @@ class _Recorder:
                     self.is_inside = False
             self.recording.replaced |= left_behind.replaced
             self.recording.counted |= left_behind.counted
+            self.recording.kept |= left_behind.kept
             if not seen <= read:
                 read |= seen
                 self.changed = True
