@@ -9,6 +9,7 @@ and backward. Level 0 comes here only where parameters rest in another dtype, as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from autopar.errors import InputError
 from autopar.runtime.stage_module import ExpertsModule, StageModule
 
 
@@ -43,9 +45,18 @@ def shard_stage(
     fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
+            module.__dict__["__deepcopy__"] = _refuse_copy  # before that of FSDP2, which says not what to do
             module.set_gradient_divide_factor(1.0)
             if mesh.device_type == "cpu":  # gloo has no pre-multiplied sum
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _refuse_copy(_: dict[int, Any]) -> NoReturn:
+    raise InputError(
+        "trainer.module cannot be copied (copy.deepcopy, AveragedModel): FSDP2 shards its parameters under this plan; "
+        "average them by name: mean = {n: p.detach().clone() for n, p in trainer.module.named_parameters()}, and after "
+        "each step mean[n].lerp_(p.detach(), 1 - decay)"
+    )
 
 
 def prepare_backward(stage: nn.Module, zero: int, *, is_last: bool, defers: bool = False) -> None:

@@ -159,3 +159,35 @@ def test_an_optimizer_of_matrices_alone(pool: LocalPool) -> None:
         assert found == pytest.approx(alone, rel=1e-9)
     for found in pool.run(losses, {"pp": 4}, num_ranks=4):
         assert found == pytest.approx(alone, rel=1e-9)
+
+
+def averaged(mesh: dict[str, int]) -> tuple[str, float]:
+    """What AveragedModel says, and how far a mean that is kept by name, as it advises, is from one process's."""
+    trainer, said = made(mesh=mesh), ""
+    torch.manual_seed(0)
+    alone = Layers().double()
+    try:
+        torch.optim.swa_utils.AveragedModel(trainer.module)
+    except InputError as error:
+        said = str(error)
+    stepping = sgd(alone.parameters())
+    whole = {name: param.detach().clone() for name, param in alone.named_parameters()}
+    mean = {name: param.detach().clone() for name, param in trainer.module.named_parameters()}
+    for step in range(3):
+        trainer.step(batch(step))
+        stepping.zero_grad()
+        alone(**batch(step)).backward()
+        stepping.step()
+        for kept, module in ((mean, trainer.module), (whole, alone)):
+            for name, param in module.named_parameters():
+                kept[name].lerp_(param.detach(), 0.1)
+    found = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in mean.items()}
+    trainer.close()
+    return said, max(float((found[name] - whole[name]).abs().max()) for name in whole)
+
+
+@pytest.mark.processes
+def test_a_copy_of_sharded_modules_is_refused_and_a_mean_by_name_is_right(pool: LocalPool) -> None:
+    for said, error in pool.run(averaged, {"dp_shard": 2}, num_ranks=2):
+        assert "cannot be copied" in said and "\n" not in said
+        assert error < 1e-14
