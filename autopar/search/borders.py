@@ -24,9 +24,9 @@ from autopar.search.candidates import Candidate
 from autopar.search.elimination import Table
 from autopar.sharding.rewrites import rewritten
 from autopar.simulate.closed_form import one_f_one_b_s
-from autopar.simulate.events import StageTimes, execute
+from autopar.simulate.events import StageTimes
 from autopar.simulate.members import member_costs, slowest_times
-from autopar.simulate.schedules import plan_actions
+from autopar.simulate.one_f_one_b import run_one_f_one_b
 from autopar.simulate.simulator import pipeline_times
 
 IMPROVED = 4  # pipelines, those of least time
@@ -60,8 +60,8 @@ class BorderSearch:
                 if engine.out_of_time(deadline) or base.step_time_s > NEAR * best.step_time_s:
                     break
                 known = self._climbs.get(base.candidate)
-                if known is not None and known.now <= base:
-                    continue
+                if base.candidate.pp == len(engine.graph.blocks) or (known is not None and known.now <= base):
+                    continue  # no border can move, or it went on from there
                 climb = _Climb(engine, base, deadline, self._actions)
                 climbs.append(climb)
                 self._climbs[base.candidate] = climb
@@ -103,7 +103,6 @@ class _Climb:
         self.candidate, self.kinds = base.candidate, engine.layout.kinds(base.candidate)
         self.plan = engine.plan_of(base.candidate, base.cuts)
         self.graph = rewritten(engine.graph, self.plan.rewrites)
-        self.lists = plan_actions(self.plan)
         _, self.links = pipeline_times(self.graph, engine.cluster, self.plan)
         self.simulated = self.estimated = 0
         self.found: list[Found] = []
@@ -153,11 +152,11 @@ class _Climb:
     def _execute(self, cuts: Cuts) -> float:
         """What the step takes by the schedule's own order; infinite where it does not fit, or the work is done."""
         if cuts not in self._executed:
-            stages, cost = self._all(cuts), sum(map(len, self.lists))
+            stages, cost = self._all(cuts), 2 * self.candidate.pp * self.candidate.num_micro_batches
             if stages is None or self.actions < cost or self.engine.out_of_time(self.deadline):
                 return math.inf
             self.actions -= cost
-            ends = execute(self.lists, [own.times for own in stages]).rank_end_s
+            ends = run_one_f_one_b([own.times for own in stages], self.candidate.num_micro_batches).rank_end_s
             self._executed[cuts] = max(end + own.after_s for end, own in zip(ends, stages, strict=True))
         return self._executed[cuts]
 

@@ -18,6 +18,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import actions_to_csv
 from autopar.plan.plan import Plan, Recompute, Schedule
 from autopar.search.best_first import Engine, Found
+from autopar.search.candidates import Candidate
 from autopar.search.schedule_search import lower_bound_s, search_schedule
 from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
@@ -54,6 +55,11 @@ def search_orders(
     except KeyboardInterrupt:
         engine.interrupted = True
     return found
+
+
+def may_order(c: Candidate) -> bool:
+    """Whether it is small enough to be tried in other orders."""
+    return 3 * c.pp * c.num_micro_batches <= MAX_ACTIONS
 
 
 def search_deeper(engine: Engine, best_s: float, deadline: float | None) -> SimulatedPlan | None:

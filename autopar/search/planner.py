@@ -27,7 +27,7 @@ from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_no
 from autopar.search.mixed import MixedOutcome, has_unlike_stages, search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.node_order import as_given, in_order
-from autopar.search.plan_schedules import DEEPENED_FROM, ORDERED, search_deeper, search_orders
+from autopar.search.plan_schedules import DEEPENED_FROM, ORDERED, may_order, search_deeper, search_orders
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 from autopar.search.simulated_plan import SimulatedPlan
 from autopar.simulate.simulator import simulate
@@ -184,6 +184,10 @@ class _Searches:
     def _search_one_mesh(self) -> None:
         """Plans of one mesh for all stages; a few of them where stages of unlike nodes have meshes of their own."""
         engine, mixed = self.engine, self.mixed.best
+        # Where a context axis pays, most others are passed over at once. Under a time limit those without go first.
+        context_first = mixed is None and engine.best is not None and self.deadline is None
+        if context_first:
+            self._search_context(engine.best)
         if mixed is None:
             outcome = engine.search(
                 self.space, incumbent=self._first_incumbent(), deadline=self.deadline, progress=self.progress
@@ -202,7 +206,9 @@ class _Searches:
                 self.space = wider
                 outcome = engine.search(wider, deadline=self.deadline, progress=self.progress)
         if mixed is None:
-            outcome = self._search_context(outcome)
+            if not context_first:
+                self._search_context(outcome.best)
+            outcome = self._with_context(outcome)
         self._one_mesh, self._num_one_mesh = outcome.best, outcome.num_simulated
         self._next = outcome.next if mixed is None and outcome.num_pipelines < ORDERED else ()
         self.num_simulated = outcome.num_simulated + self.mixed.num_simulated
@@ -225,19 +231,22 @@ class _Searches:
             until = now + (until - now) / 4
         return best if best is None or best.candidate.pp == 1 else self._borders.best(best, until, number=1)
 
-    def _search_context(self, outcome: Outcome) -> Outcome:
-        """The outcome with that of plans with a context axis."""
-        self.context = context = search_context(
-            self.engine, self.cluster, self.request, outcome.best, self.deadline, self.progress
+    def _search_context(self, best: Found | None) -> None:
+        self.context = search_context(
+            self.engine, self.cluster, self.request, best, self.deadline, self.progress
         )
-        if (own := context.outcome) is not None:
+
+    def _with_context(self, outcome: Outcome) -> Outcome:
+        """The outcome with that of plans with a context axis."""
+        if (own := self.context.outcome) is not None:
             outcome = replace(
-                own, lower_bound_s=min(outcome.lower_bound_s, own.lower_bound_s),
+                outcome, best=min((each.best for each in (outcome, own) if each.best is not None), default=None),
+                lower_bound_s=min(outcome.lower_bound_s, own.lower_bound_s),
                 complete=outcome.complete and own.complete, timed_out=outcome.timed_out or own.timed_out,
                 num_simulated=outcome.num_simulated + own.num_simulated,
                 num_pipelines=outcome.num_pipelines + own.num_pipelines, next=(*own.next, *outcome.next),
             )
-        return replace(outcome, complete=False, timed_out=True) if context.cut_short else outcome
+        return replace(outcome, complete=False, timed_out=True) if self.context.cut_short else outcome
 
     def _move_borders(self) -> None:
         """Moves borders of the best pipeline of one mesh, where no other plan beats it."""
@@ -254,6 +263,7 @@ class _Searches:
         few = self._next
         if self.mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
             few = tuple(own for own in self.space if own.pp > 1)
+        few = tuple(filter(may_order, few))
         if few and not engine.interrupted:
             # What is slower in the usual order may be quicker in another.
             try:
