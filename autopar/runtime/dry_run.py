@@ -24,6 +24,7 @@ from autopar.plan.plan import Plan
 from autopar.runtime import engine
 from autopar.runtime.data_parallel import local_tensor
 from autopar.runtime.fake_job import Call, Kind, Recorder, accelerator_kernels, fake_job, fake_mode
+from autopar.runtime.fused_step import prefer_fused
 from autopar.runtime.optimizers import OptimizerFactory
 from autopar.runtime.watch import Watch
 from autopar.simulate.schedules import Action
@@ -172,7 +173,8 @@ def run_rank(
 
     kernels = accelerator_kernels() if on_accelerator else nullcontext()
     with fake_job(ranks[0], plan.num_devices), fake_mode(), recorder, kernels:
-        trainer = _DryTrainer(model, plan, captured, _optimizer(plan.optimizer), same_weights=False)
+        optimizer = _optimizer(plan.optimizer, on_accelerator=on_accelerator)
+        trainer = _DryTrainer(model, plan, captured, optimizer, same_weights=False)
         for parameter in trainer.named_parameters().values():
             recorder.label(local_tensor(parameter), Kind.PARAMETER)
         batch = {
@@ -202,14 +204,22 @@ def run_rank(
         )
 
 
-def _optimizer(name: str) -> OptimizerFactory:
+def _optimizer(name: str, *, on_accelerator: bool) -> OptimizerFactory:
+    """The plan's optimizer; it steps as the trainer has it step on the rank's devices, also in its temporaries."""
     kinds: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
         "adam": lambda params: torch.optim.Adam(params, lr=1e-3),
         "sgd": lambda params: torch.optim.SGD(params, lr=1e-3),
         "sgd_momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
     }
-    return kinds[name]
+
+    def made(params: Any) -> torch.optim.Optimizer:
+        optimizer = kinds[name](params)
+        if on_accelerator:
+            prefer_fused(optimizer)
+        return optimizer
+
+    return made
 
 
 def communication_problems(calls: dict[int, Sequence[Call]]) -> list[str]:
