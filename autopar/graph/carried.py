@@ -39,12 +39,12 @@ def carried_over(model: nn.Module, run: Callable[[], Tensor], batch: Iterable[Te
     with LeftBehind(model).removed():
         trained = [param for param in model.parameters() if param.requires_grad]
         there = [*model.buffers(), *(tensor for _, tensor in _held(model))]
-        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        own = {_memory(tensor)._cdata for tensor in (*model.parameters(), *model.buffers())}
         first = _Dependence([("", tensor) for tensor in [*batch, *trained]], there)
         with first:
             run()
         left = [(name, tensor) for name, tensor in _held(model)
-                if first.source_of(tensor) is not None and tensor.untyped_storage()._cdata not in own]
+                if first.source_of(tensor) is not None and _memory(tensor)._cdata not in own]
         if not left:
             return None
         second = _Dependence(left)
@@ -60,6 +60,11 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{path}.{name}" if path else name, tensor) for tensor in tensors_in(name, value))
 
 
+def _memory(tensor: Tensor) -> torch.UntypedStorage | Tensor:
+    """What views of the tensor share with it; a sparse one, which has no storage, is that itself."""
+    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
+
+
 class _Dependence(TorchDispatchMode):
     """What depends on `sources`, tensors with names: also by what is written into memory, and through views.
 
@@ -71,19 +76,20 @@ class _Dependence(TorchDispatchMode):
 
     def __init__(self, sources: Iterable[tuple[str, Tensor]], there: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._found: dict[int, tuple[str, torch.UntypedStorage]] = {}  # by the memory's address, which stays alive
+        # By the address of memory, which stays alive.
+        self._found: dict[int, tuple[str, torch.UntypedStorage | Tensor]] = {}
         for name, tensor in sources:
             self._mark(tensor, name)
-        self._there = {tensor.untyped_storage()._cdata for tensor in there}
+        self._there = {_memory(tensor)._cdata for tensor in there}
 
     def source_of(self, tensor: Tensor) -> str | None:
         """The name of a source that the tensor depends on, if there is one."""
-        found = self._found.get(tensor.untyped_storage()._cdata)
+        found = self._found.get(_memory(tensor)._cdata)
         return None if found is None else found[0]
 
     def _mark(self, tensor: Tensor, name: str) -> None:
-        storage = tensor.untyped_storage()
-        self._found.setdefault(storage._cdata, (name, storage))
+        memory = _memory(tensor)
+        self._found.setdefault(memory._cdata, (name, memory))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +101,7 @@ class _Dependence(TorchDispatchMode):
         writes = op is not None and op._schema.is_mutable
         names = [name for tensor in given if (name := self.source_of(tensor)) is not None]
         if self._there and op is not None:
-            written = writes and any(tensor.untyped_storage()._cdata in self._there for tensor in given)
+            written = writes and any(_memory(tensor)._cdata in self._there for tensor in given)
             names += [""] * (written or torch.Tag.nondeterministic_seeded in op.tags)
         if names:
             for tensor in [*made, *(given if writes else [])]:

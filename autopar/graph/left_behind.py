@@ -68,7 +68,10 @@ class _State:
         """The names of the numbers that are others now."""
         numbers = {name: value for name, value in self.attributes.items() if type(value) in (int, float)}
         now = {name: module.__dict__.get(name) for name in numbers}
-        return (name for name, value in numbers.items() if not isinstance(now[name], Tensor) and now[name] != value)
+        return (
+            name for name, value in numbers.items()
+            if now[name] is not value and not isinstance(now[name], Tensor) and now[name] != value  # NaN is not NaN
+        )
 
     def kept(self, module: nn.Module) -> Iterator[str]:
         """The names of the attributes that hold other tensors now, themselves or in lists, dicts and the like."""
@@ -90,7 +93,7 @@ def tensors_in(name: str, value: Any) -> list[Tensor]:
     """The tensors in a module's attribute of this name; none of its parameters, buffers and submodules."""
     if isinstance(value, Tensor):
         return [value]
-    if not value or name in _TABLES or not isinstance(value, (dict, list, set, tuple)):
+    if not isinstance(value, (dict, list, set, tuple)) or not value or name in _TABLES:
         return []
     leaves = value if isinstance(value, set) else pytree.tree_leaves(value)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -168,4 +168,5 @@ def comparable(value: object) -> Hashable:
 
 
 def _is_small_and_real(tensor: Tensor) -> bool:
-    return not is_fake(tensor) and tensor.device.type != "meta" and tensor.numel() <= _MAX_HASHED_NUMEL
+    there = not is_fake(tensor) and tensor.device.type != "meta" and tensor.layout is torch.strided
+    return there and tensor.numel() <= _MAX_HASHED_NUMEL
