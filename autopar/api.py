@@ -31,6 +31,7 @@ from autopar.plan.file import load_plan, plan_from_json, plan_to_json, save_plan
 from autopar.plan.plan import Plan
 from autopar.plan.verify import machine_of, verify_plan
 from autopar.runtime.engine import Trainer
+from autopar.runtime.given_models import GivenModel
 from autopar.runtime.optimizers import OptimizerFactory
 from autopar.search.candidates import fixed_axes
 from autopar.search.fleet import choose_devices
@@ -170,10 +171,12 @@ def parallelize(
         captured = _captured(model, example_batch, loss_fn, chosen.dtype, evaluates=True)
     own = plan_to_json(plan if isinstance(plan, Plan) else load_plan(Path(plan))) if plan is not None else None
     _agree(chosen, captured.graph, is_same=own is None or plan_from_json(own) == chosen)
-    return Trainer(
+    trainer = Trainer(
         model, chosen, captured, optimizer, device=place, timeout_s=timeout_s, weights=weights,
         stop_on_nan=stop_on_nan, log_every=log_every, peak_flops=_peak_flops(chosen, cluster) if log_every else None,
     )
+    trainer.checks.given = GivenModel(model)
+    return trainer
 
 
 def _peak_flops(plan: Plan, cluster: Cluster | str | None) -> float | None:

@@ -321,6 +321,7 @@ class Trainer:
     def close(self) -> None:
         """Destroy the process group if the trainer made it."""
         self.watch.close()
+        self.checks.given = None
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
             self._owns_group = False

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from autopar.errors import InputError
+from autopar.runtime.given_models import GivenModel
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +21,10 @@ log = logging.getLogger(__name__)
 class StepChecks:
     """Checks what lies between the calls of a Trainer.
 
-    `frozen`: parameters stay trained or frozen as they were when the plan was compiled. `replaced`: gradients that no
-    step has used are about to be replaced. `steps_itself`: the trainer takes the optimizer's step apart, so that a step
-    of the optimizer alone would be another one.
+    `given`: the user's model, if other trainers may have been given parts of it. `frozen`: parameters stay trained or
+    frozen as they were when the plan was compiled. `replaced`: gradients that no step has used are about to be
+    replaced. `steps_itself`: the trainer takes the optimizer's step apart, so that a step of the optimizer alone would
+    be another one.
     """
 
     def __init__(
@@ -32,10 +34,16 @@ class StepChecks:
         self._trained = [param.requires_grad for param in params.values()]
         self._unused, self._stepping = False, False
         self._compared: set[str] = set()
+        self.given: GivenModel | None = None
         optimizer.register_step_pre_hook(self._before_step)
 
     def before_backward(self) -> None:
-        """InputError where a parameter has been frozen or unfrozen; a warning where gradients are replaced unused."""
+        """InputError where a parameter has been frozen or unfrozen; a warning where gradients are replaced unused.
+
+        Before the first backward also one where another trainer has copies of the same parameters.
+        """
+        if self.given is not None:
+            self.given.compare_once()
         for (name, param), trained in zip(self._params.items(), self._trained, strict=True):
             if param.requires_grad is not trained:
                 raise InputError(
