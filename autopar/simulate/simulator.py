@@ -77,7 +77,7 @@ def simulate(
     breakdown = _breakdown(plan, groups[critical], max(reduced), without_s, step, tied)
     peaks = _peaks(run, groups)
     keeps_gradients = as_system and any(stage.zero < 3 for stage in plan.stages)
-    shown = drawn(len(groups), critical, 4 * plan.num_stages * plan.num_micro_batches, max_events) if detail else set()
+    shown = drawn(len(groups), critical, 2 * plan.num_stages * plan.num_micro_batches, max_events) if detail else set()
     timelines = tuple(
         _group_timeline(
             cluster, plan, group, run, peak, reduced[group.rank], end, detail=i in shown, all_at_once=keeps_gradients

@@ -186,8 +186,12 @@ def timeline_from_json(text: str) -> Timeline:
         raise InputError(f"not a timeline file ({type(error).__name__}: {error})") from error
 
 
-def drawn(num_groups: int, critical: int, num_events: int, max_events: int | None) -> set[int]:
-    """The groups whose events are kept: all, or where there are too many some in even steps, the critical one too."""
+def drawn(num_groups: int, critical: int, num_actions: int, max_events: int | None) -> set[int]:
+    """The groups whose events are kept: all, or where there are too many some in even steps, the critical one too.
+
+    `num_actions`: forwards and backwards of all stages, each of which sends a message.
+    """
+    num_events = 2 * num_actions
     if max_events is None or num_events <= max_events:
         return set(range(num_groups))
     every = min(num_groups, -(-num_events // max_events))

@@ -215,7 +215,7 @@ def _timeline(cluster: Cluster, plan: Plan, timeline: Timeline) -> dict[str, Any
     own: list[list[ActionEvent]] = [[] for _ in timeline.groups]
     for event in timeline.events:
         own[event.group].append(event)
-    shown = drawn(len(own), timeline.critical, len(timeline.events), MAX_DRAWN)
+    shown = drawn(len(own), timeline.critical, 2 * plan.num_stages * plan.num_micro_batches, MAX_DRAWN)
     rows = []
     for at, (group, events) in enumerate(zip(timeline.groups, own, strict=True)):
         is_drawn = at in shown and bool(events or not timeline.events)
