@@ -33,18 +33,7 @@ class Cut:
 def range_sums(costs: Table) -> Table:
     """table[i, j]: the sum of costs[i:j]; infinity where the range is empty."""
     running = np.concatenate([[0.0], np.cumsum(costs)])
-    return _only_ranges(running[None, :] - running[:, None])
-
-
-def range_maxima(costs: Table) -> Table:
-    """table[i, j]: the largest of costs[i:j], which are at least 0; infinity where the range is empty."""
-    n = len(costs)
-    table = np.zeros((n + 1, n + 1))
-    table[:n, 1:] = np.maximum.accumulate(np.triu(np.broadcast_to(costs, (n, n))), axis=1)
-    return _only_ranges(table)
-
-
-def _only_ranges(table: Table) -> Table:
+    table = running[None, :] - running[:, None]
     return np.where(np.tri(len(table), dtype=bool), np.inf, table)
 
 

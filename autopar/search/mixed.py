@@ -270,8 +270,8 @@ class _Search:
                 break
             known = self.outcome.tried[parts]
             assert known is not None, "only what fits is deepened"
-            for found in deeper_plans(self.engine, self.cluster, self._least[parts][1], parts, known):
-                self._check_time()
+            costs = self._least[parts][1]
+            for found in deeper_plans(self.engine, self.cluster, costs, parts, known, self._check_time):
                 deeper.append(found)
                 self._keep(found)
         self._put_off_weights_of(sorted(deeper, key=lambda own: own.step_time_s)[:PUT_OFF])

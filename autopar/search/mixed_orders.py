@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from autopar.cluster.cluster import Cluster
@@ -18,10 +18,15 @@ MAX_LISTED = 2000  # actions up to which list schedules are tried where gradient
 
 
 def deeper_plans(
-    engine: Engine, cluster: Cluster, costs: MixedCosts, parts: Sequence[Part], known: SimulatedPlan
+    engine: Engine, cluster: Cluster, costs: MixedCosts, parts: Sequence[Part], known: SimulatedPlan,
+    check_time: Callable[[], None],
 ) -> Iterator[SimulatedPlan]:
-    """The parts with more micro-batches in flight, quicker than as they are known."""
+    """The parts with more micro-batches in flight, quicker than as they are known.
+
+    `check_time` is called before each that is looked at, most of which are not quicker.
+    """
     def make(deeper: int) -> Plan:
+        check_time()
         return mixed_plan(engine, costs, parts, deeper=deeper)
 
     for plan in deepened(engine, cluster, known.plan, make, known.step_time_s):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -196,8 +195,3 @@ def drawn(num_groups: int, critical: int, num_actions: int, max_events: int | No
         return set(range(num_groups))
     every = min(num_groups, -(-num_events // max_events))
     return {*range(0, num_groups, every), num_groups - 1, critical}
-
-
-def total_events(events: Sequence[ActionEvent], kind: str) -> float:
-    """Seconds of all events of a kind."""
-    return sum(event.end_s - event.start_s for event in events if event.kind == kind)

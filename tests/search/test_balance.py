@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autopar.search.balance import range_maxima, range_sums, smallest_bottleneck, windows_of
+from autopar.search.balance import range_sums, smallest_bottleneck, windows_of
 
 COSTS = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=8)
 
@@ -69,6 +69,4 @@ def test_windows_have_the_ranges_of_all_cuts_and_no_others(num_blocks: int, num_
 def test_range_tables() -> None:
     costs = np.array([1.0, 3.0, 2.0])
     assert range_sums(costs)[1, 3] == 5.0
-    assert range_maxima(costs)[0, 3] == 3.0
     assert np.isinf(range_sums(costs)[2, 2])
-    assert np.isinf(range_maxima(costs)[2, 1])

@@ -11,7 +11,8 @@ from autopar.cluster.cluster import Cluster
 from autopar.plan.plan import Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.best_first import Engine
-from autopar.search.mixed import IdleFound, MixedOutcome, search_mixed
+from autopar.search.mixed import IdleFound, MixedOutcome, _StoppedError, search_mixed
+from autopar.search.mixed_plans import mixed_plan
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate
 
@@ -152,3 +153,24 @@ def test_layers_recompute_more_where_more_in_flight_takes_less(monkeypatch: pyte
     verify_plan(deep.best.plan, graph, machine)
     timeline = simulate(graph, machine, deep.best.plan)
     assert timeline.feasible and timeline.step_time_s == deep.best.step_time_s
+
+
+def test_the_time_limit_is_looked_at_before_each_plan_with_more_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = mlp_chain(num_layers=8, hidden=256, inner=1024, seq_len=512)
+    machine = cluster(per_node=2, speeds=(1.0, 1.0, 0.25), memory_gib=0.03, host_gb_per_s=20.0)
+    engine = Engine(graph, machine, PlanRequest(global_batch=8, dtype="float32"))
+    looked_at: list[int] = []
+
+    def late(self: object) -> None:
+        if looked_at:
+            raise _StoppedError
+
+    def made(*args: object, deeper: int = 0, **named: object) -> Plan:
+        looked_at.extend([deeper] * (deeper > 0))
+        return mixed_plan(*args, deeper=deeper, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("autopar.search.mixed._Search._check_time", late)
+    monkeypatch.setattr("autopar.search.mixed_orders.mixed_plan", made)
+    found = search_mixed(engine, machine, float("inf"), None)
+    assert looked_at == [1]
+    assert found.best is not None and not found.complete
