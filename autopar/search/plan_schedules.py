@@ -49,9 +49,7 @@ def search_orders(
                 if engine.out_of_time(deadline):
                     return found
                 limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
-                made = simulated(engine, plan)
-                if made is not None and made.step_time_s < limit_s:
-                    found = made
+                found = simulated(engine, plan, limit_s) or found
     except KeyboardInterrupt:
         engine.interrupted = True
     return found
@@ -76,9 +74,8 @@ def search_deeper(engine: Engine, best_s: float, deadline: float | None) -> Simu
             for other in deepened(engine, engine.cluster, plan, partial(_deeper, engine, base), best_s * (1 - WORTH)):
                 if engine.out_of_time(deadline):
                     return found
-                made = simulated(engine, other)
-                if made is not None and made.step_time_s < (found.step_time_s if found else best_s * (1 - WORTH)):
-                    found = made
+                limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
+                found = simulated(engine, other, limit_s) or found
     except KeyboardInterrupt:
         engine.interrupted = True
     return found

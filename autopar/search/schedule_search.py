@@ -79,7 +79,8 @@ def search_schedule(
         lists, ends_s = timed_list_schedule(stages, m, own, split_backward=split)
         if max(map(add, ends_s, ends)) < best[0].step_s:
             offer(lists, "list schedule")
-    _adjust_warmup(stages, m, caps, offer, ends[0])
+    if lower_bound_s(stages, m, end_s=ends, split_backward=False) < best[0].step_s:  # else no 1f1b is quicker
+        _adjust_warmup(stages, m, caps, offer, ends[0])
     if exact and best[0].step_s > lower * (1 + 1e-9):
         few = _small_count(p, m, caps, split_backward=split_backward)
         if few:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 from autopar.errors import AutoparError
@@ -33,12 +34,17 @@ class SimulatedPlan:
         )
 
 
-def simulated(engine: Engine, plan: Plan) -> SimulatedPlan | None:
-    """The plan as the simulator sees it; None where it does not fit or is no plan, which is logged."""
+def simulated(engine: Engine, plan: Plan, limit_s: float = math.inf) -> SimulatedPlan | None:
+    """The plan as the simulator sees it; None where it does not fit or is no plan, which is logged.
+
+    Also where it is not below the limit.
+    """
     try:
         timeline = simulate(engine.graph, engine.cluster, plan, detail=False)
     except AutoparError as error:
         log.info("a plan cannot be simulated: %s", error)
+        return None
+    if timeline.step_time_s >= limit_s:
         return None
     if not timeline.feasible or (problem := next(problems(plan, engine.graph), None)):
         log.info("a plan is left out: %s", problem if timeline.feasible else timeline.infeasible_reason)
