@@ -42,7 +42,8 @@ def context_candidates(
     """Every candidate with a context axis of at least two ranks, its groups aligned to nodes.
 
     But for those that have as many tokens on a rank as another one with fewer rows in a micro-batch, of which each is
-    on fewer ranks: that one has the same work and less to exchange.
+    on fewer ranks: that one has the same work and less to exchange. Beside a tensor axis sequences are parallel where
+    they can be.
     """
     if not chooser.has_hidden_states:
         return []
@@ -65,15 +66,14 @@ def context_candidates(
             for size in sizes:
                 if rows % size or (free and any(is_aligned(cp // d * tp) for d in divisors(math.gcd(cp, size))[1:])):
                     continue
-                for sequence_parallel in (False, True) if tp > 1 else (False,):
-                    found += [
-                        Candidate(
-                            pp=pp, tp=tp, cp=cp, dp_replicate=dp if zero == 0 else 1, dp_shard=1 if zero == 0 else dp,
-                            zero=zero, sequence_parallel=sequence_parallel, offload_optimizer=False, micro_batch=size,
-                            num_micro_batches=rows // size,
-                        )
-                        for zero in (0, 1, 2, 3)
-                    ]
+                found += [
+                    Candidate(
+                        pp=pp, tp=tp, cp=cp, dp_replicate=dp if zero == 0 else 1, dp_shard=1 if zero == 0 else dp,
+                        zero=zero, sequence_parallel=tp > 1 and chooser.splits_sequence(cp * tp),
+                        offload_optimizer=False, micro_batch=size, num_micro_batches=rows // size,
+                    )
+                    for zero in (0, 1, 2, 3)
+                ]
     return sorted(candidate for candidate in found if request.allows(candidate))
 
 

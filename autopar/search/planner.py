@@ -67,6 +67,7 @@ NOT_SEARCHED = (
     UNUSED,
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     "rewrites of layers beside a context axis that do not pay without it",
+    "a context axis beside a tensor axis without sequence parallelism, where that can be",
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (

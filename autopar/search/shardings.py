@@ -81,6 +81,11 @@ class ShardingChooser:
         crossing = (cls.tensor[name] for cls in self.classes for name in cls.outputs)
         return any(is_hidden(info) or is_image(info) for info in crossing)
 
+    def splits_sequence(self, ranks: int) -> bool:
+        """Whether the hidden states that pass between blocks can be split by sequence over so many ranks."""
+        crossing = (cls.tensor[name] for cls in self.classes for name in cls.outputs)
+        return all(info.shape[1] % ranks == 0 for info in crossing if is_hidden(info))
+
     def choose(
         self, tp: int, *, sequence_parallel: bool, split_weights: bool = True, split_products: bool = False, cp: int = 1
     ) -> Choice | None:
