@@ -123,6 +123,15 @@ class Bounds:
         owns = {kind: m * (t.forward_s + t.backward_s) + t.once_beside_s for kind, t in tables.items()}
         return max(through, spread_s(owns, kinds, number))
 
+    def busy(self, c: Candidate) -> float:
+        """What all stages do in a step, shared evenly: no less in any order of micro-batches."""
+        kinds, number = self._layout.kinds(c), self._sorts[c.pp > 1].number
+        tables = {kind: self._tables.times(c, kind) for kind in dict.fromkeys(kinds)}
+        owns = {
+            kind: c.num_micro_batches * (t.forward_s + t.backward_s) + t.once_beside_s for kind, t in tables.items()
+        }
+        return spread_s(owns, kinds, number)
+
     def best_cut(self, c: Candidate, limit_s: float = np.inf) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
 

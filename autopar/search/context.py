@@ -20,6 +20,7 @@ from autopar.search.candidates import Candidate, PlanRequest, Work, divisors, me
 from autopar.search.shardings import ShardingChooser
 
 PROMISE = 0.02  # of the step time: what an estimate must be below the best
+NEAR = 1.01  # times the best with a context axis: what other axes are looked at beside it
 MAX_SHARDINGS = 3  # pairs of axes for which shardings are searched where there is a plan without a context axis
 MAX_SHARDINGS_ALONE = 8  # and where there is none
 
@@ -146,9 +147,9 @@ def search_context(
         promising = _Promising(engine, plain, context_candidates(
             cluster, request, engine.chooser, len(engine.graph.blocks)
         ))
+        limit = estimate_limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
         for _ in range(most):
-            limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
-            space = promising.next_group(limit, deadline)
+            space = promising.next_group(estimate_limit, deadline)
             if space is None:
                 break
             alike = _with_shardings(engine, plain, space, limit)
@@ -156,7 +157,13 @@ def search_context(
                 continue
             own = engine.search(alike, incumbent=best, deadline=deadline, progress=progress)
             num_searched += len(alike)
-            found, best = own if found is None else _both(found, own), own.best
+            found = own if found is None else _both(found, own)
+            if own.best is not None and own.best != best:
+                # Those behind may be as quick, or quicker in other orders; estimates are off alike.
+                best = own.best
+                if not asked:
+                    limit = best.step_time_s * NEAR
+                    estimate_limit = NEAR * max(promising.estimate_s, best.step_time_s)
         cut_short = engine.out_of_time(deadline)
     except KeyboardInterrupt:
         if best is None:
@@ -169,6 +176,7 @@ def _both(before: Outcome, after: Outcome) -> Outcome:
     """The outcome of a search and of one after it for what is better."""
     return replace(
         after, lower_bound_s=min(before.lower_bound_s, after.lower_bound_s),
+        num_pipelines=before.num_pipelines + after.num_pipelines, next=(*before.next, *after.next),
         complete=before.complete and after.complete, timed_out=before.timed_out or after.timed_out,
         num_simulated=before.num_simulated + after.num_simulated,
     )
@@ -190,6 +198,7 @@ class _Promising:
             self.groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
             self.works.setdefault(c.work, []).append(c)
         self.added: dict[Work, float] = {}
+        self.estimate_s = 0.0  # of what was given last
         self.queue = [(_roughly(engine, alike[0]), alike[0], 0) for alike in self.works.values()]
         heapq.heapify(self.queue)
 
@@ -213,6 +222,7 @@ class _Promising:
             elif level == 3:
                 heapq.heappush(queue, (max(least, self._of_even_cut(c, limit)), c, 4))
             else:
+                self.estimate_s = least
                 return self.groups.pop(key)
         return None
 

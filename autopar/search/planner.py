@@ -17,7 +17,7 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Baseline, Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
-from autopar.search.best_first import Engine, Found, Outcome, Progress
+from autopar.search.best_first import NUM_NEXT, Engine, Found, Outcome, Progress
 from autopar.search.borders import BorderSearch
 from autopar.search.candidates import Candidate, PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
@@ -261,10 +261,9 @@ class _Searches:
     def _order_pipelines(self, before: Sequence[Found]) -> None:
         """Other orders of micro-batches of the quickest pipelines, and of those `before` borders were moved."""
         engine = self.engine
-        few = self._next
+        few = sorted(filter(may_order, self._next), key=lambda own: (engine.bounds.busy(own), own))[:NUM_NEXT]
         if self.mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
-            few = tuple(own for own in self.space if own.pp > 1)
-        few = tuple(filter(may_order, few))
+            few = [own for own in self.space if own.pp > 1 and may_order(own)]
         if few and not engine.interrupted:
             # What is slower in the usual order may be quicker in another.
             try:
