@@ -95,14 +95,22 @@ class _State:
     stopped: bool = False
 
 
+def new_chooser(graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> ShardingChooser:
+    """What chooses the shardings of a request's candidates."""
+    return ShardingChooser(
+        graph, cluster, request.dtype, rows=request.micro_batch or 1, rewrites=True, compile=request.compile
+    )
+
+
 class Engine:
     """Bounds and simulates candidates of one request; a candidate with a cut is simulated once."""
 
-    def __init__(self, graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> None:
+    def __init__(
+        self, graph: ModelGraph, cluster: Cluster, request: PlanRequest, *, chooser: ShardingChooser | None = None
+    ) -> None:
+        """`chooser`: what `new_chooser` made for this graph and request, and for as many or more of the same nodes."""
         self.graph, self.cluster, self.request = graph, cluster, request
-        self.chooser = ShardingChooser(
-            graph, cluster, request.dtype, rows=request.micro_batch or 1, rewrites=True, compile=request.compile
-        )
+        self.chooser = chooser or new_chooser(graph, cluster, request)
         self.layout = StageLayout(cluster, request.dtype)
         self.bounds = Bounds(graph, self.layout, request, self.chooser)
         self._model, self._machine = model_fingerprint(graph), cluster_fingerprint(cluster)

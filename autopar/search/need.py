@@ -5,17 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from autopar.cluster.cluster import Cluster
 from autopar.errors import InfeasibleError, InputError
 from autopar.graph.model_graph import ModelGraph
-from autopar.search.best_first import Engine, lean_first
+from autopar.search.best_first import Engine, lean_first, new_chooser
 from autopar.search.candidates import Candidate, PlanRequest, candidates, divisors
+from autopar.search.shardings import ShardingChooser
 
 EACH_TO_TIMES = 4  # every number of nodes is tried to so many times those of the cluster,
 MAX_TIMES = 1024  # then doubled ones to so many, and those between the last that is too few and the first that is not
-MAX_SECONDS = 20.0  # for trying all of them
+# A limit in work, not in time, so that the same input gets the same answer on every machine. The units are, for each
+# stage of a candidate, STAGE_WORK and one for each block; for each choice of shardings CHOICE_WORK for each op; one for
+# each node. They took 1 to 2 us each where that was measured (Llama of 8, 70 and 405 billion parameters): 20 s in all.
+MAX_WORK = 12_000_000
+STAGE_WORK = 100
+CHOICE_WORK = 800
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """What was done of `most` units; `deadline` is of time.monotonic()."""
+
+    most: float = math.inf
+    deadline: float | None = None
+    done: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self.done >= self.most or (self.deadline is not None and time.monotonic() > self.deadline)
 
 
 def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | None = None) -> str:
@@ -23,10 +42,10 @@ def smallest_need(engine: Engine, space: Sequence[Candidate], deadline: float | 
     cluster, request = engine.cluster, engine.request
     times = min(engine.bounds.smallest_need(candidate) for candidate in lean_first(space))
     smallest = min((node.device for node in cluster.nodes), key=lambda device: device.usable_memory_bytes)
-    latest = time.monotonic() + MAX_SECONDS
-    nodes = some_nodes(engine, times, latest if deadline is None else min(latest, deadline))
+    nodes = some_nodes(engine, times, Work(most=MAX_WORK, deadline=deadline))
+    unlimited = Work(deadline=deadline)
     less = "" if engine.out_of_time(deadline) else next(
-        (words for words, own in lighter(engine) if fits(engine.graph, cluster, own)), ""
+        (words for words, own in lighter(engine) if fits(engine.graph, cluster, own, unlimited)), ""
     )
     kind = cluster.nodes[-1]
     more = (
@@ -53,26 +72,33 @@ def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.1f}" if size_bytes >= 2**30 else f"{size_bytes / 2**30:.2g}"
 
 
-def some_nodes(engine: Engine, times: float, deadline: float) -> int | None:
+def some_nodes(engine: Engine, times: float, work: Work) -> int | None:
     """A number of nodes, all like the cluster's last, that something fits on: the fewest of those that are tried.
 
     `times`: how much more memory the cluster's own devices would need. More nodes are not always better, as the batch
-    must divide over the replicas.
+    must divide over the replicas. Trying ends when the `work` is over.
     """
+    node, most = engine.cluster.nodes[-1], EACH_TO_TIMES * len(engine.cluster.nodes)
+    chooser: ShardingChooser | None = None
+
     def fit(count: int) -> bool:
-        cluster = Cluster(name=f"{count} nodes", nodes=(engine.cluster.nodes[-1],) * count)
-        return fits(engine.graph, cluster, engine.request)
+        nonlocal chooser, most
+        if chooser is None or count > most:  # a group of the first ranks is the same on any number of these nodes
+            most = max(count, most)
+            chooser = new_chooser(engine.graph, Cluster(name=f"{most} nodes", nodes=(node,) * most), engine.request)
+        cluster = Cluster(name=f"{count} nodes", nodes=(node,) * count)
+        return fits(engine.graph, cluster, engine.request, work, chooser)
 
     few = fewest(engine.cluster, times) - 1
     for count in counts_to_try(engine.cluster, times):
-        if time.monotonic() > deadline:
+        if work.is_over:
             return None
         if fit(count):
             break
         few = count
     else:
         return None
-    while count - few > 1 and time.monotonic() <= deadline:
+    while count - few > 1 and not work.is_over:
         between = (few + count) // 2
         if fit(between):
             count = between
@@ -119,14 +145,25 @@ def lighter(engine: Engine) -> Iterator[tuple[str, PlanRequest]]:
             batch //= 2
 
 
-def fits(graph: ModelGraph, cluster: Cluster, request: PlanRequest) -> bool:
-    """Whether the planner would find a plan."""
-    wider = Engine(graph, cluster, request)
+def fits(
+    graph: ModelGraph, cluster: Cluster, request: PlanRequest, work: Work, chooser: ShardingChooser | None = None
+) -> bool:
+    """Whether the planner would find a plan; False, too, where the work is over before that is known."""
+    wider = Engine(graph, cluster, request, chooser=chooser)
+    choice_work = CHOICE_WORK * sum(len(cls.ops) for cls in wider.chooser.classes)
+    work.done += len(cluster.nodes)
     for across in (False, True):
+        before = wider.chooser.num_choices
         try:
             space = candidates(cluster, request, wider.chooser, len(graph.blocks), tp_across_nodes=across)
         except (InfeasibleError, InputError):
             return False
-        if any(wider.bounds.smallest_need(candidate) <= 1 for candidate in lean_first(space)):
-            return True
+        finally:
+            work.done += choice_work * (wider.chooser.num_choices - before)
+        for candidate in lean_first(space):
+            if work.is_over:
+                return False
+            work.done += candidate.pp * (STAGE_WORK + len(graph.blocks))
+            if wider.bounds.smallest_need(candidate) <= 1:
+                return True
     return False

@@ -76,6 +76,11 @@ class ShardingChooser:
         return needs_whole_batch(self._graph)
 
     @property
+    def num_choices(self) -> int:
+        """How many choices were made."""
+        return len(self._kept)
+
+    @property
     def has_hidden_states(self) -> bool:
         """Whether anything passes between blocks that sequence parallelism could split."""
         crossing = (cls.tensor[name] for cls in self.classes for name in cls.outputs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,8 @@ from toy_graphs import cluster, mlp_chain
 from autopar.cluster.cluster import Cluster
 from autopar.errors import InfeasibleError
 from autopar.search import need
-from autopar.search.need import counts_to_try, gib_up
+from autopar.search.best_first import new_chooser
+from autopar.search.need import Work, counts_to_try, gib_up
 from autopar.search.planner import PlanRequest, find_plan
 
 GRAPH = mlp_chain(num_layers=6, hidden=512, inner=2048, seq_len=128, vocab=4096)
@@ -52,9 +55,9 @@ def test_the_number_of_nodes_is_the_smallest_that_fits(per_node: int, batch: int
     text = told(per_node, gib, batch)
     found = re.search(r"or \d+ devices \((\d+)x", text)
     assert found, text
-    count = int(found[1])
-    assert fits(count, per_node, gib, batch)
-    assert not any(fits(fewer, per_node, gib, batch) for fewer in range(2, count))
+    number = int(found[1])
+    assert fits(number, per_node, gib, batch)
+    assert not any(fits(fewer, per_node, gib, batch) for fewer in range(2, number))
 
 
 def test_the_memory_that_is_named_is_enough_and_little_less_is_not() -> None:
@@ -84,7 +87,7 @@ def test_less_that_fits_on_the_same_devices_is_told(
 def test_where_no_number_helps_only_what_was_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     text = told(1, 0.0001, 1)
     assert "that was tried is enough" in text
-    monkeypatch.setattr(need, "MAX_SECONDS", -1.0)
+    monkeypatch.setattr(need, "MAX_WORK", 0)
     assert "that was tried is enough" in told(1, 0.06, 6)
 
 
@@ -100,11 +103,37 @@ def test_the_clusters_own_number_is_tried_only_where_its_nodes_differ() -> None:
 def test_numbers_between_those_that_are_tried_are_searched(monkeypatch: pytest.MonkeyPatch, enough: int) -> None:
     tried = []
 
-    def fits(graph: Any, nodes: Cluster, request: Any) -> bool:
+    def fits(graph: Any, nodes: Cluster, request: Any, work: Work, chooser: Any) -> bool:
         tried.append(len(nodes.nodes))
         return len(nodes.nodes) >= enough
 
     monkeypatch.setattr(need, "fits", fits)
+    monkeypatch.setattr(need, "new_chooser", lambda graph, nodes, request: nodes)
     engine: Any = SimpleNamespace(cluster=cluster(1), graph=None, request=None)
-    assert need.some_nodes(engine, 1.5, math.inf) == max(2, enough)
+    assert need.some_nodes(engine, 1.5, Work()) == max(2, enough)
     assert len(tried) < 25
+    assert need.some_nodes(engine, 1.5, Work(deadline=time.monotonic() - 1)) is None
+
+
+@pytest.mark.parametrize(("most", "enough"), [(50_000, False), (10**9, True)])
+def test_the_answer_is_the_same_however_fast_the_clock_runs(
+    monkeypatch: pytest.MonkeyPatch, most: int, enough: bool
+) -> None:
+    """The number that fits lies behind ones that do not, so that a limit in between cuts the trying short."""
+    monkeypatch.setattr(need, "MAX_WORK", most)
+    answers = []
+    for seconds in (0.0, 1000.0):
+        clock = count(0.0, seconds)
+        monkeypatch.setattr(time, "monotonic", lambda clock=clock: next(clock))
+        answers.append(told(2, 0.06, 10))
+    assert answers[0] == answers[1]
+    assert ("that was tried is enough" in answers[0]) is not enough
+
+
+@pytest.mark.parametrize("tp", [2, 4, 8])
+def test_shardings_are_the_same_on_any_number_of_nodes(tp: int) -> None:
+    few, many = (new_chooser(GRAPH, cluster(number, 4), PlanRequest(global_batch=4)) for number in (2, 7))
+    for sequence_parallel in (False, True):
+        choice = few.choose(tp, sequence_parallel=sequence_parallel)
+        assert choice is not None
+        assert choice == many.choose(tp, sequence_parallel=sequence_parallel)
