@@ -18,7 +18,7 @@ from autopar.plan.verify import problems, verify_plan
 from autopar.search.best_first import Engine
 from autopar.search.bounds import Bounds
 from autopar.search.candidates import MESH_AXES, Candidate, PlanRequest, parse_mesh
-from autopar.search.context import _added_alone, _without_axis, context_candidates
+from autopar.search.context import _added_alone, _Promising, _without_axis, context_candidates
 from autopar.search.planner import find_plan
 from autopar.search.shardings import ShardingChooser
 from autopar.sharding.state import Kind, shard
@@ -117,6 +117,24 @@ def test_rows_on_more_ranks_are_left_to_fewer_rows_on_fewer(graph: ModelGraph) -
         assert fewer in kept or fewer.cp == 1
         own, other = (engine.simulate(each, (0, number)) for each in (c, fewer))
         assert own is None or (other is not None and other.step_time_s <= own.step_time_s), c
+
+
+def test_pairs_of_axes_come_by_their_estimates_each_once(graph: ModelGraph) -> None:
+    cluster = parse_cluster("2x8xH100-80GB")
+    engine = Engine(graph, cluster, request())
+    space = context_candidates(cluster, engine.request, engine.chooser, len(graph.blocks))
+    plain = Bounds(graph, engine.layout, engine.request, engine.chooser.plain)
+    promising, seen, estimates = _Promising(engine, plain, space), list[tuple[int, int]](), list[float]()
+    while (found := promising.next_group(math.inf, None)) is not None:
+        seen.append((found[0].cp, found[0].tp))
+        estimates.append(promising.estimate_s)
+        assert {(c.cp, c.tp) for c in found} == {seen[-1]}
+    assert len(set(seen)) == len(seen) > 3
+    assert estimates == sorted(estimates)
+    first = [c for c in space if (c.cp, c.tp) == seen[0] and engine.chooser.choose(
+        c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None]
+    best = engine.search(first).best
+    assert best is not None and best.step_time_s == pytest.approx(estimates[0], rel=0.1), "an estimate tells the time"
 
 
 def test_what_the_axis_adds_beside_a_tensor_axis_counts_the_network_that_its_groups_share(graph: ModelGraph) -> None:

@@ -26,13 +26,13 @@ MACHINE = cluster(2, 4)
 def test_the_time_limit_holds_while_bounds_are_computed() -> None:
     graph, machine = mlp_chain(96, 12288, 49152, 2048, 50000), parse_cluster("64x8xH100")
     began = time.process_time()
-    plan = find_plan(graph, machine, PlanRequest(global_batch=1536, max_search_seconds=1))
-    assert time.process_time() - began < 4  # all bounds take longer, the whole search some 20 s
+    plan = find_plan(graph, machine, PlanRequest(global_batch=1536, max_search_seconds=0.1))
+    assert time.process_time() - began < 2  # all bounds take longer
     verify_plan(plan, graph, machine)
     assert simulate(graph, machine, plan).feasible
     assert plan.certificate is not None
     assert plan.certificate.stopped_early
-    assert "the time limit of 1 s came first" in plan.certificate.searched
+    assert "the time limit of 0.1 s came first" in plan.certificate.searched
     assert "simulations" not in plan.certificate.searched
 
 
