@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from autopar.runtime import recompute
+from autopar.runtime import host_memory, recompute
 
 
 @contextlib.contextmanager
@@ -78,6 +78,7 @@ class Kind(StrEnum):
     OPTIMIZER = "optimizer"
     ACTIVATION = "activations"  # kept by autograd for the backward
     OTHER = "gradients and buffers"
+    HOST = "in host memory"  # not on the device, and no part of its peak
 
 
 _WORDS = {
@@ -145,6 +146,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most: Counter[Kind] = Counter()
         self.peak_bytes = 0
         self.at_peak: Counter[Kind] = Counter()
+        self._hosting = False  # whether what is made now is in host memory
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Kind]] = {}
 
     def __torch_dispatch__(
@@ -175,10 +177,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        empty = host_memory.empty_on_host
+
+        def on_host(*args: Any, **kwargs: Any) -> Tensor:
+            self._hosting = True
+            try:
+                return empty(*args, **kwargs)
+            finally:
+                self._hosting = False
+
+        self._host = patch.object(host_memory, "empty_on_host", on_host)
+        self._host.start()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._host.stop()
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._hooks.__exit__(*exception)
 
@@ -217,15 +231,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 _, last, kind = self._known.pop(key)
                 self.live[kind] -= last
 
-            self._known[key] = weakref.ref(storage, died), size, Kind.OTHER
-            self.live[Kind.OTHER] += size
+            kind = Kind.HOST if self._hosting else Kind.OTHER
+            self._known[key] = weakref.ref(storage, died), size, kind
+            self.live[kind] += size
         self._peak()
 
     def _peak(self) -> None:
         for kind, size in self.live.items():
             if size > self.most[kind]:
                 self.most[kind] = size
-        total = sum(self.live.values())
+        total = sum(self.live.values()) - self.live[Kind.HOST]
         if total > self.peak_bytes:
             self.peak_bytes, self.at_peak = total, Counter(self.live)
 

@@ -15,6 +15,8 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from autopar.runtime import host_memory
+
 MIN_BYTES = 4096  # smaller storages stay where they are: a copy costs more than it frees
 
 
@@ -73,9 +75,9 @@ class _Layer:
 
     def to_host(self, flat: Tensor) -> Tensor:
         stream = self.owner.stream
+        host = host_memory.empty_on_host(flat.shape, flat.dtype, pinned=stream is not None)
         if stream is None:
-            return flat.clone()
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            return host.copy_(flat)
         stream.wait_stream(torch.cuda.current_stream(self.owner.device))
         with torch.cuda.stream(stream):
             host.copy_(flat, non_blocking=True)

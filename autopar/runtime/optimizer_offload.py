@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import InputError
+from autopar.runtime import host_memory
 from autopar.runtime.data_parallel import local_tensor
 
 
@@ -76,7 +77,7 @@ class OffloadedState:
         kept = []
         for value in self.optimizer.state.get(param, {}).values():
             if isinstance(value, Tensor) and value.dim() > 0 and (tensor := local_tensor(value)).numel():
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                host = host_memory.empty_on_host(tensor.shape, tensor.dtype, pinned=tensor.is_cuda)
                 host.copy_(tensor, non_blocking=True)
                 kept.append((tensor, host))
         if any(tensor.is_cuda for tensor, _ in kept):

@@ -202,13 +202,17 @@ class Embedded(nn.Module):
         return self.head(self.embedding(tokens)).square().mean()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-def test_on_an_accelerator_the_optimizer_steps_without_temporaries(optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "offload_optimizer"), [
+    ("adamw", False), ("adam", False), ("sgd", False), ("adamw", True),
+])
+def test_on_an_accelerator_the_optimizer_steps_without_temporaries(optimizer: str, offload_optimizer: bool) -> None:
     """A step of the CPU's would hold two of the largest parameter's size beside its gradient."""
     with fake_mode():
         model, batch = Embedded(), {"tokens": torch.zeros(2, 4, dtype=torch.int64)}
     captured = capture(model, batch, tag_rows=True)
-    plan, timeline = planned(captured, 1, global_batch=2, micro_batch=2, optimizer=optimizer)
+    plan, timeline = planned(
+        captured, 1, global_batch=2, micro_batch=2, optimizer=optimizer, offload_optimizer=offload_optimizer
+    )
     ran = dry_run(model, captured, plan, timeline)  # type: ignore[arg-type]
     assert ran.problems == ()
     (peak,) = [row for row in ran.memory if row.kind == "peak"]
