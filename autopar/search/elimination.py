@@ -69,6 +69,7 @@ def eliminate(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> Assignment |
     if largest > max_table:
         raise TableTooLargeError(largest, max_table)
     tables: list[Factor | None] = list(graph.factors)
+    scopes = [factor.variables for factor in graph.factors]  # with variables of one value, which joined tables lack
     mentions: list[list[int]] = [[] for _ in graph.sizes]
     for index, factor in enumerate(graph.factors):
         for variable in factor.variables:
@@ -77,20 +78,24 @@ def eliminate(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> Assignment |
     trail: list[tuple[int, tuple[int, ...], NDArray[np.intp]]] = []
     for variable in order:
         bucket: list[Factor] = []
+        found_scope: set[int] = set()
         for index in mentions[variable]:
             table = tables[index]
             if table is not None:
                 bucket.append(table)
+                found_scope.update(scopes[index])
                 tables[index] = None
-        scope = sorted({v for factor in bucket for v in factor.variables} - {variable})
-        joined = _join([variable, *scope], graph.sizes, bucket)
+        scope = sorted(found_scope - {variable})
+        free = [v for v in scope if graph.sizes[v] > 1]  # numpy has few dims
+        joined = _join([variable, *free], graph.sizes, bucket)
         choice = np.argmin(joined, axis=0)
-        trail.append((variable, tuple(scope), choice))
+        trail.append((variable, tuple(free), choice))
         reduced = np.min(joined, axis=0)
         if scope:
             for v in scope:
                 mentions[v].append(len(tables))
-            tables.append(Factor(tuple(scope), reduced))
+            tables.append(Factor(tuple(free), reduced))
+            scopes.append(tuple(scope))
         else:
             constant += float(reduced)
     if not math.isfinite(constant):
@@ -103,14 +108,16 @@ def eliminate(graph: FactorGraph, *, max_table: int = MAX_TABLE) -> Assignment |
 
 
 def _join(scope: list[int], sizes: tuple[int, ...], factors: list[Factor]) -> Table:
+    """The sum of the factors over the scope, which may lack variables of one value."""
     place = {variable: i for i, variable in enumerate(scope)}
     total: Table = np.zeros([sizes[v] for v in scope])
     for factor in factors:
-        axes = sorted(range(len(factor.variables)), key=lambda axis: place[factor.variables[axis]])
+        own = [variable for variable in factor.variables if variable in place]
+        axes = sorted(range(len(own)), key=lambda axis: place[own[axis]])
         shape = [1] * len(scope)
-        for variable in factor.variables:
+        for variable in own:
             shape[place[variable]] = sizes[variable]
-        total += factor.table.transpose(axes).reshape(shape)
+        total += factor.table.reshape([sizes[v] for v in own]).transpose(axes).reshape(shape)
     return total
 
 

@@ -75,3 +75,14 @@ def test_long_chain_is_fast_and_exact() -> None:
     for factor in graph.factors:
         best = (best[:, None] + factor.table).min(axis=0)
     assert found.cost == pytest.approx(float(best.min()))
+
+
+def test_variables_of_one_value_may_be_many() -> None:
+    """An array has a dim for each variable of a table, and numpy has 64 of them."""
+    number = 70
+    alone = [Factor((a, b), np.ones((1, 1))) for a, b in itertools.combinations(range(1, number), 2)]
+    beside = [Factor((v, 0), np.array([[3.0, 1.0, 2.0]])) for v in range(1, number)]
+    found = eliminate(FactorGraph((3, *[1] * (number - 1)), (*alone, *beside)))
+    assert found is not None
+    assert found.values == (1, *[0] * (number - 1))
+    assert found.cost == len(alone) + len(beside)
