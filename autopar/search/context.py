@@ -43,8 +43,8 @@ def context_candidates(
     """Every candidate with a context axis of at least two ranks, its groups aligned to nodes.
 
     But for those that have as many tokens on a rank as another one with fewer rows in a micro-batch, of which each is
-    on fewer ranks: that one has the same work and less to exchange. Beside a tensor axis sequences are parallel where
-    they can be.
+    on fewer ranks: that one has about the same work and less to exchange. Beside a tensor axis sequences are parallel
+    where they can be.
     """
     if not chooser.has_hidden_states:
         return []

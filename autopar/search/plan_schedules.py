@@ -68,12 +68,15 @@ def search_deeper(engine: Engine, best_s: float, deadline: float | None) -> Simu
     found: SimulatedPlan | None = None
     try:
         for base in engine.quickest_pipelines(ORDERED):
+            if engine.out_of_time(deadline):
+                return found
             plan = engine.plan(base.candidate, base.cuts)
             if busiest_s(engine.graph, engine.cluster, plan) >= best_s * (1 - WORTH):
                 continue
-            for other in deepened(engine, engine.cluster, plan, partial(_deeper, engine, base), best_s * (1 - WORTH)):
-                if engine.out_of_time(deadline):
-                    return found
+            make = partial(_deeper, engine, base)
+            for other in deepened(
+                engine, engine.cluster, plan, make, best_s * (1 - WORTH), lambda: engine.out_of_time(deadline)
+            ):
                 limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
                 found = simulated(engine, other, limit_s) or found
     except KeyboardInterrupt:
@@ -86,7 +89,8 @@ def _deeper(engine: Engine, base: Found, deeper: int) -> Plan:
 
 
 def deepened(
-    engine: Engine, cluster: Cluster, base: Plan, make: Callable[[int], Plan], limit_s: float
+    engine: Engine, cluster: Cluster, base: Plan, make: Callable[[int], Plan], limit_s: float,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Iterator[Plan]:
     """The plan in orders of its own, where layers recompute or offload more so that more micro-batches are in flight.
 
@@ -95,6 +99,8 @@ def deepened(
     """
     seen = {base.stages}
     for deeper in (2**power for power in range(base.num_micro_batches.bit_length())):
+        if out_of_time():
+            return
         plan = make(deeper)
         if plan.stages not in seen:
             seen.add(plan.stages)

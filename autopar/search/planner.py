@@ -68,6 +68,7 @@ NOT_SEARCHED = (
     "a tensor axis that repeats all work, or across nodes where a plan without one fits",
     "rewrites of layers beside a context axis that do not pay without it",
     "a context axis beside a tensor axis without sequence parallelism, where that can be",
+    "a longer context axis where fewer rows leave as many tokens on each rank of a shorter one",
     *OTHER_CHOICES,
 )
 UNLIKE_NOT_SEARCHED = (
