@@ -47,6 +47,7 @@ IN_RUNS = (
 )
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
 MAX_TO_ORDER = 12  # simulations of pipelines that are looked for only to be tried in other orders
+MAX_REFINED_TO_ORDER = 30  # and of which the best cut is looked for
 MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
 MAX_REFINED = 150  # of them, those of least quick bound, of which the best cut is looked for
 OTHER_ORDERS = (
@@ -264,11 +265,14 @@ class _Searches:
         engine = self.engine
         few = sorted(filter(may_order, self._next), key=lambda own: (engine.bounds.busy(own), own))[:NUM_NEXT]
         if self.mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
-            few = [own for own in self.space if own.pp > 1 and may_order(own)]
+            few = [own for own in self.space if own.pp > 1]
         if few and not engine.interrupted:
             # What is slower in the usual order may be quicker in another.
             try:
-                engine.search(few, deadline=self.deadline, max_simulations=MAX_TO_ORDER, proves=False)
+                engine.search(
+                    few, deadline=self.deadline, max_simulations=MAX_TO_ORDER, max_refined=MAX_REFINED_TO_ORDER,
+                    proves=False,
+                )
             except KeyboardInterrupt:
                 engine.interrupted = True
         self._take(search_orders(engine, self.best_s, self.deadline, before))
