@@ -208,8 +208,8 @@ def _breakdown(
     )
     optimizer = sum(cost.optimizer_s for cost in own)
     # Collectives of one chunk may hide behind another's work: then what is counted here is more than the step.
-    hidden = max(0.0, compute + tp_comm + dp_comm + optimizer - step)
-    dp_comm -= hidden
+    hidden = compute + tp_comm + dp_comm + optimizer - step
+    dp_comm -= hidden if hidden > 1e-9 * step else 0.0  # less is rounding
     idle = step - compute - tp_comm - dp_comm - optimizer
     idle = idle if idle > 1e-9 * step else 0.0  # what is left by rounding is no waiting
     pp_comm = 0.0 if without_s is None else min(idle, max(0.0, reduced_s - without_s))
