@@ -57,7 +57,11 @@ def search_orders(
 
 def may_order(c: Candidate) -> bool:
     """Whether it is small enough to be tried in other orders."""
-    return 3 * c.pp * c.num_micro_batches <= MAX_ACTIONS
+    return _has_few_actions(c.pp, c.num_micro_batches)
+
+
+def _has_few_actions(num_stages: int, num_micro_batches: int) -> bool:
+    return 3 * num_stages * num_micro_batches <= MAX_ACTIONS
 
 
 def search_deeper(engine: Engine, best_s: float, deadline: float | None) -> SimulatedPlan | None:
@@ -148,7 +152,8 @@ def other_schedule(
     limit. `most_listed`: actions up to which list schedules are tried.
     """
     count = plan.num_stages * plan.num_micro_batches
-    if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages) or 3 * count > MAX_ACTIONS:
+    has_few = _has_few_actions(plan.num_stages, plan.num_micro_batches)
+    if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages) or not has_few:
         return None
     graph = rewritten(graph, plan.rewrites)
     costs, times = pipeline_times(graph, cluster, plan)
