@@ -33,7 +33,6 @@ MAX_SIMULATED_ACTIONS = 1_500_000
 MAX_SIMULATIONS = 400
 MAX_EVERY_CUT = 64  # cuts of a candidate that are all tried where the bounds leave a gap
 NUM_NEXT = 6  # candidates that an outcome names beside those that were simulated
-SPREAD = 61  # under a time limit the candidates are bounded in strides of this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -52,7 +51,7 @@ class Outcome:
     """The best found (None: nothing fits) and what no candidate can beat. `complete`: all candidates are settled.
 
     `num_pipelines`: candidates of several stages that were simulated; `next`: a few that were not, of least bound.
-    `timed_out`: the time limit or an interrupt came first; then some candidates may not even have been bounded.
+    `timed_out`: the time limit or an interrupt came first.
     """
 
     best: Found | None
@@ -135,15 +134,20 @@ class Engine:
         """
         state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS, proves=proves,
                        most_refined=max_refined)
+        filled = False
         try:
-            self._fill(state, candidates, deadline)
+            self._fill(state, candidates)
+            filled = True
             self._settle(state, even, deadline, progress)
             self._try_every_cut(state, deadline)
         except KeyboardInterrupt:
             if self.best is None:
                 raise
             self.interrupted = state.timed_out = state.stopped = True
-            state.lower = min(state.lower, state.bound)  # of the candidate in hand
+            if filled:
+                state.lower = min(state.lower, state.bound)  # of the candidate in hand
+            else:
+                self._fill(state, candidates)
         best = state.best
         lower = min((state.lower, *(entry[0] for entry in state.queue), *(bound for bound, _ in state.open)))
         if best is not None:
@@ -160,19 +164,10 @@ class Engine:
             ),
         )
 
-    def _fill(self, state: _State, candidates: Sequence[Candidate], deadline: float | None) -> None:
-        """Bounds the candidates roughly; under a deadline for half the time that is left, spread over all settings."""
-        until, order = None, candidates
-        if deadline is not None:
-            now = time.monotonic()
-            until = now + (deadline - now) / 2
-            order = [candidate for first in range(SPREAD) for candidate in candidates[first::SPREAD]]
-        for candidate in self._stand_ins(order):
-            if self.out_of_time(until):
-                state.timed_out = state.stopped = True
-                state.lower = 0.0  # nothing is known of the rest
-                break
-            state.queue.append((self.bounds.work.rough(candidate), Level.ROUGH, candidate, ()))
+    def _fill(self, state: _State, candidates: Sequence[Candidate]) -> None:
+        """Bounds all candidates roughly, which is quick: a time limit or an interrupt then leaves a true bound."""
+        rough = self.bounds.work.rough
+        state.queue = [(rough(candidate), Level.ROUGH, candidate, ()) for candidate in self._stand_ins(candidates)]
         heapq.heapify(state.queue)
 
     def _stand_ins(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:

@@ -29,12 +29,14 @@ MAX_SHARDINGS_ALONE = 8  # and where there is none
 class ContextOutcome:
     """What was found: the outcome of the candidates that were searched, if any, and how many there were.
 
-    `cut_short`: the time limit or an interrupt came before the shardings were chosen.
+    `cut_short`: the time limit or an interrupt came before the shardings were chosen; then `rough_s` is what no plan
+    with a context axis is below, as if that axis split rows for free.
     """
 
     outcome: Outcome | None = None
     num_searched: int = 0
     cut_short: bool = False
+    rough_s: float = math.inf
 
 
 def context_candidates(
@@ -144,9 +146,7 @@ def search_context(
     found: Outcome | None = None
     num_searched, cut_short = 0, True
     try:
-        promising = _Promising(engine, plain, context_candidates(
-            cluster, request, engine.chooser, len(engine.graph.blocks)
-        ))
+        promising = _Promising(engine, plain, _space(engine, cluster, request))
         limit = estimate_limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
         for _ in range(most):
             space = promising.next_group(estimate_limit, deadline)
@@ -169,7 +169,14 @@ def search_context(
         if best is None:
             raise
         engine.interrupted = True
-    return ContextOutcome(outcome=found, num_searched=num_searched, cut_short=cut_short)
+    rough = (_roughly(engine, c) for c in _space(engine, cluster, request)) if cut_short else ()
+    return ContextOutcome(
+        outcome=found, num_searched=num_searched, cut_short=cut_short, rough_s=min(rough, default=math.inf)
+    )
+
+
+def _space(engine: Engine, cluster: Cluster, request: PlanRequest) -> list[Candidate]:
+    return context_candidates(cluster, request, engine.chooser, len(engine.graph.blocks))
 
 
 def _both(before: Outcome, after: Outcome) -> Outcome:

@@ -249,7 +249,10 @@ class _Searches:
                 num_simulated=outcome.num_simulated + own.num_simulated,
                 num_pipelines=outcome.num_pipelines + own.num_pipelines, next=(*own.next, *outcome.next),
             )
-        return replace(outcome, complete=False, timed_out=True) if self.context.cut_short else outcome
+        if not self.context.cut_short:
+            return outcome
+        lower = min(outcome.lower_bound_s, self.context.rough_s)
+        return replace(outcome, lower_bound_s=lower, complete=False, timed_out=True)
 
     def _move_borders(self) -> None:
         """Moves borders of the best pipeline of one mesh, where no other plan beats it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from autopar.errors import InputError
 from autopar.graph.model_graph import ModelGraph
 from autopar.graph.source import capture_source, load_source
 from autopar.plan.file import load_plan, save_plan
+from autopar.plan.plan import Certificate
 from autopar.plan.verify import problems, verify_plan
+from autopar.search import context, planner
 from autopar.search.best_first import Engine
 from autopar.search.bounds import Bounds
 from autopar.search.candidates import MESH_AXES, Candidate, PlanRequest, parse_mesh
-from autopar.search.context import _added_alone, _Promising, _without_axis, context_candidates
+from autopar.search.context import _added_alone, _Promising, _roughly, _without_axis, context_candidates
 from autopar.search.planner import find_plan
 from autopar.search.shardings import ShardingChooser
 from autopar.sharding.state import Kind, shard
@@ -159,3 +162,64 @@ def test_a_context_axis_is_weighed_as_one_after_a_tensor_axis_of_its_size(graph:
     of_tensor, of_context = (chooser._costs_of_variant(layer, (2,), axes) for axes in ((), (outer,)))
     assert (of_tensor.tp, of_tensor.outer) == (2, ())
     assert (of_context.tp, of_context.outer) == (1, (outer,))
+
+
+@pytest.fixture(scope="module")
+def best(graph: ModelGraph) -> Certificate:
+    """What the whole search proves."""
+    certificate = find_plan(graph, parse_cluster("2x8xH100-80GB"), request()).certificate
+    assert certificate is not None
+    return certificate
+
+
+@pytest.mark.parametrize(("name", "calls"), [
+    ("_Promising", 0), ("estimated", 0), ("_with_shardings", 0), ("_with_shardings", 1), ("context_candidates", 0),
+])
+def test_an_interrupt_among_context_axes_leaves_a_bound_that_holds(
+    graph: ModelGraph, best: Certificate, name: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, real, left = parse_cluster("2x8xH100-80GB"), getattr(context, name), iter(range(calls))
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted(*args: object, **options: object) -> object:
+        if next(left, None) is None and (error := next(interrupts, None)) is not None:
+            raise error
+        return real(*args, **options)
+
+    monkeypatch.setattr(context, name, interrupted)
+    plan = find_plan(graph, machine, request())
+    assert next(interrupts, None) is None, "it came"
+    assert plan.certificate is not None
+    assert plan.certificate.searched.endswith("an interrupt came first")
+    assert 0 < plan.certificate.lower_bound_s <= best.upper_bound_s <= plan.certificate.upper_bound_s
+    verify_plan(plan, graph, machine)
+
+
+def test_a_time_limit_before_context_axes_proves_nothing_against_them(
+    graph: ModelGraph, best: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All without one are settled by then, and the best of them is slower than the best with one."""
+    machine, real = parse_cluster("2x8xH100-80GB"), planner.search_context
+
+    def late(*args: object) -> object:
+        *before, _, progress = args
+        return real(*before, time.monotonic() - 1, progress)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(planner, "search_context", late)
+    certificate = find_plan(graph, machine, request(max_search_seconds=600)).certificate
+    assert certificate is not None
+    assert certificate.stopped_early
+    assert 0 < certificate.lower_bound_s <= best.upper_bound_s < certificate.upper_bound_s
+
+
+@pytest.mark.parametrize("text", ["2x8xH100-80GB", "4x4xA100-80GB@100Gbps"])
+def test_rows_split_for_free_are_no_slower_than_a_context_axis(graph: ModelGraph, text: str) -> None:
+    engine = Engine(graph, parse_cluster(text), request())
+    space = context_candidates(engine.cluster, engine.request, engine.chooser, len(graph.blocks))
+    chosen = [
+        c for c in space
+        if c.tp <= 2 and engine.chooser.choose(c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None
+    ]
+    assert chosen
+    for c in chosen:
+        assert _roughly(engine, c) <= min(engine.bounds.work.of_work(c), engine.bounds.quick(c)) * (1 + 1e-9), c

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 from toy_graphs import cluster, mlp_chain
@@ -17,6 +18,7 @@ from autopar.search.best_first import Engine, Found
 from autopar.search.bounds import Bounds, Cuts
 from autopar.search.candidates import Candidate, candidates
 from autopar.search.planner import PlanRequest, find_plan
+from autopar.search.work_bounds import WorkBounds
 from autopar.simulate.simulator import simulate
 
 GRAPH = mlp_chain(num_layers=6, hidden=512, inner=2048, seq_len=128, vocab=4096)
@@ -36,12 +38,14 @@ def test_the_time_limit_holds_while_bounds_are_computed() -> None:
     assert "simulations" not in plan.certificate.searched
 
 
-def test_no_time_at_all_gives_the_first_plan_that_fits_and_proves_nothing() -> None:
-    plan = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24, max_search_seconds=0))
-    assert plan.certificate is not None
-    assert plan.certificate.lower_bound_s == 0
-    assert "no time is proved" in certificate_line(plan.certificate)
-    assert certificate_line(plan.certificate).endswith("stopped early")
+def test_no_time_at_all_gives_the_first_plan_that_fits_and_a_bound_by_the_work_alone() -> None:
+    certificate = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24, max_search_seconds=0)).certificate
+    whole = find_plan(GRAPH, MACHINE, PlanRequest(global_batch=24)).certificate
+    assert certificate is not None
+    assert whole is not None
+    assert 0 < certificate.lower_bound_s <= whole.lower_bound_s
+    assert certificate_line(certificate).endswith("stopped early")
+    assert "no time is proved" in certificate_line(replace(certificate, lower_bound_s=0))
 
 
 def test_a_limit_before_any_plan_says_so() -> None:
@@ -119,6 +123,27 @@ def test_an_interrupt_loses_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         outcome = engine.search(space, incumbent=engine.best)
         assert outcome.lower_bound_s <= best.step_time_s
         monkeypatch.setattr(Engine, "_refine", real)
+
+
+def test_an_interrupt_at_the_first_bounds_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Engine(GRAPH, MACHINE, PlanRequest(global_batch=24))
+    best = whole.search(candidates(MACHINE, whole.request, whole.chooser, len(GRAPH.blocks))).best
+    assert best is not None
+    real, interrupts = WorkBounds.rough, iter([KeyboardInterrupt])
+
+    def interrupted(self: WorkBounds, candidate: Candidate) -> float:
+        if candidate.tp > 1 and (error := next(interrupts, None)) is not None:
+            raise error
+        return real(self, candidate)
+
+    engine = Engine(GRAPH, MACHINE, PlanRequest(global_batch=24))
+    space = candidates(MACHINE, engine.request, engine.chooser, len(GRAPH.blocks))
+    engine.probe(space, time.monotonic() + 60)
+    monkeypatch.setattr(WorkBounds, "rough", interrupted)
+    outcome = engine.search(space, incumbent=engine.best)
+    assert engine.interrupted
+    assert not outcome.complete
+    assert 0 < outcome.lower_bound_s <= best.step_time_s
 
 
 def test_an_interrupt_before_any_plan_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
