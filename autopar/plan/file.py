@@ -95,6 +95,7 @@ class _Certificate(_Record):
     not_searched: tuple[str, ...] = ()
     search_seconds: Amount = 0.0
     stopped_early: bool = False
+    order_bound_s: Amount | None = None
 
 
 class _Baseline(_Record):
@@ -287,6 +288,7 @@ def _certificate_record(certificate: Certificate | None) -> _Certificate | None:
         upper_bound_s=certificate.upper_bound_s, lower_bound_s=certificate.lower_bound_s,
         searched=certificate.searched, not_searched=certificate.not_searched,
         search_seconds=certificate.search_seconds, stopped_early=certificate.stopped_early,
+        order_bound_s=certificate.order_bound_s,
     )
 
 

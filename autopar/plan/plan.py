@@ -169,7 +169,11 @@ class Baseline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certificate:
-    """What the search proved: no plan of the searched space is faster than `lower_bound_s` in the cost model."""
+    """What the search proved: no plan of the searched space is faster than `lower_bound_s` in the cost model.
+
+    `order_bound_s`: in whatever order the plan's own stages run their micro-batches, they take no less; None where
+    nothing is said of it.
+    """
 
     upper_bound_s: float
     lower_bound_s: float
@@ -177,6 +181,7 @@ class Certificate:
     not_searched: tuple[str, ...] = ()
     search_seconds: float = field(default=0.0, compare=False)
     stopped_early: bool = False
+    order_bound_s: float | None = None
 
     @property
     def gap(self) -> float:

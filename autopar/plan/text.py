@@ -88,8 +88,11 @@ def certificate_line(certificate: Certificate) -> str:
         f"(gap {certificate.gap:.1%})" if certificate.lower_bound_s > 0
         else "no time is proved that no plan can beat"
     )
+    order = "" if certificate.order_bound_s is None else (
+        f"; in no order of micro-batches do its stages take under {seconds(certificate.order_bound_s)}"
+    )
     return (
-        f"step {seconds(certificate.upper_bound_s)}; {proved}; "
+        f"step {seconds(certificate.upper_bound_s)}; {proved}{order}; "
         f"searched {certificate.searched} in {certificate.search_seconds:.1f} s{early}"
     )
 
@@ -220,6 +223,7 @@ def plan_json(plan: Plan, report: Report) -> dict[str, Any]:
         ],
         "lower_bound_s": certificate.lower_bound_s if certificate else None,
         "gap": certificate.gap if certificate and certificate.lower_bound_s > 0 else None,
+        "order_bound_s": certificate.order_bound_s if certificate else None,
         "search_seconds": certificate.search_seconds if certificate else None,
         "searched": certificate.searched if certificate else "",
         "not_searched": list(certificate.not_searched) if certificate else [],

@@ -22,8 +22,11 @@ from autopar.search.candidates import Candidate
 from autopar.search.schedule_search import lower_bound_s, search_schedule
 from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
+from autopar.simulate.events import StageTimes
+from autopar.simulate.members import Member
 from autopar.simulate.simulator import pipeline_times
 from autopar.simulate.splitting import unsplit_reason
+from autopar.simulate.stage_cost import StageCost
 
 log = logging.getLogger(__name__)
 MAX_ACTIONS = 20_000  # of a plan with an order of its own, all ranks together
@@ -141,6 +144,33 @@ def busiest_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> float:
     )
 
 
+def least_in_any_order_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> float | None:
+    """Seconds that the plan's stages take at least, in whatever order they run their micro-batches.
+
+    None for one stage, which waits for no other, and where a device has several stages.
+    """
+    if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages):
+        return None
+    _, times, ends, _ = _of_stages(graph, cluster, plan)
+    return lower_bound_s(times, plan.num_micro_batches, end_s=ends)
+
+
+def _of_stages(
+    graph: ModelGraph, cluster: Cluster, plan: Plan
+) -> tuple[list[dict[Member, StageCost]], list[StageTimes], list[float], bool]:
+    """Of each stage its costs, its times and what ends it; and whether all can put off gradients of weights."""
+    graph = rewritten(graph, plan.rewrites)
+    costs, times = pipeline_times(graph, cluster, plan)
+    whole = [not index or unsplit_reason(graph, plan, stage) for index, stage in enumerate(plan.stages)]
+    # Where a backward runs whole, it is an I: that of the first stage has no gradients of inputs.
+    times = [
+        replace(own, input_backward_s=own.backward_s, weight_backward_s=0.0) if is_whole else own
+        for own, is_whole in zip(times, whole, strict=True)
+    ]
+    ends = [max(cost.step_tp_s + cost.optimizer_s for cost in own.values()) for own in costs]
+    return costs, times, ends, not any(whole[1:])
+
+
 def other_schedule(
     graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True, limit_s: float = math.inf,
     most_listed: int = MAX_LISTED,
@@ -155,9 +185,9 @@ def other_schedule(
     has_few = _has_few_actions(plan.num_stages, plan.num_micro_batches)
     if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages) or not has_few:
         return None
-    graph = rewritten(graph, plan.rewrites)
-    costs, times = pipeline_times(graph, cluster, plan)
-    caps, ends = [], []
+    costs, times, ends, split = _of_stages(graph, cluster, plan)
+    split = split and split_backward
+    caps = []
     for own in costs:
         rooms = [
             (member.device.usable_memory_bytes - cost.static.total - cost.extra_bytes, cost.held_bytes)
@@ -165,10 +195,6 @@ def other_schedule(
         ]
         most = min((room / held if held > 0 else math.inf) for room, held in rooms)
         caps.append(int(max(1, min(most, plan.num_micro_batches))))
-        ends.append(max(cost.step_tp_s + cost.optimizer_s for cost in own.values()))
-    split = split_backward and not any(unsplit_reason(graph, plan, stage) for stage in plan.stages)
-    # The first stage has no gradients of inputs: its backward runs whole, as its I.
-    times[0] = replace(times[0], input_backward_s=times[0].backward_s, weight_backward_s=0.0)
     least_s = lower_bound_s(times, plan.num_micro_batches, end_s=ends, split_backward=split)
     if least_s * (1 - ROUNDING) >= limit_s:
         return None

@@ -27,7 +27,14 @@ from autopar.search.experts import NOT_TRIED, fixed_size, search_experts, why_no
 from autopar.search.mixed import MixedOutcome, has_unlike_stages, search_mixed
 from autopar.search.need import smallest_need
 from autopar.search.node_order import as_given, in_order
-from autopar.search.plan_schedules import DEEPENED_FROM, ORDERED, may_order, search_deeper, search_orders
+from autopar.search.plan_schedules import (
+    DEEPENED_FROM,
+    ORDERED,
+    least_in_any_order_s,
+    may_order,
+    search_deeper,
+    search_orders,
+)
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
 from autopar.search.simulated_plan import SimulatedPlan
 from autopar.simulate.simulator import simulate
@@ -112,7 +119,10 @@ def find_plan(
         ),
     )
     step_s = found.step_time_s if cluster.is_uniform else simulate(graph, cluster, plan, detail=False).step_time_s
-    plan = replace(plan, certificate=searches.certificate(step_s, searched_s))
+    certificate = replace(
+        searches.certificate(step_s, searched_s), order_bound_s=least_in_any_order_s(graph, cluster, plan)
+    )
+    plan = replace(plan, certificate=certificate)
     verify_plan(plan, graph, cluster)
     return plan
 

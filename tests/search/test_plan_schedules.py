@@ -6,16 +6,19 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy_graphs import cluster, mlp_chain
 
 from autopar.cluster.cluster import Cluster
-from autopar.plan.actions import most_in_flight
+from autopar.plan.actions import Action, ActionKind, most_in_flight, requirements
 from autopar.plan.plan import Plan, Schedule
+from autopar.plan.text import certificate_line
 from autopar.plan.verify import verify_plan
 from autopar.search.best_first import Engine
 from autopar.search.candidates import candidates
 from autopar.search.degrees import Degrees, plan_from_degrees
-from autopar.search.plan_schedules import other_schedule, search_deeper, search_orders
+from autopar.search.plan_schedules import least_in_any_order_s, other_schedule, search_deeper, search_orders
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.schedules import plan_actions
 from autopar.simulate.simulator import simulate
@@ -53,6 +56,42 @@ def test_a_slow_link_is_hidden_by_a_deeper_warm_up() -> None:
     verify_plan(other, GRAPH, own)
     assert simulate(GRAPH, own, other).step_time_s < simulate(GRAPH, own, plan).step_time_s
     assert most_in_flight(plan_actions(other)[0])[0] > most_in_flight(plan_actions(plan)[0])[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_order_is_under_what_is_said_of_all(data: st.DataObject) -> None:
+    """Any order that can run, each backward whole or in two parts, against the simulator; and how close the best is."""
+    own = machine(bandwidth=data.draw(st.sampled_from([3e7, 1e9, 1e11])))
+    plan = plan_from_degrees(GRAPH, own, Degrees(global_batch=4, micro_batch=data.draw(st.sampled_from([1, 2])), pp=4))
+    least_s = least_in_any_order_s(GRAPH, own, plan)
+    assert least_s is not None
+    left = [
+        Action(ActionKind(kind), stage, i) for stage in range(4) for i in range(plan.num_micro_batches)
+        for kind in data.draw(st.sampled_from(["FB", "FIW"]))
+    ]
+    lists: list[list[str]] = [[] for _ in range(4)]
+    done: set[Action] = set()
+    while left:
+        able = [a for a in left if all(done.intersection(options) for options in requirements(a, 4))]
+        action = data.draw(st.sampled_from(able))
+        left.remove(action)
+        done.add(action)
+        lists[action.stage].append(str(action))
+    ordered = replace(plan, actions=tuple(map(",".join, lists)))
+    assert simulate(GRAPH, own, ordered).step_time_s >= least_s * (1 - 1e-12)
+    assert simulate(GRAPH, own, plan).step_time_s >= least_s * (1 - 1e-12)
+
+
+def test_a_plan_says_how_good_its_order_is() -> None:
+    found = find_plan(GRAPH, machine(), PlanRequest(global_batch=64, seq_len=None, dtype="bfloat16", mesh=(("pp", 4),)))
+    bound = found.certificate
+    assert bound is not None and bound.order_bound_s is not None
+    assert 0.8 * bound.upper_bound_s < bound.order_bound_s <= bound.upper_bound_s
+    assert "in no order of micro-batches do its stages take under" in certificate_line(bound)
+    alone = find_plan(GRAPH, machine(), PlanRequest(global_batch=64, seq_len=None, dtype="bfloat16", mesh=(("pp", 1),)))
+    assert alone.certificate is not None and alone.certificate.order_bound_s is None
+    assert "in no order" not in certificate_line(alone.certificate)
 
 
 def test_no_more_is_in_flight_than_memory_holds() -> None:
