@@ -138,6 +138,7 @@ def _certificate(plan: Plan) -> dict[str, Any] | None:
         "upper_bound_s": found.upper_bound_s, "lower_bound_s": found.lower_bound_s,
         "gap": found.gap if found.lower_bound_s > 0 else None, "searched": found.searched,
         "not_searched": list(found.not_searched), "stopped_early": found.stopped_early,
+        "order_bound_s": found.order_bound_s,
     }
 
 

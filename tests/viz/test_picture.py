@@ -72,6 +72,11 @@ def test_parts_add_up(drawn: Drawn) -> None:
         assert sum(row["memory_gib"].values()) * 2**30 == pytest.approx(stage.peak_memory_bytes)
 
 
+def test_what_is_proved_of_the_order_is_drawn(drawn: Drawn) -> None:
+    proved = drawn.picture["certificate"]  # of two stages
+    assert 0 < proved["order_bound_s"] <= drawn.picture["numbers"]["step_time_s"] == proved["upper_bound_s"]
+
+
 def test_what_limits_a_plan_names_the_link_of_the_busiest_devices(drawn: Drawn) -> None:
     plan = load_plan(drawn.plan)  # a stage on each of two nodes, tp 2 and dp 2 inside
     graph = capture_source(load_source(str(drawn.model), seq_len=plan.seq_len, dtype=plan.dtype))
