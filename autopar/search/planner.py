@@ -119,8 +119,9 @@ def find_plan(
         ),
     )
     step_s = found.step_time_s if cluster.is_uniform else simulate(graph, cluster, plan, detail=False).step_time_s
+    least_s = least_in_any_order_s(graph, cluster, plan)
     certificate = replace(
-        searches.certificate(step_s, searched_s), order_bound_s=least_in_any_order_s(graph, cluster, plan)
+        searches.certificate(step_s, searched_s), order_bound_s=None if least_s is None else min(step_s, least_s)
     )
     plan = replace(plan, certificate=certificate)
     verify_plan(plan, graph, cluster)
