@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from autopar.cost_models.memory import static_bytes
+from autopar.plan.plan import Recompute, Variant
 from autopar.search.best_first import Engine
 from autopar.search.candidates import Candidate, axis_variants, divisors, fewest_context_ranks
 from autopar.search.context import PROMISE
 from autopar.search.elimination import Table
 from autopar.search.mixed_costs import ClusterPools
+from autopar.search.variants import Options
 from autopar.sharding.rewrite import Rewrite
 
 
@@ -34,7 +36,7 @@ class _Option:
     tp: int
     sequence_parallel: bool
     work_s: Table
-    layers_forward_s: Table  # what recomputing each block adds; 0 where it is no layer
+    recompute_s: Table  # what recomputing each block adds; 0 where it is no layer
     saved_bytes: float  # of all blocks
     least_bytes: float  # with all layers recomputed or offloaded
     limit_bytes: float
@@ -84,15 +86,23 @@ def _options(engine: Engine, pools: ClusterPools, count: int) -> list[_Option]:
                 kind = engine.layout.kind_of(c, pools.ranks(pool, 0, size))
                 blocks = engine.bounds.block_table(c, kind)
                 sort, is_layer = blocks.sorts.sort, blocks.kind >= 0
+                again_s = np.array([_recomputed_s(options) for options in blocks.kinds] or [0.0])
                 found.append(_Option(
                     pool=pool, size=size, cp=cp, tp=tp, sequence_parallel=c.sequence_parallel,
                     work_s=(blocks.forward_s + blocks.backward_s)[sort],
-                    layers_forward_s=np.where(is_layer, blocks.forward_s, 0.0)[sort],
+                    recompute_s=np.where(is_layer, again_s[blocks.kind], 0.0)[sort],
                     saved_bytes=float(blocks.saved_bytes[sort].sum()),
                     least_bytes=float(np.where(is_layer, blocks.least_held, blocks.saved_bytes)[sort].sum()),
                     limit_bytes=kind.memory_limit_bytes,
                 ))
     return found
+
+
+def _recomputed_s(options: Options) -> float:
+    """Seconds that recomputing a layer as a whole adds, or else what the option that holds least adds."""
+    full = [own for own in options if own.variant == Variant(recompute=Recompute.FULL)]
+    own = full[0] if full else min(options, key=lambda option: option.held_bytes)
+    return own.forward_s + own.backward_s
 
 
 def _estimated_s(engine: Engine, pools: ClusterPools, count: int, options: Sequence[_Option]) -> float:
@@ -114,7 +124,7 @@ def _estimated_s(engine: Engine, pools: ClusterPools, count: int, options: Seque
         saved, least = share * own.saved_bytes, share * own.least_bytes
         if least <= room:
             part = (saved - room) / (saved - least) if saved > room else 0.0
-            fitting.append((own, own.work_s + part * own.layers_forward_s))
+            fitting.append((own, own.work_s + part * own.recompute_s))
     return _shared(pools, count, fitting)[0]
 
 

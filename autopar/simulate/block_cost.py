@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autopar.cluster.cluster import DeviceType, GroupShape
 from autopar.cost_models.compute import (
@@ -12,9 +13,7 @@ from autopar.cost_models.compute import (
     checkpoint_dispatch_s,
     collective_dispatch_s,
     is_joined,
-    kernel_time_s,
     lowering_dispatch_s,
-    memory_bandwidth,
 )
 from autopar.cost_models.op_kinds import OpKind, op_kind
 from autopar.graph.expert_params import expert_params
@@ -26,10 +25,12 @@ from autopar.sharding.reshard import Collective, Conversion, LocalAction
 from autopar.sharding.state import Kind
 from autopar.sharding.strategy import ClassSharding
 from autopar.simulate.async_products import PADDED_TO, AsyncProducts
-from autopar.simulate.attention_core import attention_cores
-from autopar.simulate.class_costs import ClassCosts, CostAxis
+from autopar.simulate.attention_core import AttentionCore, attention_cores
+from autopar.simulate.class_costs import RUNS_AS_IT_IS, ClassCosts, CostAxis
 from autopar.simulate.expert_costs import costs_at_all_rows, with_expert_axis
+from autopar.simulate.fused_groups import FusedGroups
 from autopar.simulate.lowering_costs import LoweringCost
+from autopar.simulate.recomputed import Stop, early_stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class BlockCost:
     saved_bytes: float
     boundary_bytes: float
     transient_bytes: float
-    recompute_s: float  # what running the forward's compute again takes, with the host's part in it
+    recompute_s: float
+    recompute_tp_s: float
     selective_saved_bytes: float
     selective_recompute_s: float
     selective_recompute_tp_s: float
@@ -92,16 +94,17 @@ def block_cost(
     graph: ModelGraph, cls: BlockClass, sharding: ClassSharding | Sequence[ClassSharding] | None, *, tp: int,
     rows: float, device: DeviceType, tp_group: GroupShape | None, dtype: str, compile: bool = False,  # noqa: A002
     outer: Sequence[CostAxis] = (), expert_axis: CostAxis | None = None, as_megatron: bool = False,
+    recomputes_all: bool = False,
 ) -> BlockCost:
     """The cost of a block of class `cls` under a sharding (None: nothing is split). Results are cached.
 
     With `outer` axes before the tensor axis there is a sharding for each of them, and then that of the tensor axis.
     `expert_axis`: ranks with as many other rows each, that have the block's experts between them. `as_megatron`:
-    as Megatron runs it (`autopar.simulate.async_products`).
+    as Megatron runs it (`autopar.simulate.async_products`). `recomputes_all`: recomputation does not stop early.
     """
     each = () if sharding is None else (sharding,) if isinstance(sharding, ClassSharding) else tuple(sharding)
     kept = (graph, cls, *each, device)
-    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, expert_axis, as_megatron, *outer)
+    key = (*map(id, kept), tp_group, tp, rows, dtype, compile, expert_axis, as_megatron, recomputes_all, *outer)
     found = _cache.get(key)
     if found is None:
         if len(_cache) >= _CACHE_SIZE:
@@ -113,7 +116,9 @@ def block_cost(
         # The key holds ids: what they stand for is kept with the result, so that no id is used again.
         split = math.prod(costs.sizes) > 1
         assert not each or not split or len(each) == len(costs.sizes), "one sharding an axis"
-        summation = _Summation(costs, each if split else (), compile, expert_axis, as_megatron=as_megatron)
+        summation = _Summation(
+            costs, each if split else (), compile, expert_axis, as_megatron=as_megatron, recomputes_all=recomputes_all
+        )
         found = _cache[key] = (kept, summation.total())
     return found[1]
 
@@ -128,12 +133,20 @@ def block_charges(costs: ClassCosts, shardings: Sequence[ClassSharding]) -> tupl
     return tuple(summation.charges)
 
 
+class _Again(NamedTuple):
+    """What the device, its communication and the host need to run a block's forward again."""
+
+    compute_s: float
+    tp_s: float
+    host_s: float
+
+
 class _Summation:
     """One pass over the ops of a class in execution order, as the lowered block would run them."""
 
     def __init__(
         self, costs: ClassCosts, shardings: Sequence[ClassSharding], compile_: bool,
-        expert_axis: CostAxis | None = None, *, as_megatron: bool = False,
+        expert_axis: CostAxis | None = None, *, as_megatron: bool = False, recomputes_all: bool = False,
     ) -> None:
         self.costs, self.cls, self.shardings, self.compile = costs, costs.cls, tuple(shardings), compile_
         self.whole = replicated(len(costs.axes))
@@ -144,6 +157,7 @@ class _Summation:
         self.charges: list[Charge] = []
         self.host = [0.0, 0.0]  # what the host needs to issue the ops and the collectives
         self.products = AsyncProducts(costs) if as_megatron else None
+        self.recomputes_all = recomputes_all
         held = expert_params(costs.cls) if expert_axis is not None else frozenset[str]()
         self.expert_axis, self.by_experts = expert_axis, tuple(name in held for name in costs.cls.params)
         self.at_all_rows: ClassCosts | None = None  # of all ranks of the expert axis
@@ -157,7 +171,10 @@ class _Summation:
                 self.state[name], self.storage[name] = place, name
         cores = attention_cores(cls)
         core_of = {name: core for core in cores for name in core.ops}
-        fused = _FusedGroups(costs) if self.compile else None
+        fused = FusedGroups(costs) if self.compile else None
+        stop = self.stop(cls.ops) if fused is None else None
+        passed = {op.name for core in cores for op in self.not_again(core)}
+        again = _Again(0.0, 0.0, 0.0) if stop is not None and not stop.op else None
         forward = backward = weights = flops = recompute = again_tp = transient = 0.0
         saved: dict[tuple[str, str], float] = {}
         dropped: set[tuple[str, str]] = set()
@@ -175,6 +192,8 @@ class _Summation:
                     self.storage[output] = reads.get(source or "", output)
             if core is not None and core.internal.intersection(op.operands):
                 again_tp += self.comm[0] - before
+            if stop is not None and stop.op == op.name and not stop.runs:
+                again = _Again(forward, self.comm[0], self.host[0])
             own, exact = costs, strategy
             if self.at_all_rows is not None and op.target == EXPERTS_OP:
                 own, exact = self.at_all_rows, with_expert_axis(costs, op, strategy)
@@ -186,9 +205,11 @@ class _Summation:
             issue = own.issue_time(op, exact)
             self.host[0] += issue.forward_s
             self.host[1] += issue.backward_s
+            if stop is not None and stop.op == op.name and stop.runs:
+                again = _Again(forward, self.comm[0], self.host[0])
             weights += _weight_share(costs, op) * time.backward_s
             flops += op.flops * costs.scale(op)
-            if core is not None:
+            if core is not None and op.name not in passed:
                 recompute += time.forward_s
                 again_tp += lowered.forward_s
             op_extra = own.saved_extra_bytes(op, exact) + (own.in_steps_bytes(op, exact) if fused is None else 0.0)
@@ -243,9 +264,10 @@ class _Summation:
             backward, weights = backward + more, weights + more
             self.comm[1] += more_comm
             self.host[1] += calls * collective_dispatch_s(costs.device)
-        again = forward
+        again = again or _Again(forward, self.comm[0], self.host[0])
+        again_s = again.compute_s
         if not self.compile and not costs.device.name.startswith("CPU"):
-            again = max(forward, self.host[0] + checkpoint_dispatch_s(costs.device) - self.comm[0])
+            again_s = max(again_s, again.host_s + checkpoint_dispatch_s(costs.device) - again.tp_s)
             forward = max(forward, self.host[0] - self.comm[0])
             backward = max(backward, self.host[1] - self.comm[1])
         saved_bytes = sum(saved.values()) + extra
@@ -262,7 +284,7 @@ class _Summation:
                 costs.local(name, self.state[name]).size_bytes
                 for name in cls.inputs if costs.whole(name).requires_grad
             ),
-            transient_bytes=transient, recompute_s=again,
+            transient_bytes=transient, recompute_s=again_s, recompute_tp_s=again.tp_s,
             selective_saved_bytes=sum(size for key, size in saved.items() if key not in dropped - kept_anyway)
             + selective_extra,
             selective_recompute_s=recompute, selective_recompute_tp_s=again_tp,
@@ -279,6 +301,22 @@ class _Summation:
             ),
             buffer_bytes=sum(costs.local(name, self.state[name]).size_bytes for name in cls.buffers),
         )
+
+    def stop(self, ops: Sequence[Op]) -> Stop | None:
+        """Where running these ops again stops; None where all run."""
+        if self.recomputes_all:
+            return None
+        each = {op.name: self.strategy(op) or () for op in ops}
+        return early_stop(ops, lambda op: all(own.lowering in RUNS_AS_IT_IS for own in each[op.name]))
+
+    def not_again(self, core: AttentionCore) -> list[Op]:
+        """The ops at the end of a core that recomputing it does not run."""
+        ops = [op for op in self.cls.ops if op.name in core.ops]
+        stop = self.stop(ops)
+        if stop is None:
+            return []
+        names = [op.name for op in ops]
+        return ops[names.index(stop.op) + stop.runs:] if stop.op else ops
 
     def add_lowering(self, costs: ClassCosts, op: Op, strategy: JointStrategy | None) -> OpTime:
         """Adds the collectives of the op's special programs, and gives their times."""
@@ -399,104 +437,3 @@ def _weight_share(costs: ClassCosts, op: Op) -> float:
     if not others:
         return 1.0
     return 0.5 if op_kind(op.target) in (OpKind.MATMUL, OpKind.CONVOLUTION, OpKind.EXPERTS) else 0.0
-
-
-class _FusedGroups:
-    """Chains of pointwise ops and reductions as torch.compile fuses them: each chain reads and writes once.
-
-    Two ops that share a tensor are fused where the same number of products, attentions and other unfusable ops lies
-    before both, so that no cycle can arise. Inside a group nothing is saved: the backward computes it again from the
-    group's inputs.
-    """
-
-    def __init__(self, costs: ClassCosts) -> None:
-        self.costs = costs
-        cls = costs.cls
-        depth: dict[str, int] = {}
-        parent: dict[str, str] = {}
-
-        def find(name: str) -> str:
-            while parent[name] != name:
-                name = parent[name]
-            return name
-
-        level_of: dict[str, int] = {}
-        for op in cls.ops:
-            kind = op_kind(op.target)
-            fusible = kind in (OpKind.POINTWISE, OpKind.REDUCTION)
-            level = max((depth.get(name, 0) for name in op.operands), default=0)
-            level += 0 if fusible or kind in (OpKind.VIEW, OpKind.CREATION) else 1
-            for output in op.outputs:
-                depth[output] = level
-            if not fusible:
-                continue
-            parent[op.name], level_of[op.name] = op.name, level
-            for name in op.operands:
-                producer = cls.producer.get(costs.root(name))
-                if producer is not None and level_of.get(producer.name) == level:
-                    parent[find(producer.name)] = find(op.name)
-        members: dict[str, list[Op]] = {}
-        for op in cls.ops:
-            if op.name in parent:
-                members.setdefault(find(op.name), []).append(op)
-        self.groups = {root: ops for root, ops in members.items() if len(ops) > 1}
-        self.group_of = {op.name: root for root, ops in self.groups.items() for op in ops}
-        self._readers: dict[str, set[str]] = {}
-        for op in cls.ops:
-            for name in op.operands:
-                self._readers.setdefault(costs.root(name), set()).add(self.group_of.get(op.name, op.name))
-        self._outputs = {costs.root(name) for name in cls.outputs}
-
-    def is_internal(self, name: str) -> bool:
-        """Whether a tensor is produced and used inside one group alone."""
-        root = self.costs.root(name)
-        producer = self.costs.cls.producer.get(root)
-        group = self.group_of.get(producer.name) if producer is not None else None
-        return group is not None and self._readers.get(root, set()) <= {group} and root not in self._outputs
-
-    def inputs(self, root: str) -> dict[str, None]:
-        """The tensors (as stored) that a group reads from outside."""
-        produced = {output for op in self.groups[root] for output in op.outputs}
-        return dict.fromkeys(
-            self.costs.root(name) for op in self.groups[root] for name in op.operands
-            if self.costs.root(name) not in produced
-        )
-
-    def read_again(self, root: str) -> set[str]:
-        """The group's inputs that its backward computes from: those that what its ops would keep is made of.
-
-        A rotation of queries is linear in them, so that its backward needs the angles alone.
-        """
-        ops = self.groups[root]
-        needed = {self.costs.root(name) for op in ops for name in op.saved}
-        for op in reversed(ops):
-            if any(output in needed and self.is_internal(output) for output in op.outputs if output):
-                needed.update(self.costs.root(name) for name in op.operands)
-        return needed.intersection(self.inputs(root))
-
-    def kept_inputs(self) -> tuple[str, ...]:
-        """Inputs of groups that the backward reads."""
-        return tuple(
-            name for root in self.groups for name in sorted(self.read_again(root))
-            if self.costs.whole(name).requires_grad
-        )
-
-    def times(self, state: dict[str, Placement]) -> tuple[float, float]:
-        """Seconds of all groups, forward and backward."""
-        costs, device = self.costs, self.costs.device
-        bandwidth = memory_bandwidth(device)
-        forward = backward = 0.0
-        for root, ops in self.groups.items():
-            read = [costs.local(name, state[name]) for name in self.inputs(root)]
-            written = [
-                costs.local(output, state[output]) for op in ops for output in op.outputs
-                if output and not self.is_internal(output)
-            ]
-            in_bytes = sum(tensor.size_bytes for tensor in read)
-            out_bytes = sum(tensor.size_bytes for tensor in written)
-            grads = sum(tensor.size_bytes for tensor in read if tensor.requires_grad)
-            forward += kernel_time_s(device, (in_bytes + out_bytes) / bandwidth)
-            if any(tensor.requires_grad for tensor in written):
-                again = sum(costs.local(name, state[name]).size_bytes for name in self.read_again(root))
-                backward += kernel_time_s(device, (again + out_bytes + grads) / bandwidth)
-        return forward, backward

@@ -11,7 +11,7 @@ from autopar.errors import InputError, PlanMismatchError
 from autopar.graph.expert_params import unsplit_experts
 from autopar.graph.kernels import KERNELS
 from autopar.graph.model_graph import DTYPE_BYTES, ModelGraph
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Recompute
 from autopar.simulate.measured_share import measured_share
 from autopar.simulate.stage_cost import is_layer
 from autopar.simulate.timeline import GIB, GroupTimeline
@@ -108,6 +108,12 @@ def megatron_notes(plan: Plan) -> tuple[str, ...]:
     if plan.sequence_parallel:
         notes.append("as in Megatron, products gather split sequences again in the backward and add up gradients")
     return tuple(notes)
+
+
+def recompute_notes(plan: Plan) -> tuple[str, ...]:
+    """How training systems' own checkpoint functions recompute (`autopar.simulate.recomputed`)."""
+    words = {word for stage in plan.stages for word in (stage.recompute, *(own.recompute for own, _ in stage.variants))}
+    return () if words == {Recompute.NONE} else ("as in Megatron, what is recomputed is run to its end",)
 
 
 def host_notes(size_bytes: float) -> tuple[str, ...]:

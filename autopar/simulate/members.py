@@ -37,12 +37,14 @@ def stage_members(cluster: Cluster, plan: Plan, stage: Stage) -> tuple[Member, .
 
 
 def member_costs(
-    graph: ModelGraph, cluster: Cluster, plan: Plan, index: int, *, as_megatron: bool = False
+    graph: ModelGraph, cluster: Cluster, plan: Plan, index: int, *, as_megatron: bool = False,
+    recomputes_all: bool = False,
 ) -> dict[Member, StageCost]:
     """What `plan.stages[index]` costs each kind of its devices."""
     return {
         member: stage_cost(
-            graph, cluster, plan, index, device=member.device, rows=member.rows, as_megatron=as_megatron
+            graph, cluster, plan, index, device=member.device, rows=member.rows, as_megatron=as_megatron,
+            recomputes_all=recomputes_all,
         )
         for member in stage_members(cluster, plan, plan.stages[index])
     }

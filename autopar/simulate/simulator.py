@@ -20,6 +20,7 @@ from autopar.simulate.feasibility import (
     infeasible_reason,
     megatron_notes,
     model_notes,
+    recompute_notes,
 )
 from autopar.simulate.links import link_times
 from autopar.simulate.members import Member, member_costs, slowest_times
@@ -57,10 +58,9 @@ def simulate(
     check_plan(graph, cluster, plan)
     lists = None if not detail and _is_plain(plan) else as_run(graph, plan, plan_actions(plan))
     on_cpu = cluster.device(plan.stages[0].devices[0]).name.startswith("CPU")
-    as_megatron = as_system and not on_cpu and all(stage.zero < 3 for stage in plan.stages) and (
-        plan.num_stages > 1 or plan.stages[0].mesh.tp > 1
-    )
-    costs, times = pipeline_times(graph, cluster, plan, as_megatron=as_megatron)
+    whole = as_system and not on_cpu and all(stage.zero < 3 for stage in plan.stages)  # parameters
+    as_megatron = whole and (plan.num_stages > 1 or plan.stages[0].mesh.tp > 1)
+    costs, times = pipeline_times(graph, cluster, plan, as_megatron=as_megatron, recomputes_all=whole)
     run = run_one_f_one_b(times, plan.num_micro_batches) if lists is None else execute(lists, times)
     tied = _tied_sums(graph, cluster, plan)
     reduced = _reduced(run.rank_end_s, costs, tied)
@@ -102,7 +102,8 @@ def simulate(
             event for i, group in enumerate(groups) if i in shown for event in _events(i, group, run, reduced, ends[i])
         ) if detail and isinstance(run, Execution) else (),
         notes=(
-            *model_notes(graph, cluster, plan), *(megatron_notes(plan) if as_megatron else ()), *host_notes(max(host))
+            *model_notes(graph, cluster, plan), *(megatron_notes(plan) if as_megatron else ()),
+            *(recompute_notes(plan) if whole else ()), *host_notes(max(host)),
         ),
     )
 
@@ -116,10 +117,13 @@ def _is_plain(plan: Plan) -> bool:
 
 
 def pipeline_times(
-    graph: ModelGraph, cluster: Cluster, plan: Plan, *, as_megatron: bool = False
+    graph: ModelGraph, cluster: Cluster, plan: Plan, *, as_megatron: bool = False, recomputes_all: bool = False,
 ) -> tuple[list[dict[Member, StageCost]], list[StageTimes]]:
     """Of each stage what it costs each kind of its devices, and its times; `graph` is as the plan rewrites it."""
-    costs = [member_costs(graph, cluster, plan, i, as_megatron=as_megatron) for i in range(plan.num_stages)]
+    costs = [
+        member_costs(graph, cluster, plan, i, as_megatron=as_megatron, recomputes_all=recomputes_all)
+        for i in range(plan.num_stages)
+    ]
     links = [link_times(graph, cluster, plan, i) for i in range(plan.num_stages - 1)]
     times = [
         slowest_times(list(own.values()), links[i][0] if i < len(links) else 0.0, links[i - 1][1] if i else 0.0)

@@ -147,11 +147,12 @@ def tensor_group(cluster: Cluster, stage: Stage, device: DeviceType) -> GroupSha
 
 def stage_cost(
     graph: ModelGraph, cluster: Cluster, plan: Plan, index: int, *, device: DeviceType | None = None,
-    rows: float | None = None, as_megatron: bool = False,
+    rows: float | None = None, as_megatron: bool = False, recomputes_all: bool = False,
 ) -> StageCost:
     """The cost of `plan.stages[index]`: on its slowest device with an even share of rows, or on this one with these.
 
-    `as_megatron`: as Megatron runs it (`autopar.simulate.async_products`).
+    `as_megatron`: as Megatron runs it (`autopar.simulate.async_products`). `recomputes_all`: recomputation does not
+    stop early (`autopar.simulate.recomputed`).
     """
     stage = plan.stages[index]
     mesh, blocks = stage.mesh, graph.blocks[stage.first : stage.last]
@@ -160,7 +161,8 @@ def stage_cost(
     tp_group = tensor_group(cluster, stage, device)
     outer, experts = context_axis(cluster, stage), expert_axis(cluster, stage)
     costs = [
-        _cost_of(graph, plan, block, stage, rows, device, tp_group, outer, experts, as_megatron) for block in blocks
+        _cost_of(graph, plan, block, stage, rows, device, tp_group, outer, experts, as_megatron, recomputes_all)
+        for block in blocks
     ]
 
     forward = sum(cost.forward_compute_s for cost in costs)
@@ -313,11 +315,12 @@ def inner_axis(cluster: Cluster, ranks: tuple[int, ...]) -> CostAxis:
 def _cost_of(
     graph: ModelGraph, plan: Plan, block: Block, stage: Stage, rows: float, device: DeviceType,
     tp_group: GroupShape | None, outer: tuple[CostAxis, ...], experts: CostAxis | None, as_megatron: bool,
+    recomputes_all: bool,
 ) -> BlockCost:
     return block_cost(
         graph, graph.block_class[block.cls], plan.class_shardings(block.cls, stage),
         tp=stage.mesh.tp, rows=rows, device=device, tp_group=tp_group, dtype=plan.dtype, compile=plan.compile,
-        outer=outer, expert_axis=experts, as_megatron=as_megatron,
+        outer=outer, expert_axis=experts, as_megatron=as_megatron, recomputes_all=recomputes_all,
     )
 
 

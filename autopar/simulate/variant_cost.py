@@ -32,7 +32,7 @@ def variant_cost(cost: BlockCost, variant: Variant, device: DeviceType) -> Varia
     """
     match variant.recompute:
         case Recompute.FULL:
-            kept, again, again_tp = cost.boundary_bytes, cost.recompute_s, cost.forward_tp_comm_s
+            kept, again, again_tp = cost.boundary_bytes, cost.recompute_s, cost.recompute_tp_s
         case Recompute.SELECTIVE:
             kept, again = cost.selective_saved_bytes, cost.selective_recompute_s
             again_tp = cost.selective_recompute_tp_s

@@ -14,6 +14,7 @@ import torch
 from fused_norm import one_kernel
 from local_machines import slow_cluster
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from autopar.cluster.tables import device_type
 from autopar.errors import InputError
@@ -23,7 +24,9 @@ from autopar.runtime.engine import Trainer
 from autopar.runtime.local import LocalPool
 from autopar.runtime.parity import capture_for, compare, distributed_numbers, relative_error
 from autopar.search.degrees import Degrees, plan_from_degrees
+from autopar.simulate.attention_core import attention_cores
 from autopar.simulate.block_cost import block_cost
+from autopar.simulate.recomputed import early_stop
 from autopar.simulate.variant_cost import variant_cost
 
 NONE, SELECTIVE, FULL = (Variant(recompute=word) for word in Recompute)
@@ -141,6 +144,35 @@ def predicted_bytes(model: str, variants: Sequence[Variant]) -> tuple[float, flo
         found = variant_cost(cost, next(rest) if is_layer(block.name) else NONE, device_type("H100-80GB"))
         held, host = held + found.held_bytes, host + found.host_bytes
     return held, host
+
+
+def executed_flops(model: str, variants: Sequence[Variant]) -> float:
+    """Of the products of one micro-batch, forward and backward, with what is recomputed."""
+    trainer, batch, _ = trainer_of(model, plan_of(model, variants, micro_batch=8))
+    with FlopCounterMode(display=False) as counter:
+        trainer.forward_backward(batch)
+    return float(counter.get_total_flops())
+
+
+def flops_again(model: str, variant: Variant) -> float:
+    """Of what runs again in a layer where recomputation stops as the cost model has it."""
+    graph = captured(model).graph
+    cls = graph.block_class[next(block.cls for block in graph.blocks if is_layer(block.name))]
+    total = 0.0
+    for names in ([op.name for op in cls.ops],) if variant == FULL else (core.ops for core in attention_cores(cls)):
+        ops = [op for op in cls.ops if op.name in names]
+        stop = early_stop(ops, lambda op: True)
+        end = [op.name for op in ops].index(stop.op) + stop.runs
+        total += sum(op.flops for op in ops[:end])
+    return total * 8 / graph.rows
+
+
+@pytest.mark.parametrize("model", ["llama_eager", "gpt2_plain"])
+@pytest.mark.parametrize("variant", [FULL, SELECTIVE], ids=str)
+def test_recomputation_stops_where_it_is_counted_to(model: str, variant: Variant) -> None:
+    """A layer's last product, or a core's, is not computed again: it gives nothing that the backward reads."""
+    more = executed_flops(model, (variant, NONE)) - executed_flops(model, (NONE, NONE))
+    assert more == pytest.approx(flops_again(model, variant))
 
 
 @pytest.mark.parametrize("model", ["llama_eager", "gpt2_plain"])

@@ -138,7 +138,7 @@ def test_the_order_of_nodes_changes_nothing_but_ranks(speeds: tuple[float, ...],
 
 def test_layers_recompute_more_where_more_in_flight_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = mlp_chain(num_layers=8, hidden=256, inner=1024, seq_len=512)
-    machine = cluster(per_node=2, speeds=(1.0, 1.0, 0.25), memory_gib=0.03, host_gb_per_s=20.0)
+    machine = cluster(per_node=2, speeds=(1.0, 1.0, 0.25), memory_gib=0.026, host_gb_per_s=20.0)
 
     def found() -> MixedOutcome:
         engine = Engine(graph, machine, PlanRequest(global_batch=8, dtype="float32"))
@@ -157,7 +157,7 @@ def test_layers_recompute_more_where_more_in_flight_takes_less(monkeypatch: pyte
 
 def test_the_time_limit_is_looked_at_before_each_plan_with_more_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = mlp_chain(num_layers=8, hidden=256, inner=1024, seq_len=512)
-    machine = cluster(per_node=2, speeds=(1.0, 1.0, 0.25), memory_gib=0.03, host_gb_per_s=20.0)
+    machine = cluster(per_node=2, speeds=(1.0, 1.0, 0.25), memory_gib=0.026, host_gb_per_s=20.0)
     engine = Engine(graph, machine, PlanRequest(global_batch=8, dtype="float32"))
     looked_at: list[int] = []
 

@@ -9,7 +9,7 @@ import pytest
 
 from autopar.cost_models.collectives import collective_time_s
 from autopar.cost_models.memory import allocatable_bytes
-from autopar.plan.plan import Mesh, Plan
+from autopar.plan.plan import Mesh, Plan, Recompute
 from autopar.sharding.reshard import Collective
 from autopar.sharding.state import RP, P, padded_shard, shard
 from autopar.sharding.strategy import ClassSharding, Strategy
@@ -81,6 +81,23 @@ def test_communication_that_takes_longer_than_the_product_shows() -> None:
 def test_without_split_sequences_only_uneven_dims_change() -> None:
     whole = hand.megatron()[0]
     assert layer_cost(whole, as_megatron=True) == layer_cost(whole, as_megatron=False)
+
+
+def test_checkpoints_of_systems_run_to_the_end() -> None:
+    """Where parameters are whole, with stages and a tensor axis or without: the layers' second products run again."""
+    plan, machine = hand.plan(GRAPH, recompute=Recompute.FULL), hand.cluster()
+    for zero, again in ((1, 1), (3, 0)):
+        plan = replace(plan, stages=tuple(replace(stage, zero=zero) for stage in plan.stages))
+        own, theirs = simulate(GRAPH, machine, plan), simulate(GRAPH, machine, plan, as_system=True)
+        cost, all_ = (
+            block_cost(GRAPH, LAYER, None, tp=1, rows=plan.micro_batch, device=hand.DEVICE, tp_group=None,
+                       dtype=plan.dtype, recomputes_all=flag)
+            for flag in (False, True)
+        )
+        assert (all_.recompute_s, all_.recompute_tp_s) == (cost.forward_compute_s, cost.forward_tp_comm_s)
+        added_s = 2 * plan.num_micro_batches * (all_.recompute_s - cost.recompute_s)
+        assert theirs.step_time_s - own.step_time_s == pytest.approx(again * added_s)
+        assert sum("run to its end" in note for note in theirs.notes) == again
 
 
 def test_an_uneven_dim_is_padded() -> None:

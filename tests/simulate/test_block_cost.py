@@ -49,6 +49,9 @@ def test_a_layer_by_hand() -> None:
     assert cost.forward_flops == 2 * flops
     assert cost.params == (hand.INNER * hand.HIDDEN,) * 2
     assert (cost.forward_tp_comm_s, cost.backward_tp_comm_s) == (0, 0)
+    # The second product alone reads what relu gives: with that, everything is there again.
+    assert cost.recompute_s == pytest.approx(flops / up + 2 * h / bandwidth + 2 * gap)
+    assert layer_cost(compiled=True).recompute_s == layer_cost(compiled=True).forward_compute_s
 
 
 @pytest.mark.parametrize("tp", [2, 8])
@@ -58,6 +61,7 @@ def test_column_and_row_products(tp: int) -> None:
     once = collective_time_s(Collective.ALL_REDUCE, x, hand.cluster().group(tuple(range(tp))))
     assert cost.forward_tp_comm_s == pytest.approx(once)  # P -> R after the row product
     assert cost.backward_tp_comm_s == pytest.approx(once)  # R -> RP before the column product
+    assert cost.recompute_tp_s == 0  # recomputation stops before the row product
     assert cost.saved_bytes == x + h / tp
     assert cost.params == (hand.INNER * hand.HIDDEN / tp,) * 2
     assert cost.partial_params == (False, False)

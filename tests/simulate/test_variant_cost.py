@@ -52,7 +52,7 @@ def test_a_slow_copy_is_waited_for_and_a_quick_one_takes_memory_bandwidth() -> N
     assert slow.extra_bytes == pytest.approx(2 * cost.saved_bytes + cost.transient_bytes)
     quick = variant_cost(cost, Variant(recompute=Recompute.FULL, offload=True), device(5e11))
     assert quick.forward_s == pytest.approx(cost.boundary_bytes / BANDWIDTH)
-    assert quick.backward_s == pytest.approx(cost.forward_compute_s + cost.boundary_bytes / BANDWIDTH)
+    assert quick.backward_s == pytest.approx(cost.recompute_s + cost.boundary_bytes / BANDWIDTH)
     assert (quick.held_bytes, quick.host_bytes) == (0, cost.boundary_bytes)
 
 
@@ -61,7 +61,7 @@ def test_counts_add_up_in_a_step() -> None:
     times = [step(*([full] * count + [none] * (4 - count))) for count in range(5)]
     cost = layer()
     for count, timeline in enumerate(times):
-        assert timeline.step_time_s == pytest.approx(times[0].step_time_s + count * 4 * cost.forward_compute_s)
+        assert timeline.step_time_s == pytest.approx(times[0].step_time_s + count * 4 * cost.recompute_s)
         activations = timeline.groups[0].memory.activations
         if count:
             freed = count * (cost.saved_bytes - cost.boundary_bytes) - cost.saved_bytes
