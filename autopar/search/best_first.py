@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from itertools import combinations, pairwise
+from itertools import chain, combinations, pairwise
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.fingerprint import cluster_fingerprint
@@ -32,7 +32,7 @@ Progress = Callable[[int, int, float | None], None]  # candidates settled, of ho
 MAX_SIMULATED_ACTIONS = 1_500_000
 MAX_SIMULATIONS = 400
 MAX_EVERY_CUT = 64  # cuts of a candidate that are all tried where the bounds leave a gap
-NUM_NEXT = 6  # candidates that an outcome names beside those that were simulated
+NUM_BEHIND = 6  # pipelines next to the best that are looked at closely
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -50,7 +50,6 @@ class Found:
 class Outcome:
     """The best found (None: nothing fits) and what no candidate can beat. `complete`: all candidates are settled.
 
-    `num_pipelines`: candidates of several stages that were simulated; `next`: a few that were not, of least bound.
     `timed_out`: the time limit or an interrupt came first.
     """
 
@@ -59,8 +58,6 @@ class Outcome:
     num_simulated: int
     complete: bool
     timed_out: bool = False
-    num_pipelines: int = 0
-    next: tuple[Candidate, ...] = ()
 
 
 class Level(IntEnum):
@@ -86,7 +83,6 @@ class _State:
     lower: float = math.inf
     bound: float = 0.0  # of the candidate in hand
     open: list[tuple[float, Candidate]] = field(default_factory=list)  # with bounds of the cuts that were not tried
-    tried: set[Candidate] = field(default_factory=set)  # those of several stages
     simulations: int = 0
     refined: int = 0
     actions: int = 0  # of those
@@ -119,6 +115,8 @@ class Engine:
         self._cut_s: dict[tuple[Candidate, Cuts], float] = {}  # bounds of cuts
         self._quick: dict[Candidate, float] = {}
         self._even: dict[int, Cuts | None] = {}
+        self._searched: list[Sequence[Candidate]] = []
+        self._closer: dict[Candidate, tuple[float, Cuts]] = {}  # of pipelines, the closer bound of their best cut
 
     def search(
         self, candidates: Sequence[Candidate], *, even: bool = False, incumbent: Found | None = None,
@@ -135,6 +133,8 @@ class Engine:
         state = _State(best=incumbent, below_s=below_s, most=max_simulations or MAX_SIMULATIONS, proves=proves,
                        most_refined=max_refined)
         filled = False
+        if not even:
+            self._searched.append(candidates)
         try:
             self._fill(state, candidates)
             filled = True
@@ -156,12 +156,7 @@ class Engine:
             progress(len(candidates), len(candidates), best.step_time_s if best else None)
         return Outcome(
             best=best, lower_bound_s=lower, num_simulated=state.simulations, complete=not state.stopped,
-            timed_out=state.timed_out, num_pipelines=len(state.tried),
-            next=tuple(
-                replace(entry[2], offload_optimizer=entry[2].offload_optimizer and not entry[2].free_offload,
-                        free_offload=False)
-                for entry in heapq.nsmallest(NUM_NEXT, (entry for entry in state.queue if entry[2].pp > 1))
-            ),
+            timed_out=state.timed_out,
         )
 
     def _fill(self, state: _State, candidates: Sequence[Candidate]) -> None:
@@ -231,10 +226,14 @@ class Engine:
                     closer, of_cuts = self.bounds.closer_of_cut(candidate, cuts[0]), dict[Cuts, float]()
                 else:
                     closer, of_cuts = self.bounds.closer(candidate, bound, cuts, limit_s)
+                least, at = min(((own, cut) for cut, own in of_cuts.items()), default=(math.inf, ()))
+                if candidate.pp > 1 and least < math.inf:
+                    self._closer[candidate] = least, at
                 if closer == math.inf:
                     continue
                 closer = max(bound, closer)
                 if candidate.free_offload:
+                    self._closer.pop(candidate, None)  # those that it stands for have their own
                     for own in (False, True):
                         each = replace(candidate, offload_optimizer=own, free_offload=False)
                         heapq.heappush(queue, (closer, Level.QUICK, each, ()))
@@ -245,7 +244,6 @@ class Engine:
                     cuts = tuple(sorted(fit, key=lambda cut: (of_cuts[cut], cut)))
                 heapq.heappush(queue, (closer, Level.CLOSER, candidate, cuts))
                 continue
-            state.tried |= {candidate} if candidate.pp > 1 else set()
             for cut in cuts:
                 self._try(state, candidate, cut)
             if not even and candidate.pp > 1 and len(self.graph.blocks) > candidate.pp:
@@ -346,6 +344,23 @@ class Engine:
         if found is not None and (self.best is None or found < self.best):
             self.best = found
         return found
+
+    def searched_pipelines(self) -> Iterator[Candidate]:
+        """Every candidate of several stages that was searched over all cuts."""
+        return (c for c in dict.fromkeys(chain.from_iterable(self._searched)) if c.pp > 1)
+
+    def simulate_behind(self, count: int, limit_s: float) -> None:
+        """Simulates so many of the pipelines that were not, those of least closer bounds, below the limit."""
+        every = sorted((own, c, cut) for c, (own, cut) in self._closer.items() if own < limit_s)
+        least = [(own, c, cut) for own, c, cut in every if (c, cut) not in self._simulated][:NUM_BEHIND]
+        found = [(own, c, cut) for own, c, cut in least if not c.free_offload]
+        for _, c, cut in least:
+            for offload in (False, True) if c.free_offload else ():
+                own = replace(c, offload_optimizer=offload, free_offload=False)
+                found.append((self.bounds.closer_of_cut(own, cut), own, cut))
+        for bound, c, cut in sorted(found)[:count]:
+            if bound < limit_s and not self.interrupted:
+                self.simulate(c, cut)
 
     def quickest_pipelines(self, count: int, *, but: Container[Found] = ()) -> list[Found]:
         """Of all that was simulated and fits the pipelines of least time, each candidate's best cut; but not those."""

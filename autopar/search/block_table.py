@@ -197,6 +197,7 @@ class BlockTable:
     sorts: Sorts
     forward_s: Table
     backward_s: Table
+    weights_s: Table  # the part of the backward for gradients of parameters alone
     saved_bytes: Table
     boundary_bytes: Table
     transient_bytes: Table

@@ -31,6 +31,7 @@ from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.loops import PipelineBound, cut_time_s
 from autopar.search.memory_bounds import MemoryBounds
+from autopar.search.order_estimates import OrderEstimates
 from autopar.search.range_loads import RangeLoads, summed
 from autopar.search.shardings import ShardingChooser
 from autopar.search.stage_kinds import StageKind, StageLayout
@@ -89,6 +90,9 @@ class Bounds:
         self._memory = MemoryBounds(request, int(layer.sum()))
         self.work = WorkBounds(graph, layout, chooser, self._tables)
         self.ranges = RangeLoads(self._tables, self._memory, self._sorts)
+        self.orders = OrderEstimates(
+            layout, request, self._tables, self._memory, self.ranges, self.work, self._sorts[True], self._sends_s
+        )
         self._sent: dict[tuple[object, ...], tuple[float, float]] = {}
         self._of_cuts: dict[Cuts, Sorts] = {}
         self._cut_blocks: dict[tuple[int, Cuts], tuple[BlockTable, BlockTable]] = {}  # by the whole table's id
@@ -121,12 +125,6 @@ class Bounds:
         through = float(work @ number) + max(spread_s(later, kinds, number), longest)
         through += float(tables[kinds[0]].once_beside_s[first]) + self._layout.tied_s(c, self._tied_numel)
         return max(through, _busy_s(m, tables, kinds, number))
-
-    def busy(self, c: Candidate) -> float:
-        """What all stages do in a step, shared evenly: no less in any order of micro-batches."""
-        kinds = self._layout.kinds(c)
-        tables = {kind: self._tables.times(c, kind) for kind in dict.fromkeys(kinds)}
-        return _busy_s(c.num_micro_batches, tables, kinds, self._sorts[c.pp > 1].number)
 
     def best_cut(self, c: Candidate, limit_s: float = np.inf) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
@@ -178,7 +176,8 @@ class Bounds:
         """A bound over all cuts from closer times of ranges where stages are alike, else the given one.
 
         Infinite where no cut that fits is below the limit. And the bounds of the cuts that are given, and of the one
-        that promises most by these times. Of a candidate that stands for several less is looked at.
+        that promises most by these times; they may be infinite where a stage alone takes the limit. Of a candidate that
+        stands for several less is looked at.
         """
         if c.pp == 1 or len(set(self._layout.kinds(c))) > 1:
             return bound, dict.fromkeys(cuts, bound)
@@ -186,9 +185,7 @@ class Bounds:
         if pipeline is None:
             return np.inf, {}
         found = pipeline.least(limit_s, in_parts=not c.free_offload)
-        if c.free_offload:
-            return max(bound, found.bound_s), {}
-        every = cuts if found.cuts is None else (found.cuts, *cuts)
+        every = cuts if found.cuts is None or c.free_offload else (found.cuts, *cuts)
         return max(bound, found.bound_s), {own: pipeline.time_s(own) for own in every}
 
     def closer_of_cut(self, c: Candidate, cuts: Cuts) -> float:

@@ -183,7 +183,6 @@ def _both(before: Outcome, after: Outcome) -> Outcome:
     """The outcome of a search and of one after it for what is better."""
     return replace(
         after, lower_bound_s=min(before.lower_bound_s, after.lower_bound_s),
-        num_pipelines=before.num_pipelines + after.num_pipelines, next=(*before.next, *after.next),
         complete=before.complete and after.complete, timed_out=before.timed_out or after.timed_out,
         num_simulated=before.num_simulated + after.num_simulated,
     )

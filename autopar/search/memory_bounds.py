@@ -195,8 +195,13 @@ class MemoryBounds:
         )
         return replace(found, optimizer=0.0) if c.offload_optimizer else found
 
-    def layers_fit(self, c: Candidate, kinds: tuple[StageKind, ...], blocks: dict[StageKind, BlockTable]) -> bool:
-        """Whether the stages have room for all layers, each taken as the leanest of them; a necessary condition."""
+    def layers_fit(
+        self, c: Candidate, kinds: tuple[StageKind, ...], blocks: dict[StageKind, BlockTable], *, kept: bool = False
+    ) -> bool:
+        """Whether the stages have room for all layers, each taken as the leanest of them; a necessary condition.
+
+        `kept`: with all their activations.
+        """
         if not self._num_layers:
             return True
         per_numel = self._static(c)[0]
@@ -205,7 +210,7 @@ class MemoryBounds:
         for kind, table in blocks.items():
             held = in_flight[[other is kind for other in kinds]]
             own = table.kind >= 0
-            numel, least = table.numel[own], table.least_held[own]
+            numel, least = table.numel[own], (table.saved_bytes if kept else table.least_held)[own]
             smallest = (per_numel * numel[:, None] + least[:, None] * held[None, :]).min(axis=0)
             beside = float(table.transient_bytes[own].min())
             if c.num_micro_batches == 1:  # at the backward's start there are no gradients, at its end nothing else

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
 from autopar.cluster.cluster import Cluster
@@ -18,7 +19,9 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.actions import actions_to_csv
 from autopar.plan.plan import Plan, Recompute, Schedule
 from autopar.search.best_first import Engine, Found
+from autopar.search.bounds import Cuts
 from autopar.search.candidates import Candidate
+from autopar.search.order_estimates import CHUNKS
 from autopar.search.schedule_search import lower_bound_s, search_schedule
 from autopar.search.simulated_plan import SimulatedPlan, simulated
 from autopar.sharding.rewrites import rewritten
@@ -29,12 +32,14 @@ from autopar.simulate.splitting import unsplit_reason
 from autopar.simulate.stage_cost import StageCost
 
 log = logging.getLogger(__name__)
+PipelineTimes = tuple[list[dict[Member, StageCost]], list[StageTimes]]
 MAX_ACTIONS = 20_000  # of a plan with an order of its own, all ranks together
 MAX_LISTED = 600  # actions up to which list schedules are tried
 WORTH = 0.002  # what another order must gain
 ORDERED = 3  # pipelines, those of least time under 1F1B, that are tried in other orders
 DEEPENED_FROM = 0.02  # relative; the gap from which on layers recompute more so that more are in flight
-CHUNKS = (2, 4)  # stages on a device
+MAX_ESTIMATED = 24  # pipelines of which the best cut for zero-bubble is looked for
+MAX_ESTIMATED_TRIED = 8  # in zero-bubble or interleaved orders
 ROUNDING = 1e-9  # relative, of sums in another order
 
 
@@ -48,7 +53,7 @@ def search_orders(
     found: SimulatedPlan | None = None
     try:
         for base in dict.fromkeys((*engine.quickest_pipelines(ORDERED), *others)):
-            for plan in _orders(engine, base, best_s):
+            for plan in _orders(engine, base.candidate, base.cuts, best_s):
                 if engine.out_of_time(deadline):
                     return found
                 limit_s = found.step_time_s if found is not None else best_s * (1 - WORTH)
@@ -58,13 +63,51 @@ def search_orders(
     return found
 
 
-def may_order(c: Candidate) -> bool:
-    """Whether it is small enough to be tried in other orders."""
-    return _has_few_actions(c.pp, c.num_micro_batches)
-
-
 def _has_few_actions(num_stages: int, num_micro_batches: int) -> bool:
     return 3 * num_stages * num_micro_batches <= MAX_ACTIONS
+
+
+def search_estimated(engine: Engine, best_s: float, deadline: float | None) -> SimulatedPlan | None:
+    """The best of the pipelines that promise most with zero bubble or interleaved; None where none beats `best_s`.
+
+    Those whose layers keep everything, by `OrderEstimates`: each estimate takes longer and says more than the one
+    before. An interrupt ends it with the best so far.
+    """
+    found: SimulatedPlan | None = None
+    limit_s, estimated, tried = best_s * (1 - WORTH), 0, 0
+    try:
+        estimates = engine.bounds.orders
+        # What is estimated, how closely, stages on a device (1 for zero-bubble), their cut.
+        queue: list[tuple[float, int, Candidate, int, Cuts]] = [
+            (rough_s, 0, c, 1, ()) for c in engine.searched_pipelines()
+            if _has_few_actions(c.pp, c.num_micro_batches) and (rough_s := estimates.rough(c)) < limit_s
+        ]
+        heapify(queue)
+        while queue and queue[0][0] < limit_s and tried < MAX_ESTIMATED_TRIED and not engine.out_of_time(deadline):
+            least_s, level, c, chunks, cuts = heappop(queue)
+            if level == 0 and estimates.known(c):
+                heappush(queue, (max(least_s, estimates.of_work(c)), 1, c, 1, ()))
+            elif level == 1 and estimates.keeps_all(c):
+                heappush(queue, (max(least_s, estimates.with_ends(c)), 2, c, 1, ()))
+            elif level == 2 and estimated < MAX_ESTIMATED:
+                own = estimates.best_cut(c)
+                each = [(own[0], 1, own[1])] if own is not None else []
+                each += [(estimates.interleaved(c, number, even), number, even) for number, even in _chunked(engine, c)]
+                estimated += min((time_s for time_s, _, _ in each), default=math.inf) < math.inf
+                for time_s, number, cut in each:
+                    heappush(queue, (max(least_s, time_s), 3, c, number, cut))
+            elif level == 3:
+                tried += 1
+                if chunks == 1:
+                    plan = other_schedule(engine.graph, engine.cluster, engine.plan(c, cuts), limit_s=limit_s)
+                else:
+                    plan = _interleaved(engine.plan_of(c, cuts[:: chunks]), cuts)
+                if plan is not None:
+                    found = simulated(engine, plan, limit_s) or found
+                    limit_s = limit_s if found is None else found.step_time_s
+    except KeyboardInterrupt:
+        engine.interrupted = True
+    return found
 
 
 def search_deeper(engine: Engine, best_s: float, deadline: float | None) -> SimulatedPlan | None:
@@ -116,28 +159,44 @@ def deepened(
                 yield other
 
 
-def _orders(engine: Engine, base: Found, best_s: float) -> Iterator[Plan]:
+def _orders(engine: Engine, c: Candidate, cuts: Cuts, best_s: float) -> Iterator[Plan]:
     """The pipeline in other orders, where its busiest stage leaves room for a gain."""
-    c, plan = base.candidate, engine.plan(base.candidate, base.cuts)
-    if busiest_s(engine.graph, engine.cluster, plan) >= best_s * (1 - WORTH):
+    plan = engine.plan(c, cuts)
+    times = pipeline_times(rewritten(engine.graph, plan.rewrites), engine.cluster, plan)
+    if _busiest_s(plan, times[0]) >= best_s * (1 - WORTH):
         return
-    other = other_schedule(engine.graph, engine.cluster, plan, limit_s=best_s * (1 - WORTH))
+    other = other_schedule(engine.graph, engine.cluster, plan, limit_s=best_s * (1 - WORTH), known=times)
     if other is not None:
         yield other
-    plain = all(stage.recompute is Recompute.NONE and not stage.variants for stage in plan.stages)
-    for chunks in CHUNKS if plain and c.num_micro_batches % c.pp == 0 else ():
-        cuts = engine.even_cuts(c.pp * chunks)
-        if cuts is not None and c.pp * chunks * c.num_micro_batches * 2 <= MAX_ACTIONS:
-            stages = tuple(
-                replace(plan.stages[i % c.pp], first=first, last=last, virtual=i // c.pp)
-                for i, (first, last) in enumerate(pairwise(cuts))
-            )
-            yield replace(plan, stages=stages, schedule=Schedule.INTERLEAVED)
+    if all(stage.recompute is Recompute.NONE and not stage.variants for stage in plan.stages):
+        for _, even in _chunked(engine, c):
+            yield _interleaved(plan, even)
+
+
+def _chunked(engine: Engine, c: Candidate) -> Iterator[tuple[int, Cuts]]:
+    """The numbers of stages on a device that a pipeline may have, and the even cut into all of them."""
+    for chunks in CHUNKS if c.num_micro_batches % c.pp == 0 else ():
+        even = engine.even_cuts(c.pp * chunks)
+        if even is not None and c.pp * chunks * c.num_micro_batches * 2 <= MAX_ACTIONS:
+            yield chunks, even
+
+
+def _interleaved(plan: Plan, cuts: Cuts) -> Plan:
+    """The pipeline with the stages of this cut, several on each of its devices."""
+    p = plan.num_stages
+    stages = tuple(
+        replace(plan.stages[i % p], first=first, last=last, virtual=i // p)
+        for i, (first, last) in enumerate(pairwise(cuts))
+    )
+    return replace(plan, stages=stages, schedule=Schedule.INTERLEAVED)
 
 
 def busiest_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> float:
     """Seconds that the busiest stage works: the step has no less in any order, where a rank runs one stage."""
-    costs, _ = pipeline_times(rewritten(graph, plan.rewrites), cluster, plan)
+    return _busiest_s(plan, pipeline_times(rewritten(graph, plan.rewrites), cluster, plan)[0])
+
+
+def _busiest_s(plan: Plan, costs: Sequence[Mapping[Member, StageCost]]) -> float:
     return max(
         plan.num_micro_batches * (cost.forward_s + cost.backward_s) + cost.step_once_s
         for own in costs for cost in own.values()
@@ -156,11 +215,14 @@ def least_in_any_order_s(graph: ModelGraph, cluster: Cluster, plan: Plan) -> flo
 
 
 def _of_stages(
-    graph: ModelGraph, cluster: Cluster, plan: Plan
+    graph: ModelGraph, cluster: Cluster, plan: Plan, known: PipelineTimes | None = None
 ) -> tuple[list[dict[Member, StageCost]], list[StageTimes], list[float], bool]:
-    """Of each stage its costs, its times and what ends it; and whether all can put off gradients of weights."""
+    """Of each stage its costs, its times and what ends it; and whether all can put off gradients of weights.
+
+    `known`: its `pipeline_times`.
+    """
     graph = rewritten(graph, plan.rewrites)
-    costs, times = pipeline_times(graph, cluster, plan)
+    costs, times = known or pipeline_times(graph, cluster, plan)
     whole = [not index or unsplit_reason(graph, plan, stage) for index, stage in enumerate(plan.stages)]
     # Where a backward runs whole, it is an I: that of the first stage has no gradients of inputs.
     times = [
@@ -173,19 +235,19 @@ def _of_stages(
 
 def other_schedule(
     graph: ModelGraph, cluster: Cluster, plan: Plan, *, split_backward: bool = True, limit_s: float = math.inf,
-    most_listed: int = MAX_LISTED,
+    most_listed: int = MAX_LISTED, known: PipelineTimes | None = None,
 ) -> Plan | None:
     """The plan in the quickest order found for the times of its stages, None where 1F1B is that.
 
     Memory is held with what its layers keep; what the plan then takes, the simulator says. `split_backward` allows
     orders that put off gradients of weights, where every stage can. None, too, where no order is quicker than the
-    limit. `most_listed`: actions up to which list schedules are tried.
+    limit. `most_listed`: actions up to which list schedules are tried. `known`: its `pipeline_times`.
     """
     count = plan.num_stages * plan.num_micro_batches
     has_few = _has_few_actions(plan.num_stages, plan.num_micro_batches)
     if plan.num_stages == 1 or any(stage.virtual for stage in plan.stages) or not has_few:
         return None
-    costs, times, ends, split = _of_stages(graph, cluster, plan)
+    costs, times, ends, split = _of_stages(graph, cluster, plan, known)
     split = split and split_backward
     caps = []
     for own in costs:
@@ -200,7 +262,7 @@ def other_schedule(
         return None
     found = search_schedule(
         times, plan.num_micro_batches, caps, split_backward=split, end_s=ends, exact=False,
-        listed=2 * count <= most_listed,
+        listed=2 * count <= most_listed, limit_s=limit_s,
     )
     if found.name == "1f1b":
         return None

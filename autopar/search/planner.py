@@ -17,9 +17,9 @@ from autopar.graph.model_graph import ModelGraph
 from autopar.plan.plan import Baseline, Certificate, Plan
 from autopar.plan.verify import verify_plan
 from autopar.search.baselines import run_baselines
-from autopar.search.best_first import NUM_NEXT, Engine, Found, Outcome, Progress
+from autopar.search.best_first import Engine, Found, Outcome, Progress
 from autopar.search.borders import BorderSearch
-from autopar.search.candidates import Candidate, PlanRequest, candidates, no_mesh
+from autopar.search.candidates import PlanRequest, candidates, no_mesh
 from autopar.search.context import MAX_SHARDINGS, PROMISE, ContextOutcome, search_context
 from autopar.search.coverage import plan_coverage
 from autopar.search.degrees import Degrees, plan_from_degrees
@@ -29,10 +29,11 @@ from autopar.search.need import smallest_need
 from autopar.search.node_order import as_given, in_order
 from autopar.search.plan_schedules import (
     DEEPENED_FROM,
+    MAX_ESTIMATED_TRIED,
     ORDERED,
     least_in_any_order_s,
-    may_order,
     search_deeper,
+    search_estimated,
     search_orders,
 )
 from autopar.search.shares import NOT_SHARED, has_unlike_devices, search_shares
@@ -53,13 +54,14 @@ IN_RUNS = (
     "parallelism where it can be, with the optimizer offloaded, or of other sizes than parts of a node and whole nodes"
 )
 ONE_MESH = "plans of one mesh on unlike devices, beyond the {tried} that were simulated of {total}"
+BEHIND = 1.1  # times the best: what a pipeline may take in the usual order to be tried in deeper warm-ups
 MAX_TO_ORDER = 12  # simulations of pipelines that are looked for only to be tried in other orders
 MAX_REFINED_TO_ORDER = 30  # and of which the best cut is looked for
 MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own mesh
 MAX_REFINED = 150  # of them, those of least quick bound, of which the best cut is looked for
 OTHER_ORDERS = (
     f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
-    "best pipelines"
+    f"best pipelines, and interleaved or zero-bubble of the {MAX_ESTIMATED_TRIED} that an estimate promises most for"
 )
 OTHER_CHOICES = (
     "op strategies other than each block's own fastest at the smallest micro-batch",
@@ -162,7 +164,6 @@ class _Searches:
         self.context = ContextOutcome()
         self._one_mesh: Found | None = None  # the best of one mesh for all stages
         self._num_one_mesh = 0  # simulated
-        self._next: tuple[Candidate, ...] = ()  # pipelines to try in other orders, where few were simulated
         self._borders = BorderSearch(engine)
 
     @property
@@ -224,7 +225,6 @@ class _Searches:
                 self._search_context(outcome.best)
             outcome = self._with_context(outcome)
         self._one_mesh, self._num_one_mesh = outcome.best, outcome.num_simulated
-        self._next = outcome.next if mixed is None and outcome.num_pipelines < ORDERED else ()
         self.num_simulated = outcome.num_simulated + self.mixed.num_simulated
         if mixed is None:
             self.lower_bound_s, self.complete = outcome.lower_bound_s, outcome.complete
@@ -258,7 +258,6 @@ class _Searches:
                 lower_bound_s=min(outcome.lower_bound_s, own.lower_bound_s),
                 complete=outcome.complete and own.complete, timed_out=outcome.timed_out or own.timed_out,
                 num_simulated=outcome.num_simulated + own.num_simulated,
-                num_pipelines=outcome.num_pipelines + own.num_pipelines, next=(*own.next, *outcome.next),
             )
         if not self.context.cut_short:
             return outcome
@@ -277,18 +276,20 @@ class _Searches:
     def _order_pipelines(self, before: Sequence[Found]) -> None:
         """Other orders of micro-batches of the quickest pipelines, and of those `before` borders were moved."""
         engine = self.engine
-        few = sorted(filter(may_order, self._next), key=lambda own: (engine.bounds.busy(own), own))[:NUM_NEXT]
-        if self.mixed.best is not None and len(engine.quickest_pipelines(ORDERED)) < ORDERED:
-            few = [own for own in self.space if own.pp > 1]
-        if few and not engine.interrupted:
-            # What is slower in the usual order may be quicker in another.
-            try:
+        # What is slower in the usual order may be quicker in another.
+        few = [own for own in self.space if own.pp > 1]
+        if self.mixed.best is None:
+            self._take(search_estimated(engine, self.best_s, self.deadline))
+        try:
+            if self.mixed.best is None:
+                engine.simulate_behind(ORDERED, self.best_s * BEHIND)
+            elif few and len(engine.quickest_pipelines(ORDERED)) < ORDERED and not engine.interrupted:
                 engine.search(
                     few, deadline=self.deadline, max_simulations=MAX_TO_ORDER, max_refined=MAX_REFINED_TO_ORDER,
                     proves=False,
                 )
-            except KeyboardInterrupt:
-                engine.interrupted = True
+        except KeyboardInterrupt:
+            engine.interrupted = True
         self._take(search_orders(engine, self.best_s, self.deadline, before))
         if self.mixed.best is None and self.best_s > self.lower_bound_s * (1 + DEEPENED_FROM):
             self._take(search_deeper(engine, self.best_s, self.deadline))

@@ -49,13 +49,14 @@ class FoundSchedule:
 
 def search_schedule(
     stages: Sequence[StageTimes], num_micro_batches: int, most_held: Sequence[int], *, split_backward: bool = False,
-    end_s: Sequence[float] | None = None, exact: bool = True, listed: bool = True,
+    end_s: Sequence[float] | None = None, exact: bool = True, listed: bool = True, limit_s: float = math.inf,
 ) -> FoundSchedule:
     """The shortest schedule found for one stage a rank. Deterministic.
 
     `most_held[r]`: micro-batches whose activations fit on rank r at once, at least 1. `split_backward` allows gradients
     of weights after those of inputs (activations are held until then). `end_s`: what each rank does after all its
-    actions. `listed` tries list schedules, which take long for many micro-batches, and `exact` asks CP-SAT too.
+    actions. `listed` tries list schedules, which take long for many micro-batches, and `exact` asks CP-SAT too. No
+    warm-ups are adjusted where none can take less than `limit_s`.
     """
     p, m = len(stages), num_micro_batches
     if len(most_held) != p or min(most_held) < 1:
@@ -79,8 +80,8 @@ def search_schedule(
         lists, ends_s = timed_list_schedule(stages, m, own, split_backward=split)
         if max(map(add, ends_s, ends)) < best[0].step_s:
             offer(lists, "list schedule")
-    if lower_bound_s(stages, m, end_s=ends, split_backward=False) < best[0].step_s:  # else no 1f1b is quicker
-        _adjust_warmup(stages, m, caps, offer, ends[0])
+    if lower_bound_s(stages, m, end_s=ends, split_backward=False) < min(limit_s, best[0].step_s):
+        _adjust_warmup(stages, m, caps, offer, ends[0])  # else no 1f1b is quicker
     if exact and best[0].step_s > lower * (1 + 1e-9):
         few = _small_count(p, m, caps, split_backward=split_backward)
         if few:

@@ -74,6 +74,7 @@ class StageTables:
             sorts=sorts,
             forward_s=np.array([x.forward_compute_s + x.forward_tp_comm_s for x in each]),
             backward_s=np.array([x.backward_compute_s + x.backward_tp_comm_s for x in each]),
+            weights_s=np.array([x.weight_backward_s for x in each]),
             saved_bytes=np.array([x.saved_bytes for x in each]),
             boundary_bytes=np.array([x.boundary_bytes for x in each]),
             transient_bytes=np.array([x.transient_bytes for x in each]),
@@ -113,14 +114,20 @@ class StageTables:
         )
         if c.dp * c.cp > 1:
             made = self._data_parallel(c, kind, made, *blocks.most_added)
-        if c.zero < 2 and c.num_micro_batches > 1:  # gradients are added up in float32
-            adding = (DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES) * blocks.numel / bandwidth
+        if (adding := self.adding_s(c, kind, blocks)) is not None:
             behind = made.behind and replace(made.behind, backward_s=made.behind.backward_s + adding)
             made = replace(
                 made, backward_s=made.backward_s + adding, plain_backward_s=made.plain_backward_s + adding,
                 behind=behind,
             )
         return made
+
+    def adding_s(self, c: Candidate, kind: StageKind, blocks: BlockTable) -> Table | None:
+        """What adding up gradients in float32 takes of each block's backward; None where they are not added up."""
+        if c.zero >= 2 or c.num_micro_batches == 1:
+            return None
+        wide = DTYPE_BYTES[self._request.dtype] + 2 * GRADIENT_BYTES
+        return np.asarray(wide * blocks.numel / memory_bandwidth(kind.device))
 
     def _data_parallel(
         self, c: Candidate, kind: StageKind, alone: StageTable, most_forward: Table, most_backward: Table

@@ -26,7 +26,7 @@ class WorkBounds:
     ) -> None:
         self._graph, self._layout, self._chooser, self._tables = graph, layout, chooser, tables
         self._limits: dict[tuple[object, ...], tuple[tuple[float, float], tuple[float, float]]] = {}
-        self._rough: dict[Work, float] = {}
+        self._rough: dict[Work, tuple[float, float]] = {}
         self._of_work: dict[Work, float] = {}
 
     def rough(self, c: Candidate) -> float:
@@ -36,17 +36,21 @@ class WorkBounds:
         grow with them comes on top. Nor is a micro-batch quicker than one of hardly any rows, which still launches
         every kernel and reads every weight. 0 where that is not known: times or links are measured, or rows meet rows.
         """
+        return shared_work(c, *self.rough_times(c))
+
+    def rough_times(self, c: Candidate) -> tuple[float, float]:
+        """What a micro-batch takes at least through all blocks by that, forward and backward."""
         if (found := self._rough.get(work := c.work)) is None:
             found = self._rough[work] = self._make_rough(c)
         return found
 
-    def _make_rough(self, c: Candidate) -> float:
+    def _make_rough(self, c: Candidate) -> tuple[float, float]:
         kinds = self._layout.kinds(c)
         key = (c.tp, c.cp, c.sequence_parallel, c.split_weights, c.pp > 1, frozenset(k.compute_kind for k in kinds))
         if key not in self._limits:
             self._limits[key] = self._row_limits(c, tuple(dict.fromkeys(kinds)))
         (forward, backward), (least_forward, least_backward) = self._limits[key]
-        return shared_work(c, max(c.rows * forward, least_forward), max(c.rows * backward, least_backward))
+        return max(c.rows * forward, least_forward), max(c.rows * backward, least_backward)
 
     def of_work(self, c: Candidate) -> float:
         """A bound by what the blocks take at the candidate's rows, with nothing of data axes."""
