@@ -136,6 +136,7 @@ def _drawer(
 
         loaded = load_plan(path)
         if model is None:
+            verify_plan(loaded, None)
             found = load_picture(path)
             if found is None:
                 raise InputError(f"{path}: the plan was saved without its picture; give its model with --model MODEL")

@@ -55,7 +55,7 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         self.attributes = dict(module.__dict__)
         # Tables of another kind are empty while the outside of blocks is traced.
-        self.containers = [(value, value.copy()) for name, value in self.attributes.items()
+        self.containers = [(value, _copy(value)) for name, value in self.attributes.items()
                            if isinstance(value, (dict, list, set)) and (type(value) is dict or name not in _TABLES)]
 
     def replaced(self, module: nn.Module) -> Iterator[str]:
@@ -99,9 +99,22 @@ def tensors_in(name: str, value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def _copy(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else set(value) if isinstance(value, set) else list(value)
+
+
 def _refill(value: Any, saved: Any) -> None:
+    """Puts back what it held; what holds that still is left alone, as it may refuse changes (a frozen dict)."""
     if isinstance(value, list):
-        value[:] = saved
-    else:
+        if list(map(id, value)) != list(map(id, saved)):
+            value[:] = saved
+    elif _ids(value) != _ids(saved):
         value.clear()
         value.update(saved)
+
+
+def _ids(value: Any) -> list[tuple[int, int]] | set[int]:
+    """What it holds, by identity."""
+    if isinstance(value, dict):
+        return [(id(key), id(item)) for key, item in value.items()]
+    return set(map(id, value))

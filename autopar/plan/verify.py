@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from autopar.cluster.cluster import Cluster
 from autopar.cluster.fingerprint import cluster_fingerprint
@@ -126,9 +127,10 @@ def _devices_used_once(subject: _Subject) -> Iterator[str]:
             if not 0 <= rank < plan.num_devices:
                 yield f"stage {index} uses device {rank}, and the cluster has devices 0 to {plan.num_devices - 1}"
             seen[rank] = index
-    unused = [rank for rank in range(plan.num_devices) if rank not in seen]
-    if unused:
-        yield f"device {unused[0]} is in no stage ({len(unused)} of {plan.num_devices} are unused)"
+    num_unused = plan.num_devices - sum(0 <= rank < plan.num_devices for rank in seen)
+    if num_unused > 0:
+        first = next(rank for rank in count() if rank not in seen)
+        yield f"device {first} is in no stage ({num_unused} of {plan.num_devices} are unused)"
 
 
 def _groups(plan: Plan) -> int:

@@ -26,7 +26,7 @@ from autopar.graph.model_graph import Arg, BlockClass, Literal, Op, Ref
 from autopar.runtime.collectives import Axis, converter
 from autopar.runtime.expert_exchange import expert_exchange
 from autopar.runtime.loss import Term, ignored_index
-from autopar.runtime.lowerings import MEAN, SUM, special_program, sum_over_count
+from autopar.runtime.lowerings import MEAN, SUM, group_norm, special_program, sum_over_count
 from autopar.runtime.recompute import OpGroup, op_groups, recompute
 from autopar.sharding.joint import WRAPPING, JointStrategy, Placement, local_joint_op, placement_text
 from autopar.sharding.local_args import bias_operand
@@ -265,7 +265,7 @@ def _program(
     if counted or sums:
         op = _with_sum(op)
     op = local_joint_op(op, choice, cls.tensor, [axis.size for axis in axes]) if choice else op
-    program = resolve_target(op.target)
+    program = group_norm if op.target == "aten.group_norm.default" else resolve_target(op.target)
     lowered = [(own, axis) for own, axis in zip(choice, axes, strict=True) if own.lowering]
     # What depends on the rank's part is nearest to the op; wrappers go around it, the first axis outermost.
     lowered.sort(key=lambda item: item[0].lowering not in WRAPPING)

@@ -54,6 +54,16 @@ def vocab_parallel_embedding_bag(
     )
 
 
+def group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The group norm; on CPUs of a contiguous tensor.
+
+    Of one in channels-last order torch (2.13) there ends the process where it is to compute the gradients of weight and
+    bias alone, as a backward in two parts has it.
+    """
+    result: Tensor = torch.ops.aten.group_norm.default(x.contiguous() if x.device.type == "cpu" else x, *args, **kwargs)
+    return result
+
+
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Loss of each row from logits (rows, local vocabulary); the softmax is kept."""
 

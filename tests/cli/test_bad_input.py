@@ -210,6 +210,13 @@ def test_a_good_plan_file_is_the_plan_that_was_found(plan_file: Path) -> None:
     assert load_plan(plan_file).global_batch == 8
 
 
+def test_a_plan_that_is_not_legal_is_not_drawn(autopar, plan_file: Path, tmp_path: Path) -> None:
+    wrong, page = tmp_path / "wrong.json", tmp_path / "page.html"
+    wrong.write_text(json.dumps(json.loads(plan_file.read_text()) | {"num_micro_batches": 999}))
+    check_one_line(autopar("viz", wrong, "-o", page), 2, "not a legal plan", "global batch")
+    assert not page.exists()
+
+
 @pytest.mark.parametrize(("words", "word"), [
     (("show",), "--compare"),
     (("viz",), "--compare"),

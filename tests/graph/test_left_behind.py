@@ -102,6 +102,30 @@ class _Average(nn.Module):
         return self.linear(x - self.mean)
 
 
+class _Frozen(dict[str, int]):
+    """A configuration that refuses changes, as those of diffusers do."""
+
+    def clear(self) -> None:
+        raise TypeError("frozen")
+
+    def update(self, *_: object, **__: object) -> None:
+        raise TypeError("frozen")
+
+    def copy(self) -> dict[str, int]:
+        raise TypeError("frozen")
+
+
+def test_what_refuses_changes_and_was_not_changed_is_left_alone() -> None:
+    model = _Caching("dict")
+    config = model.config = _Frozen(width=8)
+    model.layers[0].config = config
+    captured = capture(model, (torch.randn(2, 4, 8), torch.tensor([0, 1])), loss_fn=_entropy)
+    assert model.config is config
+    assert config == {"width": 8}
+    assert captured.graph.blocks
+    assert all(not layer.table for layer in model.layers), "what can be changed is put back"
+
+
 def test_a_state_that_is_assigned_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"buffer mean and assigns another .*self.mean.copy_") as caught:
         capture(_Average(), (torch.randn(4, 8), torch.arange(4)), loss_fn=_entropy)

@@ -47,6 +47,7 @@ def test_a_legal_plan_passes() -> None:
     (with_stage(1, last=3), "holds no block"),
     (with_stage(1, devices=(4, 5, 6, 3)), "device 3 is used by stage 0 and by stage 1"),
     (with_stage(1, devices=(4, 5, 6, 8)), "uses device 8"),
+    (dataclasses.replace(PLAN, num_devices=10**18), r"device 8 is in no stage \(999999999999999992 of"),
     (with_stage(1, devices=(5, 4, 6, 7)), "lists device 5 before 4 on its tp axis"),
     (with_stage(1, devices=(6, 7, 4, 5)), "lists device 6 before 4 on its dp_replicate axis"),
     (with_stage(1, mesh=Mesh(dp_replicate=2, tp=4)), "its mesh"),

@@ -150,6 +150,69 @@ def perceptron() -> tuple[nn.Module, dict[str, Tensor], Any]:
     return Perceptron(), batch, mean_square
 
 
+class Modulated(nn.Module):
+    """Layers that shift, scale and gate by a vector beside the chain, which each embeds anew, as in a DiT."""
+
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.embed, self.modulate = nn.Linear(width, width), nn.Linear(width, 3 * width)
+            self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            shift, scale, gate = self.modulate(nn.functional.silu(self.embed(time))).unsqueeze(1).chunk(3, dim=-1)
+            h = nn.functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+            return x + gate * self.down(nn.functional.gelu(self.up(h)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 5)
+        self.layers = nn.ModuleList(self.Layer(16) for _ in range(4))
+
+    def forward(self, x: Tensor, time: Tensor, y: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x, time)
+        return self.last(x)
+
+
+def modulated() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"x": (ROWS, 4, 6), "time": (ROWS, 16), "y": (ROWS, 4, 5)}
+    return Modulated(), {name: torch.randn(size, generator=generator) for name, size in sizes.items()}, mean_square
+
+
+class ChannelsLast(nn.Module):
+    """Convolutions over images that were tokens before: their group norms see channels last."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.convolution, self.mix = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            image = x.transpose(1, 2).unflatten(2, (4, 4))
+            image = self.convolution(nn.functional.silu(self.norm(image)))
+            return x + self.mix(image.flatten(2).transpose(1, 2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 5)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def channels_last() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    generator = torch.Generator().manual_seed(3)
+    batch = {"x": torch.randn(ROWS, 16, 3, generator=generator), "y": torch.randn(ROWS, 16, 5, generator=generator)}
+    return ChannelsLast(), batch, mean_square
+
+
 class UnderAutocast(nn.Module):
     """Residual layers in bfloat16 by the model's own autocast; parameters, sums and the loss in float32."""
 

@@ -83,6 +83,22 @@ def test_a_backward_that_cannot_be_split_runs_whole_and_is_told(
     assert all(reason in note for note in unsplit(report)) and len(unsplit(report)) == 2
 
 
+def test_parts_of_one_tensor_of_weights_that_are_used_in_turn_keep_the_backward_whole(pool: LocalPool) -> None:
+    """What torch would go through a second time, for the weights between, has nothing saved any more."""
+    blocks = len(graph_of("modulated", "float64").blocks)
+    layouts = [Layout(blocks=blocks // 2), Layout(blocks=blocks - blocks // 2)]
+    report = check(pool, "modulated", plan_for("modulated", layouts, num_micro_batches=4, schedule=ZB))
+    assert len(unsplit(report)) == 1 and "more than once" in unsplit(report)[0]
+
+
+def test_group_norms_of_channels_last_split_their_backward(pool: LocalPool) -> None:
+    """Torch ends the process where it is to compute the gradients of their weights alone."""
+    blocks = len(graph_of("channels_last", "float64").blocks)
+    layouts = [Layout(blocks=blocks // 2), Layout(blocks=blocks - blocks // 2)]
+    report = check(pool, "channels_last", plan_for("channels_last", layouts, num_micro_batches=4, schedule=ZB))
+    assert unsplit(report) == []
+
+
 def test_a_list_of_actions_of_ones_own(pool: LocalPool) -> None:
     """Stages that split some micro-batches' backwards and not others, with sends and receives, and a reduction."""
     actions = ("0F0,0SEND_F0,0F1,0SEND_F1,0RECV_B1,0I1,0RECV_B0,0B0,0W1,0REDUCE_GRAD",
