@@ -14,15 +14,23 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from autopar.cluster.parse import parse_cluster
 from autopar.graph.capture import Captured, capture
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Recompute, is_layer
 from autopar.runtime.collectives import Axis
-from autopar.runtime.dry_run import MemoryRow, communication_problems, distinct_ranks, dry_run, memory_problems
+from autopar.runtime.dry_run import (
+    MemoryRow,
+    communication_problems,
+    distinct_ranks,
+    dry_run,
+    memory_problems,
+    run_rank,
+)
 from autopar.runtime.fake_job import Call, Kind, Recorder, accelerator_kernels, fake_job, fake_mode
 from autopar.runtime.lowerings import special_program
 from autopar.runtime.recompute import recompute
 from autopar.search.degrees import Degrees, plan_from_degrees
 from autopar.sharding.state import R, shard
 from autopar.sharding.strategy import ClassSharding
+from autopar.simulate.block_cost import block_cost
 from autopar.simulate.simulator import simulate
 
 
@@ -189,6 +197,25 @@ def test_the_programs_of_a_plan(llama: tuple[nn.Module, Captured]) -> None:
     for rank in (0, 4):
         optimizer = rows[rank, "optimizer"]
         assert optimizer.program_bytes == pytest.approx(optimizer.predicted_bytes, rel=0.02)
+
+
+def test_recomputation_communicates_what_it_is_counted_to(llama: tuple[nn.Module, Captured]) -> None:
+    """A layer sums twice over the tensor axis; the second sum's tensor is not needed again."""
+    runs = {}
+    for word in (Recompute.NONE, Recompute.FULL):
+        plan, _ = planned(llama[1], 2, global_batch=4, tp=2, micro_batch=4, recompute=word)
+        runs[word] = run_rank(*llama, plan, (0, 1)).calls
+    more = len(runs[Recompute.FULL]) - len(runs[Recompute.NONE])
+    (stage,), machine = plan.stages, parse_cluster("2xH100-80GB")
+    layers = [block for block in llama[1].graph.blocks if is_layer(block.name)]
+    again = sum_s = 0.0
+    for block in layers:
+        cost = block_cost(
+            llama[1].graph, llama[1].graph.block_class[block.cls], plan.class_shardings(block.cls, stage), tp=2, rows=4,
+            device=machine.device(0), tp_group=machine.group((0, 1)), dtype=plan.dtype,
+        )
+        again, sum_s = again + cost.recompute_tp_s, cost.forward_tp_comm_s / 2
+    assert more == len(layers) == pytest.approx(again / sum_s)
 
 
 class Embedded(nn.Module):
