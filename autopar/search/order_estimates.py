@@ -132,7 +132,8 @@ class OrderEstimates:
         work, starts = by_rank(times.forward_s + times.backward_s), by_rank(times.start_beside_s)
         ends = by_rank(times.once_s - times.start_beside_s)[0]  # what a rank's first stage, its last to end, does then
         waits = (p - 1) / p * float(work.sum()) / num_chunks
-        return float((starts.sum(axis=0) + m * work.sum(axis=0) + ends).max()) + waits
+        # A round of micro-batches passes all ranks' first stages, then all second ones, each as quick as the slowest.
+        return float((starts.sum(axis=0) + ends).max()) + m * float(work.max(axis=1).sum()) + waits
 
     def _weights(self, c: Candidate, kind: StageKind, blocks: BlockTable) -> Table:
         """The seconds of each block's backward that can be put off."""

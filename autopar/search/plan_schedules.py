@@ -38,8 +38,8 @@ MAX_LISTED = 600  # actions up to which list schedules are tried
 WORTH = 0.002  # what another order must gain
 ORDERED = 3  # pipelines, those of least time under 1F1B, that are tried in other orders
 DEEPENED_FROM = 0.02  # relative; the gap from which on layers recompute more so that more are in flight
-MAX_ESTIMATED = 24  # pipelines of which the best cut for zero-bubble is looked for
-MAX_ESTIMATED_TRIED = 8  # in zero-bubble or interleaved orders
+MAX_ESTIMATED = 64  # pipelines of which the best cut for zero-bubble is looked for
+MAX_TRIED = 6  # pipelines of best estimate in zero-bubble, and in interleaved orders
 ROUNDING = 1e-9  # relative, of sums in another order
 
 
@@ -74,7 +74,7 @@ def search_estimated(engine: Engine, best_s: float, deadline: float | None) -> S
     before. An interrupt ends it with the best so far.
     """
     found: SimulatedPlan | None = None
-    limit_s, estimated, tried = best_s * (1 - WORTH), 0, 0
+    limit_s, estimated, tried = best_s * (1 - WORTH), 0, [0, 0]
     try:
         estimates = engine.bounds.orders
         # What is estimated, how closely, stages on a device (1 for zero-bubble), their cut.
@@ -83,7 +83,7 @@ def search_estimated(engine: Engine, best_s: float, deadline: float | None) -> S
             if _has_few_actions(c.pp, c.num_micro_batches) and (rough_s := estimates.rough(c)) < limit_s
         ]
         heapify(queue)
-        while queue and queue[0][0] < limit_s and tried < MAX_ESTIMATED_TRIED and not engine.out_of_time(deadline):
+        while queue and queue[0][0] < limit_s and min(tried) < MAX_TRIED and not engine.out_of_time(deadline):
             least_s, level, c, chunks, cuts = heappop(queue)
             if level == 0 and estimates.known(c):
                 heappush(queue, (max(least_s, estimates.of_work(c)), 1, c, 1, ()))
@@ -96,15 +96,17 @@ def search_estimated(engine: Engine, best_s: float, deadline: float | None) -> S
                 estimated += min((time_s for time_s, _, _ in each), default=math.inf) < math.inf
                 for time_s, number, cut in each:
                     heappush(queue, (max(least_s, time_s), 3, c, number, cut))
-            elif level == 3:
-                tried += 1
-                if chunks == 1:
-                    plan = other_schedule(engine.graph, engine.cluster, engine.plan(c, cuts), limit_s=limit_s)
+            elif level == 3 and tried[chunks > 1] < MAX_TRIED:
+                tried[chunks > 1] += 1
+                plan = engine.plan_of(c, cuts[::chunks])
+                if chunks > 1:
+                    other = _interleaved(plan, cuts)
+                elif 2 * plan.num_stages * plan.num_micro_batches <= MAX_LISTED:
+                    other = other_schedule(engine.graph, engine.cluster, plan, limit_s=limit_s) or plan
                 else:
-                    plan = _interleaved(engine.plan_of(c, cuts[:: chunks]), cuts)
-                if plan is not None:
-                    found = simulated(engine, plan, limit_s) or found
-                    limit_s = limit_s if found is None else found.step_time_s
+                    other = replace(plan, schedule=Schedule.ZERO_BUBBLE)
+                found = simulated(engine, other, limit_s) or found
+                limit_s = limit_s if found is None else found.step_time_s
     except KeyboardInterrupt:
         engine.interrupted = True
     return found

@@ -29,7 +29,7 @@ from autopar.search.need import smallest_need
 from autopar.search.node_order import as_given, in_order
 from autopar.search.plan_schedules import (
     DEEPENED_FROM,
-    MAX_ESTIMATED_TRIED,
+    MAX_TRIED,
     ORDERED,
     least_in_any_order_s,
     search_deeper,
@@ -61,7 +61,7 @@ MAX_BESIDE = 40  # simulations of such plans beside those of stages of their own
 MAX_REFINED = 150  # of them, those of least quick bound, of which the best cut is looked for
 OTHER_ORDERS = (
     f"other schedules than 1F1B, but for interleaved, zero-bubble, deeper warm-ups and list schedules of the {ORDERED} "
-    f"best pipelines, and interleaved or zero-bubble of the {MAX_ESTIMATED_TRIED} that an estimate promises most for"
+    f"best pipelines, and interleaved or zero-bubble of {MAX_TRIED} each that an estimate promises most for"
 )
 OTHER_CHOICES = (
     "op strategies other than each block's own fastest at the smallest micro-batch",
