@@ -225,8 +225,8 @@ class Executor:
             for crossing in stage.before.crossings if torch.is_grad_enabled() else ():
                 received[crossing.name].requires_grad_(crossing.requires_grad)
         produced = stage.module({**values, **received}, factors)
-        if stage.splits:  # torch's split backward detaches its roots in place, which views do not bear
-            produced = {name: value if value._base is None else value.clone() for name, value in produced.items()}
+        if stage.splits:  # torch's split backward detaches its roots in place: no view bears that, and nothing saved
+            produced = {name: value.clone() if value.requires_grad else value for name, value in produced.items()}
         if stage.after is not None:
             both = {**received, **produced}
             leaving = {crossing.name: both[crossing.name].detach() for crossing in stage.after.crossings}

@@ -144,6 +144,25 @@ def mean_square(output: Tensor, batch: Any) -> Tensor:
     return nn.functional.mse_loss(output, batch["y"])
 
 
+class Residual(nn.Module):
+    """Layers that add to what they read, so that a border inside one passes on what an op behind it has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + nn.functional.silu(layer(x))
+        return x
+
+
+def residual() -> tuple[nn.Module, dict[str, Tensor], Any]:
+    generator = torch.Generator().manual_seed(3)
+    batch = {name: torch.randn(ROWS, 12, generator=generator) for name in ("x", "y")}
+    return Residual(), batch, mean_square
+
+
 def perceptron() -> tuple[nn.Module, dict[str, Tensor], Any]:
     generator = torch.Generator().manual_seed(3)
     batch = {"x": torch.randn(ROWS, 12, generator=generator), "y": torch.randn(ROWS, 5, generator=generator)}

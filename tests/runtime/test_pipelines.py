@@ -91,6 +91,14 @@ def test_parts_of_one_tensor_of_weights_that_are_used_in_turn_keep_the_backward_
     assert len(unsplit(report)) == 1 and "more than once" in unsplit(report)[0]
 
 
+def test_what_leaves_a_stage_may_be_saved_in_it(pool: LocalPool) -> None:
+    """Torch detaches in place what leaves, and what an op of the stage saved of it is lost."""
+    blocks = len(graph_of("residual", "float64").blocks)
+    actions = ("0F0,0F1,0B0,0B1", "1F0,1F1,1I0,1I1,1W0,1W1", "2F0,2F1,2I0,2W0,2I1,2W1")
+    layouts = [Layout(blocks=1), Layout(blocks=blocks - 2), Layout(blocks=1)]
+    assert unsplit(check(pool, "residual", plan_for("residual", layouts, actions=actions))) == []
+
+
 def test_group_norms_of_channels_last_split_their_backward(pool: LocalPool) -> None:
     """Torch ends the process where it is to compute the gradients of their weights alone."""
     blocks = len(graph_of("channels_last", "float64").blocks)
