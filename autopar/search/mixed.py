@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 from autopar.cluster.cluster import Cluster
@@ -21,7 +21,7 @@ from autopar.search.best_first import Engine, Progress
 from autopar.search.candidates import divisors
 from autopar.search.mixed_context import context_families, promising_counts
 from autopar.search.mixed_costs import ClusterPools, MixedCosts
-from autopar.search.mixed_orders import deeper_plans, weights_put_off
+from autopar.search.mixed_orders import deeper_plans, moved_put_off, weights_put_off
 from autopar.search.mixed_plans import Part, mixed_plan, neighbours
 from autopar.search.plan_schedules import DEEPENED_FROM, WORTH, busiest_s, other_schedule
 from autopar.search.runs import Passed, Runs, RunStage
@@ -131,6 +131,7 @@ class _Search:
             problem.costs.forget()
         self._try_idle()
         self._put_off_weights()
+        self._move_put_off()
         self._deepen()
 
     def _raise(self, problem: _Problem) -> None:
@@ -295,6 +296,19 @@ class _Search:
             other = weights_put_off(self.engine, self.cluster, base, self.best_s)
             if other is not None:
                 self._keep(other)
+
+    def _move_put_off(self) -> None:
+        """Where the bound leaves a gap: the best plan that puts off gradients of weights, one change at a time."""
+        best, lower_s = self.outcome.best, min(problem.lower_s for problem in self.problems)
+        if best is None or best.step_time_s <= lower_s * (1 + DEEPENED_FROM):
+            return
+        plain = replace(best.plan, actions=())
+        for parts, known in self.outcome.tried.items():
+            if known is not None and known != best and replace(known.plan, actions=()) == plain:
+                costs = self._least[parts][1]
+                for found in moved_put_off(self.engine, self.cluster, costs, parts, best, self._check_time):
+                    self._keep(found)
+                return
 
     def _told(self) -> None:
         self.settled += 1

@@ -8,10 +8,11 @@ import pytest
 from toy_graphs import cluster, mlp_chain
 
 from autopar.cluster.cluster import Cluster
-from autopar.plan.plan import Plan
+from autopar.plan.plan import Plan, Schedule
 from autopar.plan.verify import verify_plan
 from autopar.search.best_first import Engine
-from autopar.search.mixed import IdleFound, MixedOutcome, _StoppedError, search_mixed
+from autopar.search.mixed import IdleFound, MixedOutcome, _Search, _StoppedError, search_mixed
+from autopar.search.mixed_orders import moved_put_off, weights_put_off
 from autopar.search.mixed_plans import mixed_plan
 from autopar.search.planner import PlanRequest, find_plan
 from autopar.simulate.simulator import simulate
@@ -174,3 +175,25 @@ def test_the_time_limit_is_looked_at_before_each_plan_with_more_in_flight(monkey
     found = search_mixed(engine, machine, float("inf"), None)
     assert looked_at == [1]
     assert found.best is not None and not found.complete
+
+
+def test_borders_are_moved_where_gradients_of_weights_are_put_off() -> None:
+    graph = mlp_chain(num_layers=10, hidden=512, inner=2048, seq_len=64)
+    machine = cluster(per_node=1, speeds=(1.0, 1.0, 0.5, 0.5))
+    engine = Engine(graph, machine, PlanRequest(global_batch=16, dtype="bfloat16", micro_batch=2))
+    search = _Search(engine, machine, float("inf"), None, None)
+    search.run()
+    tried = {parts: known for parts, known in search.outcome.tried.items() if known and len(parts) == 4}
+    parts, known = max(tried.items(), key=lambda own: own[1].step_time_s)  # the slowest of them
+    start = weights_put_off(engine, machine, known, float("inf"))
+    assert start is not None
+    best, costs = start, search._least[parts][1]
+    found = list(moved_put_off(engine, machine, costs, parts, start, lambda: None))
+    assert found
+    for own in found:
+        assert own.step_time_s < best.step_time_s
+        best = own
+        verify_plan(own.plan, graph, machine)
+        timeline = simulate(graph, machine, own.plan)
+        assert timeline.feasible and timeline.step_time_s == own.step_time_s
+        assert any("W" in row for row in own.plan.actions) or own.plan.schedule is Schedule.ZERO_BUBBLE
