@@ -5,6 +5,7 @@ Rooms are imported inside the commands that need them, so that `autopar --help` 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -319,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         code = app(words or ["--help"], standalone_mode=False, prog_name="autopar")
+        sys.stdout.flush()
     except AutoparError as error:
         return _fail(str(error), error.exit_code, words, infeasible=isinstance(error, InfeasibleError))
     except Interrupted:
@@ -327,8 +329,13 @@ def _run(words: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED, words)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()
+        return _fail(f"the output cannot be written ({error.strerror}); make room, or send it elsewhere", 2, words)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a usage error of the command line: a bug of ours
             raise
@@ -337,6 +344,11 @@ def _run(words: list[str]) -> int:
     if code == INTERRUPTED:  # some versions of typer turn the interrupt into this code
         return _fail("interrupted", INTERRUPTED, words)
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """What is still to come on standard output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _with_explain(words: list[str]) -> list[str]:
@@ -353,7 +365,10 @@ def _fail(message: str, code: int, words: Sequence[str], *, infeasible: bool = F
         value: dict[str, Any] = {"error": line, "exit_code": code}
         if infeasible:
             value |= {"feasible": False, "infeasible_reason": line}
-        print_json(value, sys.stdout)
+        try:
+            print_json(value, sys.stdout)
+        except OSError:  # nobody reads it, or it has no room: the line below says what there is to say
+            _drop_output()
     typer.echo(f"autopar: {line}", err=True)
     return code
 

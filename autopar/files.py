@@ -10,9 +10,17 @@ from autopar.errors import InputError
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Put `text` at `path`: readers see what was there before or the whole of it. InputError where that fails."""
+    """Put `text` at `path`: readers see what was there before or the whole of it. InputError where that fails.
+
+    A link stays and its file is written; into a device or a pipe, such as /dev/null, the text goes as it is.
+    """
     target = Path(path)
     try:
+        if target.exists() and not target.is_file():
+            with target.open("w", encoding="utf-8") as file:
+                file.write(text)
+            return
+        target = Path(os.path.realpath(target))
         handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

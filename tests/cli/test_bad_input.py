@@ -1,6 +1,7 @@
 """A user's mistake is one line on standard error, exit code 2 (or 1 where no plan fits), and never a traceback."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -204,6 +205,35 @@ def test_the_installed_command_returns_the_code(tmp_path: Path) -> None:
                          text=True)
     assert (run.returncode, run.stdout) == (2, "")
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [("show", "PLAN"), ("show", "PLAN", "--json"), ("show", "gone.json", "--json")])
+def test_output_that_has_no_room_is_told(plan_file: Path, words: tuple[str, ...]) -> None:
+    """A file that it was sent to would be cut short, and the exit code would say that all went well."""
+    full = Path("/dev/full")
+    if not full.is_char_device():
+        pytest.skip("no /dev/full here")
+    with full.open("w") as nowhere:
+        run = subprocess.run(
+            [sys.executable, "-m", "autopar", *(str(plan_file) if word == "PLAN" else word for word in words)],
+            stdout=nowhere, stderr=subprocess.PIPE, text=True,
+        )
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1
+    assert "gone.json" in run.stderr if "gone.json" in words else "cannot be written" in run.stderr
+
+
+def test_devices_and_links_that_are_written_stay_what_they_are(autopar, plan_file: Path, tmp_path: Path) -> None:
+    """As root, a file put in the place of /dev/null would end much else."""
+    link, pipe = tmp_path / "link.html", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "page.html")
+    assert autopar("viz", plan_file, "-o", link).code == 0
+    assert link.is_symlink()
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True) as reader:
+        assert autopar("viz", plan_file, "-o", pipe).code == 0
+        assert reader.communicate()[0] == (tmp_path / "page.html").read_text()
+    assert pipe.is_fifo()
 
 
 def test_a_good_plan_file_is_the_plan_that_was_found(plan_file: Path) -> None:
