@@ -103,6 +103,14 @@ class _NormKernel(torch.autograd.Function):
         return torch.empty_like(data), None, None if weight is None else torch.empty_like(weight)
 
 
+def _attention_with_bias(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+    """Attention of fake tensors as the one kernel that has gradients of a mask, such as T5's; a CPU has none."""
+    whole = bias.expand(*query.shape[:-1], key.shape[-2])
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, whole, True, scale=scale)
+    out: Tensor = found[0]
+    return out
+
+
 class _AcceleratorKernels(TorchFunctionMode):
     """Ops keep what an accelerator's kernels keep: a CPU has none for them, does them in steps, and keeps more.
 
@@ -116,6 +124,9 @@ class _AcceleratorKernels(TorchFunctionMode):
         if func in (torch.ops.aten.scaled_dot_product_attention.default, nn.functional.scaled_dot_product_attention):
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if len(args) > 2 and mask is not None and mask.requires_grad and not kwargs.get("enable_gqa"):
+                return _attention_with_bias(args[0], args[1], args[2], mask, kwargs.get("scale"))
         elif func is torch.ops.aten.rms_norm.default:
             weight = args[2] if len(args) > 2 else kwargs.get("weight")
             if weight is None or weight.dtype == args[0].dtype:  # else accelerators have no kernel either

@@ -123,6 +123,29 @@ def test_attention_with_dropout_keeps_no_scores(again: bool) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True])
+def test_attention_with_a_trained_mask_keeps_no_scores(again: bool) -> None:
+    rows, heads, length = 8, 2, 64
+    scores_bytes = rows * heads * length * length * 4
+
+    def attend(query: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=bias),)
+
+    def peak() -> int:
+        query = torch.zeros(rows, heads, length, 4, requires_grad=True)
+        bias = torch.zeros(1, heads, length, length, requires_grad=True)  # one for all rows
+        with Recorder() as recorder:
+            (out,) = recompute(attend, query, bias) if again else attend(query, bias)
+            out.sum().backward()
+            assert bias.grad is not None and bias.grad.shape == bias.shape
+        return recorder.peak_bytes
+
+    with fake_mode():
+        assert peak() > 2.2 * scores_bytes
+        with accelerator_kernels():
+            assert peak() < 1.7 * scores_bytes  # the mask's gradient of every row
+
+
+@pytest.mark.parametrize("again", [False, True])
 def test_a_norm_keeps_its_input_and_a_number_a_row(again: bool) -> None:
     rows, width = 64, 256
     wide_bytes = rows * width * 4
