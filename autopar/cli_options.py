@@ -10,7 +10,7 @@ import typer
 
 from autopar.plan.dtypes import SHORT_NAMES
 from autopar.plan.goal import Goal
-from autopar.plan.plan import Recompute, Schedule
+from autopar.plan.plan import MOST_ROWS, Recompute, Schedule
 
 
 class Attention(StrEnum):
@@ -35,9 +35,10 @@ Compare = Annotated[tuple[Path, Path] | None, typer.Option(
 ClusterText = Annotated[str, typer.Option(
     "--cluster", metavar="C", help="A YAML file, or shorthand such as 4x8xH100-80GB@3200Gbps, or `local`.")]
 OptionalCluster = Annotated[str | None, typer.Option("--cluster", metavar="C", help="As for `plan`.")]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", min=1, help="Rows of one training step.")]
-OptionalGlobalBatch = Annotated[int | None, typer.Option(
-    "--global-batch", metavar="N", min=1, help="Rows of one training step.")]
+_ROWS = typer.Option(
+    "--global-batch", metavar="N", min=1, max=MOST_ROWS, help="Rows of one training step: sequences, not tokens.")
+GlobalBatch = Annotated[int, _ROWS]
+OptionalGlobalBatch = Annotated[int | None, _ROWS]
 SeqLen = Annotated[int | None, typer.Option(
     "--seq-len", metavar="S", min=1, help="Tokens a row; the model's own if left out.")]
 Dtype = Annotated[str, typer.Option("--dtype", help=f"Compute dtype: {', '.join(SHORT_NAMES)}.")]

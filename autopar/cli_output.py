@@ -94,14 +94,16 @@ def check_writable(path: Path | None) -> None:
         raise InputError(f"{path}: cannot be written there; name a file in a folder that exists")
 
 
-def whole_numbers(option: str, text: str) -> tuple[int, ...]:
-    """The positive whole numbers of a list with commas; InputError that names the option."""
+def whole_numbers(option: str, text: str, most: int | None = None) -> tuple[int, ...]:
+    """The positive whole numbers, up to `most`, of a list with commas; InputError that names the option."""
     try:
         found = tuple(int(word) for word in text.split(","))
     except ValueError:
         found = ()
     if not found or min(found) < 1:
         raise InputError(f"{option} {text!r}: give whole numbers from 1 on, with commas between them, such as 1,2,4")
+    if most is not None and max(found) > most:
+        raise InputError(f"{option} {text!r}: give at most {most}")
     return tuple(dict.fromkeys(found))
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from autopar.errors import AutoparError, InputError
 from autopar.plan.dtypes import param_dtype, torch_dtype
-from autopar.plan.plan import Recompute, Schedule
+from autopar.plan.plan import MOST_ROWS, Recompute, Schedule
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
@@ -36,7 +36,7 @@ class SimulateRequest(BaseModel):
 
     model: str
     cluster: str
-    global_batch: Degree
+    global_batch: Annotated[int, Field(ge=1, le=MOST_ROWS)]
     seq_len: Degree | None = None
     dtype: str = "bf16"
     optimizer: str = "adamw"

@@ -34,6 +34,7 @@ from autopar.cli_requests import Simulations
 from autopar.errors import AutoparError, InputError
 from autopar.files import write_text
 from autopar.plan.dtypes import param_dtype, torch_dtype
+from autopar.plan.plan import MOST_ROWS
 
 if TYPE_CHECKING:
     from autopar.cluster.cluster import Cluster
@@ -94,7 +95,7 @@ def sweep(
         raise InputError(f"{output}: the CSV and the plot need names of their own")
     check_writable(output)
     check_writable(page)
-    batches = whole_numbers("--global-batch", global_batch)
+    batches = whole_numbers("--global-batch", global_batch, MOST_ROWS)
     lengths = whole_numbers("--seq-len", seq_len) if seq_len is not None else (None,)
     name = torch_dtype(dtype)
     simulations = Simulations()

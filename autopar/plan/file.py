@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autopar.errors import InputError
 from autopar.files import write_text
 from autopar.plan.coverage import Coverage, TargetShare
-from autopar.plan.plan import Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
+from autopar.plan.plan import MOST_ROWS, Baseline, Certificate, Mesh, Plan, Recompute, Schedule, Stage, Variant
 from autopar.sharding.rewrite import Rewrite, RewriteKind
 from autopar.sharding.state import State
 from autopar.sharding.strategy import ClassSharding, Strategy
@@ -127,7 +127,7 @@ class _PlanFile(_Record):
     cluster_name: str
     cluster_fingerprint: str
     num_devices: Count
-    global_batch: Count
+    global_batch: Annotated[int, Field(ge=1, le=MOST_ROWS)]
     seq_len: Count | None
     dtype: str
     param_dtype: str

@@ -16,6 +16,8 @@ from autopar.plan.coverage import Coverage
 from autopar.sharding.rewrite import Rewrite
 from autopar.sharding.strategy import ClassSharding
 
+MOST_ROWS = 1 << 24  # of a global batch; what has more is a count of tokens, and would be planned for minutes
+
 
 def is_layer(block: str) -> bool:
     """Whether the block of this name is a layer: not what comes before, between or after the layers."""

@@ -168,6 +168,9 @@ def test_plan_file_edited_into_nonsense(autopar, plan_file: Path, tmp_path: Path
     path = tmp_path / "edited.json"
     path.write_text(json.dumps(edited))
     check_one_line(autopar("show", path), 2, "device")
+    edited["global_batch"] = 8_000_000_000
+    path.write_text(json.dumps(edited))
+    check_one_line(autopar("show", path), 2, "global_batch")
 
 
 @pytest.mark.parametrize("words", [
@@ -177,6 +180,9 @@ def test_plan_file_edited_into_nonsense(autopar, plan_file: Path, tmp_path: Path
     ("plan", "gpt2", "--cluster", "8xH100-80GB"),
     ("plan", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "many"),
     ("plan", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "0"),
+    ("plan", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "8000000000"),
+    ("simulate", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "8000000000"),
+    ("sweep", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "8,8000000000"),
     ("plan", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "8", "--dtype", "int3"),
     ("plan", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "8", "--optimizer", "magic"),
     ("plan", "gpt2", "--cluster", "8xH100-80GB", "--global-batch", "8", "-o", "/no/such/folder/plan.json"),
