@@ -3,7 +3,9 @@
 To choose the shardings of two axes at once takes seconds, so that candidates are first estimated: as if the context
 axis split rows instead, for free; then with what a context axis alone adds to as many parts of the rows, and for a cut.
 Only where this is well below the best so far are the shardings searched, those of the best estimate first: without
-rewrites of layers, which are taken to gain as much as without a context axis; and then with them.
+rewrites of layers, which are taken to gain as much as without a context axis; and then with them. What is a little
+slower than the best that was found is looked at for the sake of other orders of micro-batches, unless those promise
+less, too.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ PROMISE = 0.02  # of the step time: what an estimate must be below the best
 NEAR = 1.01  # times the best with a context axis: what other axes are looked at beside it
 MAX_SHARDINGS = 3  # pairs of axes for which shardings are searched where there is a plan without a context axis
 MAX_SHARDINGS_ALONE = 8  # and where there is none
+MAX_ORDERED = 4  # candidates of a pair of axes whose time in other orders is estimated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +148,7 @@ def search_context(
     plain = Bounds(engine.graph, engine.layout, request, engine.chooser.plain)
     found: Outcome | None = None
     num_searched, cut_short = 0, True
+    looked_at: list[Sequence[Candidate]] = []
     try:
         promising = _Promising(engine, plain, _space(engine, cluster, request))
         limit = estimate_limit = float("inf") if best is None or asked else best.step_time_s * (1 - PROMISE)
@@ -152,6 +156,13 @@ def search_context(
             space = promising.next_group(estimate_limit, deadline)
             if space is None:
                 break
+            if best is not None and promising.estimate_s > best.step_time_s:
+                seen_s, own_s = min(map(promising.in_other_orders_s, looked_at), default=math.inf), math.inf
+                if seen_s < math.inf:
+                    own_s = promising.in_other_orders_s(space)
+                if seen_s < own_s < math.inf:
+                    continue  # slower in the usual order, and promises less in others
+            looked_at.append(space)
             alike = _with_shardings(engine, plain, space, limit)
             if not alike:
                 continue
@@ -204,6 +215,7 @@ class _Promising:
             self.groups.setdefault((c.cp, c.tp, c.sequence_parallel), []).append(c)
             self.works.setdefault(c.work, []).append(c)
         self.added: dict[Work, float] = {}
+        self.ordered: dict[tuple[int, int, bool], float] = {}  # by a group's axes
         self.estimate_s = 0.0  # of what was given last
         self.queue = [(_roughly(engine, alike[0]), alike[0], 0) for alike in self.works.values()]
         heapq.heapify(self.queue)
@@ -231,6 +243,22 @@ class _Promising:
                 self.estimate_s = least
                 return self.groups.pop(key)
         return None
+
+    def in_other_orders_s(self, space: Sequence[Candidate]) -> float:
+        """About the least that these take in orders that wait less than 1F1B; infinite where none can have one.
+
+        As if the context axis split rows, with what it adds alone; of those that do least in all orders.
+        """
+        key = space[0].cp, space[0].tp, space[0].sequence_parallel
+        if key not in self.ordered:
+            orders, found = self.engine.bounds.orders, list[float]()
+            likes = [(_without_axis(c), c) for c in space]
+            able = [(like, c) for like, c in likes if orders.known(like) and orders.keeps_all(like)]
+            for _, like, c in sorted((orders.with_ends(like), like, c) for like, c in able):
+                if len(found) < MAX_ORDERED and (cut := orders.best_cut(like)) is not None:
+                    found.append(cut[0] + self._added_s(c))
+            self.ordered[key] = min(found, default=math.inf)
+        return self.ordered[key]
 
     def _added_s(self, c: Candidate) -> float:
         """What the context axis adds alone; 0 where that is not known."""

@@ -18,7 +18,7 @@ from autopar.plan.file import load_plan, save_plan
 from autopar.plan.plan import Certificate
 from autopar.plan.verify import problems, verify_plan
 from autopar.search import context, planner
-from autopar.search.best_first import Engine
+from autopar.search.best_first import Engine, Found, Outcome
 from autopar.search.bounds import Bounds
 from autopar.search.candidates import MESH_AXES, Candidate, PlanRequest, parse_mesh
 from autopar.search.context import _added_alone, _Promising, _roughly, _without_axis, context_candidates
@@ -138,6 +138,76 @@ def test_pairs_of_axes_come_by_their_estimates_each_once(graph: ModelGraph) -> N
         c.tp, sequence_parallel=c.sequence_parallel, cp=c.cp) is not None]
     best = engine.search(first).best
     assert best is not None and best.step_time_s == pytest.approx(estimates[0], rel=0.1), "an estimate tells the time"
+
+
+@pytest.mark.parametrize(("in_orders_s", "looked_at"), [
+    ((6.0, 7.0, 5.0), [2, 8]),  # slower in both ways than the first
+    ((6.0, 5.5, 7.0), [2, 4]),
+    ((math.inf, 7.0, 5.0), [2, 4, 8]),  # nothing to compare with
+    ((6.0, math.inf, 7.0), [2, 4]),  # no order is told of the second: it is looked at
+])
+def test_axes_a_little_slower_are_looked_at_where_other_orders_promise_more(
+    graph: ModelGraph, monkeypatch: pytest.MonkeyPatch, in_orders_s: tuple[float, ...], looked_at: list[int],
+) -> None:
+    groups = {cp: [Candidate(
+        pp=2, tp=1, cp=cp, dp_replicate=1, dp_shard=1, zero=0, sequence_parallel=False, offload_optimizer=False,
+        micro_batch=1, num_micro_batches=2,
+    )] for cp in (2, 4, 8)}
+    orders = dict(zip(groups, in_orders_s, strict=True))
+    left = [(cp, space, 8.0 + 0.01 * at) for at, (cp, space) in enumerate(groups.items())]
+    asked: list[int] = []
+
+    class Told:
+        """Estimates that are given: 8.0, 8.01 and 8.02 s in the usual order."""
+
+        estimate_s = 0.0
+
+        def __init__(self, *_: object) -> None: ...
+
+        def next_group(self, limit: float, deadline: float | None) -> list[Candidate] | None:
+            if not left or left[0][2] >= limit:
+                return None
+            _, space, self.estimate_s = left.pop(0)
+            return space
+
+        def in_other_orders_s(self, space: list[Candidate]) -> float:
+            return orders[space[0].cp]
+
+    def chosen(engine: object, plain: object, space: list[Candidate], limit: float) -> list[Candidate]:
+        asked.append(space[0].cp)
+        return space
+
+    def search(self: Engine, space: list[Candidate], *, incumbent: Found, **_: object) -> Outcome:
+        found = replace(incumbent, step_time_s=min(incumbent.step_time_s, 8.0), candidate=space[0])
+        return Outcome(best=found if found < incumbent else incumbent, lower_bound_s=8.0, num_simulated=1,
+                       complete=True)
+
+    monkeypatch.setattr(context, "_Promising", Told)
+    monkeypatch.setattr(context, "_with_shardings", chosen)
+    monkeypatch.setattr(Engine, "search", search)
+    cluster = parse_cluster("2x8xH100-80GB")
+    engine = Engine(graph, cluster, request())
+    first = Found(step_time_s=10.0, candidate=groups[2][0], cuts=(0, 1, 2), peak_bytes=(), limit_bytes=())
+    context.search_context(engine, cluster, request(), first, None)
+    assert asked == looked_at
+
+
+def test_the_time_in_other_orders_is_the_least_of_what_can_have_one(graph: ModelGraph) -> None:
+    cluster = parse_cluster("2x8xH100-80GB@100Gbps")
+    engine = Engine(graph, cluster, request(global_batch=32))
+    plain = Bounds(graph, engine.layout, request(global_batch=32), engine.chooser.plain)
+    space = context_candidates(cluster, request(global_batch=32), engine.chooser, len(graph.blocks))
+    promising = _Promising(engine, plain, space)
+    told = {key: promising.in_other_orders_s(group) for key, group in promising.groups.items()}
+    assert any(map(math.isfinite, told.values())) and any(map(math.isinf, told.values()))
+    for key, group in promising.groups.items():
+        cuts = [
+            (cut[0] + promising._added_s(c)) for c in group if c.pp > 1 and c.zero < 3
+            if engine.bounds.orders.known(_without_axis(c)) and engine.bounds.orders.keeps_all(_without_axis(c))
+            if (cut := engine.bounds.orders.best_cut(_without_axis(c))) is not None
+        ]
+        assert told[key] >= min(cuts, default=math.inf)
+        assert math.isinf(told[key]) == (not cuts)
 
 
 def test_what_the_axis_adds_beside_a_tensor_axis_counts_the_network_that_its_groups_share(graph: ModelGraph) -> None:
