@@ -26,7 +26,7 @@ import numpy as np
 from autopar.cost_models.op_kinds import element_bytes
 from autopar.graph.model_graph import ModelGraph
 from autopar.search.balance import smallest_bottleneck, smallest_sum, windows_of
-from autopar.search.block_table import BlockTable, RangeTimes, Sorts, StageTable, StageTimes
+from autopar.search.block_table import BlockTable, RangeTimes, Sorts, StageTimes
 from autopar.search.candidates import Candidate, PlanRequest
 from autopar.search.elimination import Table
 from autopar.search.loops import PipelineBound, cut_time_s
@@ -124,7 +124,8 @@ class Bounds:
         longest = float(np.minimum.reduce(list(later.values())).max())
         through = float(work @ number) + max(spread_s(later, kinds, number), longest)
         through += float(tables[kinds[0]].once_beside_s[first]) + self._layout.tied_s(c, self._tied_numel)
-        return max(through, _busy_s(m, tables, kinds, number))
+        owns = {kind: m * (t.forward_s + t.backward_s) + t.once_beside_s for kind, t in tables.items()}
+        return max(through, spread_s(owns, kinds, number))
 
     def best_cut(self, c: Candidate, limit_s: float = np.inf) -> tuple[float, Cuts] | None:
         """A bound over all cuts that fit into memory, and the cut whose own bound is smallest; None where none fits.
@@ -386,14 +387,6 @@ class Bounds:
             (sum(sizes[key][0] for key in border), sum(sizes[key][1] for key in border)) for border in self._borders
         ]
         return min(forward for forward, _ in sent), min(backward for _, backward in sent)
-
-
-def _busy_s(
-    num_micro_batches: int, tables: Mapping[StageKind, StageTable], kinds: Sequence[StageKind], number: Table
-) -> float:
-    """What stages of these kinds do in a step at least, were the blocks spread over them at will."""
-    owns = {kind: num_micro_batches * (t.forward_s + t.backward_s) + t.once_beside_s for kind, t in tables.items()}
-    return spread_s(owns, kinds, number)
 
 
 def _tied_numel(graph: ModelGraph) -> int:

@@ -157,10 +157,8 @@ def search_context(
             if space is None:
                 break
             if best is not None and promising.estimate_s > best.step_time_s:
-                seen_s, own_s = min(map(promising.in_other_orders_s, looked_at), default=math.inf), math.inf
-                if seen_s < math.inf:
-                    own_s = promising.in_other_orders_s(space)
-                if seen_s < own_s < math.inf:
+                seen_s = min(map(promising.in_other_orders_s, looked_at), default=math.inf)
+                if seen_s < promising.in_other_orders_s(space) < math.inf:
                     continue  # slower in the usual order, and promises less in others
             looked_at.append(space)
             alike = _with_shardings(engine, plain, space, limit)

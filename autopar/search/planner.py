@@ -277,15 +277,15 @@ class _Searches:
         """Other orders of micro-batches of the quickest pipelines, and of those `before` borders were moved."""
         engine = self.engine
         # What is slower in the usual order may be quicker in another.
-        few = [own for own in self.space if own.pp > 1]
         if self.mixed.best is None:
             self._take(search_estimated(engine, self.best_s, self.deadline))
         try:
             if self.mixed.best is None:
                 engine.simulate_behind(ORDERED, self.best_s * BEHIND)
-            elif few and len(engine.quickest_pipelines(ORDERED)) < ORDERED and not engine.interrupted:
+            elif len(engine.quickest_pipelines(ORDERED)) < ORDERED and not engine.interrupted:
+                pipelines = [own for own in self.space if own.pp > 1]
                 engine.search(
-                    few, deadline=self.deadline, max_simulations=MAX_TO_ORDER, max_refined=MAX_REFINED_TO_ORDER,
+                    pipelines, deadline=self.deadline, max_simulations=MAX_TO_ORDER, max_refined=MAX_REFINED_TO_ORDER,
                     proves=False,
                 )
         except KeyboardInterrupt:
